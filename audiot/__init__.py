@@ -1,0 +1,18 @@
+"""audiot: self-supervised audio transformers with any attention mechanism."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from audiot.checkpoint import AudioEncoder as AudioEncoder
+
+__version__ = version("audiot")
+
+
+def load_encoder(path: str, **options: Any) -> AudioEncoder:
+    """Load an exported encoder; see :func:`audiot.checkpoint.load_encoder`."""
+    from audiot.checkpoint import load_encoder
+
+    return load_encoder(path, **options)

@@ -1,0 +1,1 @@
+"""Lhotse data: corpora, preparation, batches."""

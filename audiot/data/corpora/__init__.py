@@ -1,0 +1,1 @@
+"""Corpora: each gives Lhotse cuts for every split."""

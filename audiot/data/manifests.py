@@ -1,0 +1,22 @@
+"""What a corpus hands on: Lhotse cuts by split, and which split each task uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lhotse import CutSet
+
+
+@dataclass(frozen=True)
+class Manifests:
+    """Cuts of a corpus.
+
+    Args:
+        splits: Split name (``train``, ``valid``, ``test``, …) → its cuts.
+        task_splits: Task name (``phone``, ``speaker``, …) → role (``train``, ``valid``, ``test``) → split name.
+            A task that is not named uses the splits of the same names as the roles.
+    """
+
+    splits: Mapping[str, CutSet]
+    task_splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

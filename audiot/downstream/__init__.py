@@ -1,0 +1,1 @@
+"""Speech tasks on top of an encoder: heads, metrics, upstreams."""
