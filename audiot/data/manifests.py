@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lhotse import CutSet
@@ -16,7 +16,9 @@ class Manifests:
         splits: Split name (``train``, ``valid``, ``test``, …) → its cuts.
         task_splits: Task name (``phone``, ``speaker``, …) → role (``train``, ``valid``, ``test``) → split name.
             A task that is not named uses the splits of the same names as the roles.
+        rejected: Path and reason of each file that the corpus itself had to leave out.
     """
 
     splits: Mapping[str, CutSet]
     task_splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rejected: Sequence[tuple[str, str]] = ()

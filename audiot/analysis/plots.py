@@ -1,0 +1,158 @@
+"""Plots of runs, each written as a PNG."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from audiot.files import replacing
+
+BLUE, ORANGE, GREY, GREEN = "#2266aa", "#dd7722", "#888888", "#338855"
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
+    """What the encoder was to see, saw, and made of it, and what interpolation makes of it.
+
+    Args:
+        view: Of one utterance, as ``MaskedAcousticModel.reconstruct`` gives it; the reconstructions are shown in the masked frames
+            and the true frames elsewhere.
+        title: Of the figure.
+        path: PNG.
+    """
+    length = int(view["lengths"][0])
+    masked = view["masked"][0, :length].cpu().numpy()
+    target = view["target"][0, :length].float().cpu().numpy().T
+    rows = {"target": target, "corrupted: what the encoder sees": view["corrupted"][0, :length].float().cpu().numpy().T}
+    for name, label in (("prediction", "encoder"), ("interpolation", "interpolation")):
+        guess = view[name][0, :length].float().cpu().numpy().T
+        error = np.abs(guess - target)[:, masked].mean() if masked.any() else float("nan")
+        rows[f"{label}, L1 {error:.3f} in the masked frames"] = np.where(masked, guess, target)
+    low, high = np.percentile(target, [2, 99.5])
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), 1, sharex=True)
+    edges = np.flatnonzero(np.diff(masked.astype(int), prepend=0, append=0))
+    for axis, (label, image) in zip(axes, rows.items(), strict=True):
+        axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, interpolation="nearest", cmap="magma")
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            axis.axvline(begin - 0.5, color="cyan", linewidth=0.8)
+            axis.axvline(end - 0.5, color="cyan", linewidth=0.8)
+        axis.set_title(label, fontsize=10, loc="left")
+        axis.set_ylabel("channel")
+    axes[-1].set_xlabel("frame (masked spans between cyan lines)")
+    _save(figure, path)
+
+
+def plot_training(metrics_csv: str | Path, path: str | Path) -> None:
+    """Training and validation L1 against the two baselines, throughput, learning rate and gradient norm, from ``metrics.csv``."""
+    with open(metrics_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        return [step for step, _ in found], [value for _, value in found]
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, side = figure.subplots(1, 2, width_ratios=[3, 2])
+    loss.plot(*series("pretrain/train_l1"), color=GREY, linewidth=0.6, alpha=0.7, label="training batch")
+    loss.plot(*series("pretrain/val_l1"), color=BLUE, marker="o", markersize=3, label="validation")
+    for name, label, style in (("interpolation_l1", "interpolation", "--"), ("zero_l1", "zeros", ":")):
+        _, values = series(f"pretrain/{name}")
+        if values:
+            loss.axhline(values[-1], color=ORANGE, linestyle=style, label=f"{label}: {values[-1]:.3f}")
+    loss.set(xlabel="step", ylabel="L1 of masked frames", title="Reconstruction")
+    loss.legend()
+    side.plot(*series("frames_per_s"), color=GREEN)
+    side.set(xlabel="step", title="Throughput")
+    side.set_ylabel("frames/s", color=GREEN)
+    side.set_ylim(bottom=0)
+    norm = side.twinx()
+    norm.plot(*series("pretrain/gradient_norm"), color=GREY, linewidth=0.6)
+    norm.set_ylabel("gradient norm", color=GREY)
+    norm.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
+    """Bars of test accuracy, one group a task, from the ``probe/…`` and ``finetune/…`` entries of a summary."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, value in summary.items():
+        if name.startswith(("probe/", "finetune/")):
+            kind, task, upstream = name.split("/")
+            label = f"{task}\n({'frozen' if kind == 'probe' else 'fine-tuned, few labels'})"
+            groups.setdefault(label, {})[upstream] = 100 * value
+    colours = {"encoder": BLUE, "random": GREY, "features": ORANGE}
+    figure = Figure(figsize=(2 + 2.4 * len(groups), 4), layout="constrained")
+    axis = figure.subplots()
+    for number, bars in enumerate(groups.values()):
+        for place, (upstream, value) in enumerate(bars.items()):
+            bar = axis.bar(number + 0.27 * (place - (len(bars) - 1) / 2), value, 0.25, color=colours[upstream])
+            axis.bar_label(bar, fmt="%.1f", fontsize=9)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls")
+    axis.legend(
+        handles=[axis.bar(0, 0, color=colour) for colour in colours.values()],
+        labels=["pre-trained encoder", "same encoder, untrained", "features in context"],
+        fontsize=8,
+    )
+    _save(figure, path)
+
+
+def plot_attention(weights: Sequence[Tensor], title: str, path: str | Path) -> None:
+    """Attention weights of one utterance, layers down, heads across.
+
+    Args:
+        weights: One (H, T, T) a layer.
+        title: Of the figure.
+        path: PNG.
+    """
+    heads = weights[0].shape[0]
+    figure = Figure(figsize=(1.7 * heads + 0.6, 1.8 * len(weights) + 0.7), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(weights), heads, squeeze=False)
+    for layer, matrices in enumerate(weights):
+        for head, matrix in enumerate(matrices.float().cpu().numpy()):
+            axis = axes[layer][head]
+            # A square root shows weak weights too; each map has its own scale.
+            axis.imshow(np.sqrt(matrix), cmap="viridis", interpolation="nearest", vmin=0)
+            axis.set(xticks=[], yticks=[])
+            if layer == 0:
+                axis.set_title(f"head {head + 1}", fontsize=9)
+            if head == 0:
+                axis.set_ylabel(f"layer {layer + 1}", fontsize=9)
+    figure.supxlabel("attended frame", fontsize=9)
+    figure.supylabel("attending frame", fontsize=9)
+    _save(figure, path)
+
+
+def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str | Path) -> None:
+    """Confusion matrix, each true class's row as shares.
+
+    Args:
+        counts: (classes, classes), rows true, columns predicted.
+        classes: Names.
+        title: Of the figure.
+        path: PNG.
+    """
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
+    size = min(4 + 0.2 * len(classes), 18)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    small = max(4, min(9, 300 / len(classes)))
+    axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=small)
+    axis.set_yticks(range(len(classes)), classes, fontsize=small)
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    figure.colorbar(image, shrink=0.6, label="share of the true class")
+    _save(figure, path)

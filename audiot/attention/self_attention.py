@@ -1,0 +1,94 @@
+"""The attention layer around a mechanism: projections, heads, positions, output."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from audiot.attention.mechanism import AttentionMechanism
+from audiot.positions import Positions, Rotary
+
+PROJECTIONS = ("query", "key", "value")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2) with any mechanism.
+
+    Owns exactly the projections that `mechanism.inputs` names (`query`, `key`, `value`), and `output`.
+
+    Args:
+        embed_dim: Width d of the model.
+        num_heads: Number of heads H.
+        mechanism: How frames exchange information; built for the same `embed_dim` and `num_heads`.
+        positions: The model's positions. Rotary ones turn queries and keys here; all others act on the encoder's input
+            and are ignored here.
+        dropout: Probability of dropping an element of the layer's output. Attention dropout belongs to the mechanism.
+        bias: Give the projections a bias.
+
+    Raises:
+        ValueError: the mechanism was built for other sizes, or has no queries and keys for rotary positions to turn.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mechanism: AttentionMechanism,
+        positions: Positions | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        built = (mechanism.embed_dim, mechanism.num_heads)
+        if built != (embed_dim, num_heads):
+            raise ValueError(
+                f"{type(mechanism).__name__} was built for embed_dim {built[0]} and num_heads {built[1]}, but the "
+                f"layer has embed_dim {embed_dim} and num_heads {num_heads}: pass the same to both"
+            )
+        if isinstance(positions, Rotary) and "query" not in mechanism.inputs:
+            raise ValueError(
+                f"rotary positions turn queries and keys but {type(mechanism).__name__} has none: set positions=sinusoid"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        for name in PROJECTIONS:
+            if name in mechanism.inputs:
+                self.add_module(name, nn.Linear(embed_dim, embed_dim, bias=bias))
+        # Only rotary positions are kept: a table shared by all layers would otherwise belong to each of them.
+        self.rotary = positions if isinstance(positions, Rotary) else None
+        self.mechanism = mechanism
+        self.output = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Exchange information between the frames.
+
+        Args:
+            hidden: (B, T, d).
+            valid: bool (B, T), True = real frame; None when nothing is padded.
+
+        Returns:
+            (B, T, d), zero on padded frames.
+
+        Raises:
+            ValueError: T is beyond the mechanism's limit.
+        """
+        context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs), valid=valid)  # B, H, T, D
+        output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))
+        return output if valid is None else output * valid[:, :, None]
+
+    def weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attention weights (B, H, T, T) by the plain dense computation, no dropout; padded frames have zero rows."""
+        # The mechanism gets the hidden frames even if it doesn't need them: they tell the shape of the batch.
+        names = self.mechanism.inputs - {"value"} | {"hidden"}
+        weights = self.mechanism.weights(**self._inputs(hidden, names), valid=valid)
+        return weights if valid is None else weights * valid[:, None, :, None]
+
+    def _inputs(self, hidden: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+        """What the mechanism asks for: the layer's input, and projections split into heads (B, H, T, D)."""
+        self.mechanism.check_length(hidden.shape[1])
+        inputs = {"hidden": hidden} if "hidden" in names else {}
+        for name in PROJECTIONS:
+            if name in names:
+                heads = getattr(self, name)(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                inputs[name] = heads if self.rotary is None or name == "value" else self.rotary.rotate(heads)
+        return inputs

@@ -1,0 +1,220 @@
+"""Lightning callbacks and the CSV logger of a run."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from audiot.analysis.plots import plot_reconstruction
+from audiot.data.batches import Batch, to_device
+from audiot.pretraining import MaskedAcousticModel
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar over all ``max_steps`` of a training that is one endless epoch."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Metrics to show, under their short names."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {name.split("/")[-1]: value for name, value in metrics.items()}
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of the whole training."""
+        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return steps if steps > 0 else super().total_train_batches
+
+
+class Throughput(Callback):
+    """Log real (unpadded) spectrogram frames a second, over all processes, validation time left out."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.total_frames = 0
+        self.total_s = 0.0
+        self.since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.frames, self.since = 0, time.monotonic()
+
+    def _count(self) -> float:
+        elapsed = time.monotonic() - self.since
+        rate = self.frames / max(elapsed, 1e-9)
+        self.total_frames += self.frames
+        self.total_s += elapsed
+        self.frames, self.since = 0, time.monotonic()
+        return rate
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the batch's frames; log the rate at the logging interval."""
+        features = pl_module.model.features
+        self.frames += int((features.num_tokens(batch["lengths"]) * features.stack).sum()) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log("frames_per_s", self._count(), prog_bar=True)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._count()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock again."""
+        self.since = time.monotonic()
+
+    @property
+    def average(self) -> float:
+        """Frames a second over the whole training."""
+        return self.total_frames / max(self.total_s, 1e-9)
+
+
+class ConsumedBatches(Callback):
+    """Tell the data module which batches training has used; before the checkpoints, which come last among callbacks."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the batch."""
+        trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+
+
+class ReconstructionPictures(Callback):
+    """Draw one validation utterance, corrupted and reconstructed, after every validation.
+
+    Args:
+        folder: Where ``reconstruction.png`` and one picture a validation go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.batch: Batch | None = None
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first batch."""
+        if batch_idx == 0:
+            self.batch = batch
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw its longest utterance."""
+        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, MaskedAcousticModel)
+        number = int(self.batch["lengths"].argmax())
+        one = {
+            name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()
+        }
+        view = pl_module.reconstruct(to_device(one, pl_module.device))
+        title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
+        plot_reconstruction(view, title, self.folder / f"reconstruction-step{trainer.global_step:06d}.png")
+        plot_reconstruction(view, title, self.folder / "reconstruction.png")
+        self.batch = None
+
+
+class Interrupted(BaseException):
+    """Training was stopped by Ctrl-C after finishing its step.
+
+    Args:
+        checkpoint: Where it can go on from, if one was saved.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.checkpoint = checkpoint
+
+
+class GracefulInterrupt(Callback):
+    """On Ctrl-C (or SIGTERM), finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
+
+    Args:
+        folder: For the checkpoint; None: none is saved.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+
+    def _release(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save and stop, if asked to."""
+        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+            return
+        path = None
+        if self.folder is not None:
+            path = Path(self.folder) / f"step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+        raise Interrupted(trainer.global_step, path)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._release()
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` right in the run's folder; a resumed run goes on with the rows it has.
+
+    Args:
+        save_dir: The run's folder.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        path = Path(save_dir) / "metrics.csv"
+        self._kept = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=100)
+
+    def _restore(self, before: int | None) -> None:
+        """Write the earlier part's rows again (Lightning's writer deletes the file), up to step ``before``."""
+        kept, self._kept = self._kept, []
+        for row in kept:
+            step = int(row["step"])
+            if before is None or step < before:
+                values = {name: float(value) for name, value in row.items() if value and name != "step"}
+                super().log_metrics(values, step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
+        """Log a row; rows of an earlier part of the run are kept up to its step."""
+        self._restore(step)
+        super().log_metrics(dict(metrics), step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        if self._experiment is not None:
+            self._restore(None)
+        super().finalize(status)

@@ -1,0 +1,137 @@
+"""An encoder by itself: waveforms in, hidden states out; a folder of ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from audiot.features import Features
+from audiot.files import read_json, replacing, write_json
+from audiot.model import Encoder, length_mask
+
+FORMAT_VERSION = 1
+
+
+class AudioEncoder(nn.Module):
+    """A feature front end and the encoder over it.
+
+    Args:
+        features: Config of the front end (``_target_`` and its parameters), a plain dict.
+        model: Config of the encoder, a plain dict.
+    """
+
+    def __init__(self, features: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = {"features": dict(features), "model": dict(model)}
+        self.features: Features = instantiate(features)
+        self.encoder: Encoder = instantiate(
+            model, input_dim=self.features.output_dim, _recursive_=False, _convert_="all"
+        )
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of every layer. A waveform gives the same ones alone and in a batch.
+
+        Args:
+            waveforms: (B, N) in [-1, 1] at ``features.sample_rate``.
+            lengths: (B,) samples, best kept on the CPU; None: all N.
+
+        Returns:
+            Hidden states (layers + 1, B, T, d), zero after an utterance's end, and lengths (B,) in frames of the encoder.
+        """
+        if lengths is None:
+            lengths = torch.full((len(waveforms),), waveforms.shape[1])
+        tokens, num_tokens = self.features(waveforms, lengths)
+        valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
+        hidden = torch.stack(self.encoder(tokens, valid))
+        return hidden if valid is None else hidden * valid[..., None], num_tokens
+
+
+def save_encoder(path: str | Path, encoder: AudioEncoder, head: nn.Module | None = None) -> None:
+    """Write an encoder's folder; the same weights give the same bytes.
+
+    Args:
+        path: Folder, made if needed.
+        encoder: What to save.
+        head: The reconstruction head, kept for continued pre-training.
+    """
+    path = Path(path)
+    state = encoder.state_dict()
+    if head is not None:
+        state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    with replacing(path / "model.safetensors") as temporary:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
+    write_json(path / "config.json", {"format_version": FORMAT_VERSION, **encoder.config})
+
+
+def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head: nn.Module | None = None) -> AudioEncoder:
+    """Load an exported encoder, in evaluation mode, on the CPU.
+
+    Args:
+        path: Its folder (``RUN/encoder``).
+        trusted: Packages whose classes the config may name; add your own for your own mechanisms.
+        head: A reconstruction head to fill with the one that was saved.
+
+    Raises:
+        FileNotFoundError: there is no encoder at ``path``.
+        ValueError: what is there is of another kind, truncated, or of another version.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file, but an encoder is a folder with config.json and model.safetensors (RUN/encoder of a pre-training run)"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"no encoder folder at {path}: expected RUN/encoder of a pre-training run")
+    if not (path / "config.json").is_file() and (path / "encoder" / "config.json").is_file():
+        raise ValueError(f"{path} is a run's folder: its encoder is {path / 'encoder'}")
+    config = read_json(path / "config.json", "encoder config")
+    if not isinstance(config, dict) or not {"format_version", "features", "model"} <= config.keys():
+        raise ValueError(f"{path / 'config.json'} is not the config of an audiot encoder: format_version, features, model expected")
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {config['format_version']}, this audiot reads {FORMAT_VERSION}: use the audiot that wrote it"
+        )
+    _check_targets(config, trusted, path)
+    encoder = AudioEncoder(config["features"], config["model"])
+    weights = _read_weights(path / "model.safetensors")
+    head_weights = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
+    _fill(encoder, {name: value for name, value in weights.items() if not name.startswith("head.")}, path)
+    if head is not None:
+        _fill(head, head_weights, path)
+    return encoder.eval()
+
+
+def _check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:
+    """Refuse classes of packages that are not trusted: a config names code to run."""
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and str(target).split(".")[0] not in trusted:
+            raise ValueError(f"{path} names {target}, and only {', '.join(trusted)} may be loaded: add its package to `trusted`")
+        for value in config.values():
+            _check_targets(value, trusted, path)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): export the encoder again") from error
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {path} do not fit the model: {detail}") from error

@@ -1,0 +1,93 @@
+"""``audiot evaluate``: measure a finished run again from its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from audiot.commands.common import data_options, newest_checkpoint, open_corpus, say, table
+from audiot.commands.finetune import task_data
+from audiot.data.datamodule import SpeechDataModule
+from audiot.downstream.module import DownstreamModule
+from audiot.files import read_json, write_json
+from audiot.pretraining import MaskedAcousticModel
+
+
+def main(cfg: DictConfig) -> None:
+    """Print what was measured then and now; now's figures go to ``evaluation.json`` in the run's folder."""
+    run = Path(cfg.run)
+    settings = run_config(run)
+    trainer = pl.Trainer(
+        accelerator=cfg.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    if (run / "metrics.json").is_file():
+        then, now = read_json(run / "metrics.json", "metrics"), evaluate_downstream(trainer, settings, run)
+    else:
+        then = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
+        now = evaluate_pretraining(trainer, settings, run)
+    write_json(run / "evaluation.json", now)
+    rows = {name: f"{value:.4f}   (then {then[name]:.4f})" if name in then else f"{value:.4f}" for name, value in now.items()}
+    say(table(rows))
+    say(f"wrote   {run / 'evaluation.json'}")
+    if (run / "encoder").is_dir():
+        say(f"next:   audiot finetune downstream=phone_linear upstream=checkpoint upstream.path={run / 'encoder'}")
+
+
+def run_config(run: Path) -> DictConfig:
+    """The config that a run was started with."""
+    path = run / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"run={run}: no run there ({path} is missing)")
+    settings = OmegaConf.load(path)
+    assert isinstance(settings, DictConfig)
+    settings.run_dir = str(run)
+    return settings
+
+
+def check_archive(path: Path) -> Path:
+    """A checkpoint's path, if it is whole: its index stands at the end of the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or not a checkpoint")
+    return path
+
+
+def load_pretraining(run: Path) -> MaskedAcousticModel:
+    """The module of a pre-training run's latest checkpoint."""
+    path = newest_checkpoint(run)
+    if path is None:
+        raise FileNotFoundError(f"run={run}: no checkpoint in {run / 'checkpoints'}")
+    return MaskedAcousticModel.load_from_checkpoint(check_archive(path), map_location="cpu", weights_only=False)
+
+
+def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, float]:
+    """Validation L1 beside both baselines."""
+    module = load_pretraining(run)
+    data = SpeechDataModule(open_corpus(settings), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    return {name: value for name, value in metrics.items() if name.startswith("pretrain/")}
+
+
+def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, Any]:
+    """Test metrics of the best checkpoint."""
+    path = check_archive(run / "checkpoints" / "best.ckpt")
+    module = DownstreamModule.load_from_checkpoint(path, map_location="cpu", weights_only=False)
+    data = task_data(settings, open_corpus(settings), module.upstream.features)
+    if data.classes != module.hparams["classes"]:
+        raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")
+    with torch.inference_mode():
+        (metrics,) = trainer.test(module, data, verbose=False)
+    return dict(metrics)
+
+
+if __name__ == "__main__":
+    from audiot.cli import run as run_command
+
+    run_command("evaluate", sys.argv[1:])

@@ -1,0 +1,23 @@
+"""``audiot prepare``: make a corpus ready for training."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from audiot.commands.common import open_corpus, say
+
+
+def main(cfg: DictConfig) -> None:
+    """Prepare the corpus of the config, unless that is done already, and say how to train on it."""
+    corpus = open_corpus(cfg)
+    for split, count in corpus.counts.items():
+        say(f"  {split:<14} {count:>7} utterances  {corpus.hours[split]:8.2f} h")
+    say(f"next:  audiot pretrain data={cfg.data.name} with the same data settings")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from audiot.cli import run
+
+    run("prepare", sys.argv[1:])

@@ -1,0 +1,140 @@
+"""``audiot pretrain``: pre-train a masked acoustic model, export its encoder, probe it, draw it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+
+from audiot.analysis.plots import plot_attention, plot_probes, plot_training
+from audiot.callbacks import Throughput
+from audiot.checkpoint import load_encoder, save_encoder
+from audiot.commands.common import data_options, make_trainer, newest_checkpoint, open_corpus, plain, say, table
+from audiot.commands.probing import run_probes
+from audiot.data.datamodule import SpeechDataModule
+from audiot.files import read_json, write_json
+from audiot.pretraining import MaskedAcousticModel
+
+
+def main(cfg: DictConfig) -> None:
+    """Run the whole of it in ``cfg.run_dir``, or the rest of it there."""
+    begin = time.monotonic()
+    run = Path(cfg.run_dir)
+    checkpoint = newest_checkpoint(run) if cfg.resume else None
+    if cfg.resume and _finished(run, cfg, checkpoint):
+        say(f"{run} is finished: nothing to resume\n{report(run)}")
+        return
+    pl.seed_everything(cfg.seed, verbose=False)
+    corpus = open_corpus(cfg)
+    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, **data_options(cfg))
+    module = build(cfg)
+    _check_rate(module, corpus.sample_rate)
+    if module.model.features.cmvn == "global" and not cfg.init:
+        module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
+    trainer = make_trainer(cfg)
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
+    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}")
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    if trainer.max_steps % cfg.checkpoint.every_n_steps:
+        trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    (validation,) = trainer.validate(module, data, verbose=False)
+    throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+    if not trainer.is_global_zero:
+        return
+    save_encoder(run / "encoder", module.model, module.head)
+    summary: dict[str, Any] = {name: value for name, value in validation.items() if name.startswith("pretrain/")}
+    draw(run, module, data)
+    if cfg.probe:
+        summary |= run_probes(cfg, run)
+        if any(name.startswith(("probe/", "finetune/")) for name in summary):
+            plot_probes(summary, run / "plots" / "probes.png")
+    summary |= {
+        "frames_per_s": round(throughput.average),
+        "parameters": parameters,
+        "steps": trainer.global_step,
+        "wall_s": round(time.monotonic() - begin, 1),
+    }
+    write_json(run / "summary.json", summary)
+    say(report(run))
+
+
+def build(cfg: DictConfig) -> MaskedAcousticModel:
+    """The module of a config: new, or going on from the exported encoder ``cfg.init``, which brings its own features and model."""
+    options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
+    if not cfg.init:
+        return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
+    start = load_encoder(cfg.init)
+    module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
+    start = load_encoder(cfg.init, head=module.head)
+    module.model.load_state_dict(start.state_dict())
+    say(f"init    {cfg.init}, with its features and model")
+    return module
+
+
+def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
+    wanted = module.model.features.sample_rate
+    if wanted != sample_rate:
+        raise ValueError(f"the corpus is at {sample_rate} Hz and the features at {wanted} Hz: set data.prepare.sample_rate={wanted}")
+
+
+def _finished(run: Path, cfg: DictConfig, checkpoint: Path | None) -> bool:
+    if checkpoint is None:
+        raise ValueError(f"resume={run}: no checkpoint in {run / 'checkpoints'}; start the run anew")
+    summary = run / "summary.json"
+    return summary.is_file() and read_json(summary, "summary")["steps"] >= cfg.trainer.max_steps
+
+
+@torch.no_grad()
+def draw(run: Path, module: MaskedAcousticModel, data: SpeechDataModule) -> None:
+    """Curves from ``metrics.csv`` and the attention of the first validation utterance."""
+    if (run / "metrics.csv").is_file():
+        plot_training(run / "metrics.csv", run / "plots" / "training.png")
+    batch = next(iter(data.ordered_loader("valid")))
+    length = int(batch["lengths"][0])
+    model = module.model.cpu().eval()
+    tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
+    weights = [layer[0] for layer in model.encoder.attention_weights(tokens)]
+    plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
+
+
+def report(run: Path) -> str:
+    """The closing lines: what was done, how good it is, what to run next."""
+    summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
+    lines = [
+        "",
+        table(
+            {
+                "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
+                f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
+                "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
+                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s in all",
+            }
+        ),
+    ]
+    tasks = dict.fromkeys(tuple(name.split("/")[:2]) for name in summary if name.startswith(("probe/", "finetune/")))
+    if tasks:
+        lines += ["", f"{'test accuracy, %':<28}{'pre-trained':>12}{'untrained':>12}{'features':>12}"]
+        for kind, task in tasks:
+            name = f"{task}, {'frozen' if kind == 'probe' else 'fine-tuned, few labels'}"
+            cells = [summary.get(f"{kind}/{task}/{upstream}") for upstream in ("encoder", "random", "features")]
+            lines.append(f"{name:<28}" + "".join(f"{100 * cell:12.1f}" if cell is not None else f"{'':>12}" for cell in cells))
+    lines += [
+        "",
+        f"run     {run}",
+        f"plots   {run / 'plots'}: {', '.join(sorted(path.name for path in (run / 'plots').glob('*.png') if 'step' not in path.name))}",
+        f"next:   audiot finetune downstream=phone_linear upstream=checkpoint upstream.path={run / 'encoder'}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from audiot.cli import run as run_command
+
+    run_command("pretrain", sys.argv[1:])

@@ -1,0 +1,44 @@
+"""The probes that follow pre-training: each one is a run of ``finetune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from audiot.commands.common import say
+from audiot.commands.finetune import finetune
+from audiot.files import read_json
+
+SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
+
+
+def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
+    """Test accuracy of every entry of ``cfg.probes``; one that a resumed run has done before is not done again."""
+    accuracies = {}
+    for name, overrides in cfg.probes.items():
+        folder = run / "probes" / str(name).replace("/", "-")
+        if not (folder / "metrics.json").is_file():
+            say(f"\n{name}:  audiot finetune {' '.join(overrides)}")
+            finetune(probe_config(cfg, list(overrides), folder))
+        accuracies[str(name)] = read_json(folder / "metrics.json", "metrics")["test/accuracy"]
+    return accuracies
+
+
+def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
+    """The config of ``audiot finetune OVERRIDES`` on the data, model and device of a pre-training run."""
+    overrides = [*overrides, f"run_dir={folder}", "logger=none"]
+    if GlobalHydra.instance().is_initialized():
+        probe = compose("finetune", overrides)
+    else:  # a resumed run
+        with initialize_config_module("audiot.conf", version_base="1.3"):
+            probe = compose("finetune", overrides)
+    shared = OmegaConf.masked_copy(cfg, list(SHARED))
+    device = {"trainer": {"accelerator": cfg.trainer.accelerator, "precision": cfg.trainer.precision}}
+    explicit = OmegaConf.from_dotlist([override for override in overrides if override.startswith("data.")])
+    OmegaConf.set_struct(probe, False)
+    merged = OmegaConf.merge(probe, shared, device, explicit)
+    assert isinstance(merged, DictConfig)
+    return merged

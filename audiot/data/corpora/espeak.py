@@ -1,0 +1,194 @@
+"""eSpeak NG through ctypes, and the process that speaks one speaker of the demo corpus: ``python -m audiot.data.corpora.espeak``.
+
+eSpeak NG is licensed GPL-3.0-or-later. It comes with the package ``espeakng-loader`` (the extra ``audiot[demo]``) and is
+loaded only here, in a process of its own. That is needed anyway: the samples depend on everything that its process has
+spoken before, so a fresh process for each speaker makes the corpus independent of the number of workers.
+This module imports neither torch nor lhotse, so that such a process starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+import wave
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+
+from audiot.data.corpora.demo_phones import SILENCE, phone_spans
+from audiot.data.corpora.demo_texts import sentences
+
+SAMPLE_RATE = 16000  # Hz, of the corpus; eSpeak itself speaks at 22,050 Hz
+MIN_DURATION_S, MAX_DURATION_S = 1.5, 4.0
+
+# Names and values from espeak-ng/speak_lib.h.
+_AUDIO_OUTPUT_SYNCHRONOUS = 2
+_INITIALIZE_PHONEME_EVENTS, _INITIALIZE_PHONEME_IPA, _INITIALIZE_DONT_EXIT = 0x0001, 0x0002, 0x8000
+_CHARS_UTF8 = 1
+_POS_CHARACTER = 1
+_EVENT_LIST_TERMINATED, _EVENT_PHONEME = 0, 7
+_RATE, _PITCH, _RANGE = 1, 3, 4
+
+
+class _EventId(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_ubyte * 8))
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    )
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
+class Espeak:
+    """The speech synthesiser, set to one voice. The library is global state: one instance a process.
+
+    Args:
+        accent: eSpeak's name of an English voice, such as ``en-us``.
+        variant: Name of a voice variant, such as ``f3``.
+        pitch: 0 to 100, 50 is the variant's own.
+        pitch_range: 0 to 100, 50 is the variant's own.
+        rate: Words a minute.
+
+    Raises:
+        ValueError: no such accent or variant.
+        RuntimeError: the library can't read its data.
+    """
+
+    def __init__(self, accent: str, variant: str, pitch: int, pitch_range: int, rate: int) -> None:
+        import espeakng_loader
+
+        data = Path(espeakng_loader.get_data_path())
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self._library.espeak_Synth.argtypes = (
+            *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+            *(ctypes.c_void_p, ctypes.c_void_p),
+        )
+        # The library has room for 160 bytes of path, so it gets a short one; it reads some files only when it speaks.
+        self._link = tempfile.TemporaryDirectory(prefix="espeak")
+        os.symlink(data, Path(self._link.name, "espeak-ng-data"))
+        options = _INITIALIZE_PHONEME_EVENTS | _INITIALIZE_PHONEME_IPA | _INITIALIZE_DONT_EXIT
+        self.sample_rate = self._library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(self._link.name), options)
+        if self.sample_rate <= 0:
+            raise RuntimeError(f"eSpeak NG can't read its data in {data}: reinstall with pip install 'audiot[demo]'")
+        # The library takes an unknown variant for none, without a word.
+        if not (data / "voices" / "!v" / variant).is_file():
+            raise ValueError(f"eSpeak NG has no voice variant {variant!r} in {data}")
+        if self._library.espeak_SetVoiceByName(f"{accent}+{variant}".encode()):
+            raise ValueError(f"eSpeak NG has no voice {accent!r} in {data}")
+        # Unasked, it seeds its random numbers (flutter of the pitch, breath) with the time of day.
+        pass
+        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._samples: list[np.ndarray] = []
+        self._events: list[tuple[str, int]] = []
+        self._callback = _Callback(self._collect)  # the library keeps no reference to it
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def speak(self, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
+        """Samples (N,), int16, and phones: IPA name with stress marks, "" for a pause, and the sample at which it starts."""
+        self._samples, self._events = [], []
+        encoded = text.encode()
+        status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
+        if status or not self._samples:
+            raise RuntimeError(f"eSpeak NG could not speak {text!r} (status {status})")
+        return np.concatenate(self._samples), self._events
+
+    def _collect(self, samples: Any, num_samples: int, events: Any) -> int:
+        if samples and num_samples:
+            self._samples.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
+        i = 0
+        while events[i].type != _EVENT_LIST_TERMINATED:
+            if events[i].type == _EVENT_PHONEME:
+                name = bytes(events[i].id.string).partition(b"\0")[0].decode()
+                self._events.append((name, events[i].sample))
+            i += 1
+        return 0
+
+
+def speak_speaker(job: dict[str, Any]) -> None:
+    """Write the audio of one speaker, and then, as the mark that it is complete, the list of utterances.
+
+    Args:
+        job: ``audio``, the folder of the recordings; ``utterances``, the path of the list; ``speaker``, its name; ``voice``,
+            the arguments of :class:`Espeak`; ``seed``; ``parts``, each with its name (``split``), the split that its texts
+            come from (``sentences``), and the ``seconds`` of speech or the number (``count``) of utterances wanted.
+    """
+    espeak = Espeak(**job["voice"])
+    audio = Path(job["audio"])
+    audio.mkdir(parents=True, exist_ok=True)
+    utterances: list[dict[str, Any]] = []
+    for part in job["parts"]:
+        name = f"{job['speaker']}-{part['split']}"
+        texts = sentences(part["sentences"], f"{job['seed']}/{name}")
+        count, num_samples = 0, 0
+        while count < part.get("count", count + 1) and num_samples < part.get("seconds", np.inf) * SAMPLE_RATE:
+            text, keyword = next(texts)
+            utterance_id = f"{name}-{count:04d}"
+            rng = np.random.default_rng([job["seed"], zlib.crc32(utterance_id.encode())])
+            samples, phones = _utterance(espeak, text, rng)
+            if not MIN_DURATION_S <= len(samples) / SAMPLE_RATE <= MAX_DURATION_S:
+                continue  # too long or too short at this speaker's rate: the next sentence, please
+            _write_wav(audio / f"{utterance_id}.wav", samples)
+            utterance = {"id": utterance_id, "split": part["split"], "text": text, "keyword": keyword}
+            utterances.append({**utterance, "num_samples": len(samples), "phones": phones})
+            count, num_samples = count + 1, num_samples + len(samples)
+    write_atomically(Path(job["utterances"]), json.dumps(utterances).encode())
+
+
+def _utterance(espeak: Espeak, text: str, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """16-bit samples at `SAMPLE_RATE`, and each phone with the sample at which it starts; SIL first and last."""
+    spoken, events = espeak.speak(text)
+    spans = phone_spans(events, spoken, espeak.sample_rate)
+    speech = soxr.resample(spoken.astype(np.float32) / 32768, espeak.sample_rate, SAMPLE_RATE)
+    # Silence at either end, on top of the up to 12 ms that eSpeak puts there.
+    before, after = rng.integers(SAMPLE_RATE * 20 // 1000, SAMPLE_RATE * 88 // 1000, size=2).tolist()
+    phones = [(span.phone, before + round(span.start * SAMPLE_RATE / espeak.sample_rate)) for span in spans]
+    phones = [(SILENCE, 0), *(phones[1:] if phones[0][0] == SILENCE else phones)]
+    if phones[-1][0] != SILENCE:
+        phones.append((SILENCE, before + len(speech)))
+
+    level_db, noise_db = rng.uniform(-32, -20), rng.uniform(-40, -25)  # RMS below full scale; noise below speech
+    level = 10 ** (level_db / 20)
+    speech *= min(level / np.sqrt(np.mean(speech**2)), 0.9 / np.abs(speech).max())
+    waveform = level * 10 ** (noise_db / 20) * rng.standard_normal(before + len(speech) + after, dtype=np.float32)
+    waveform[before : before + len(speech)] += speech
+    return (waveform * 32768).round().clip(-32768, 32767).astype("<i2"), phones
+
+
+def _write_wav(path: Path, samples: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with wave.open(str(temporary), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.tobytes())
+    os.replace(temporary, path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name in the same folder, then rename; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    speak_speaker(json.load(sys.stdin))

@@ -1,0 +1,453 @@
+"""Any tree of audio files, labels from a path pattern or a table."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import difflib
+import hashlib
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from string import Formatter
+from typing import Any
+
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
+from lhotse.cut import Cut, MonoCut, MultiCut
+from tqdm import tqdm
+
+from audiot.data.manifests import Manifests
+from audiot.data.prepare import BadAudioError, open_audio
+
+READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
+# Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
+UNREADABLE = ("m4a", "aac", "mp4", "wma", "webm", "amr", "ape", "wv")
+ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+class PathPattern:
+    """Fields of a path: ``{keyword}_{speaker}_{take}`` or ``{speaker}/{chapter}/{utterance}``.
+
+    A field is one or more characters other than ``/``. A pattern without ``/`` is matched against the file name alone, one
+    with it against the whole path below the root, both without suffix.
+
+    Raises:
+        ValueError: the pattern has no fields, the same one twice, or two without anything between them.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.fields: list[str] = []
+        try:
+            parts = list(Formatter().parse(pattern))
+        except ValueError as error:
+            raise ValueError(f"data.pattern {pattern!r}: {error}") from None
+        expression = ""
+        for number, (literal, field, spec, conversion) in enumerate(parts):
+            expression += re.escape(literal)
+            if field is None:
+                continue
+            if not field.isidentifier() or spec or conversion or field in (*self.fields, "path"):
+                raise ValueError(f"data.pattern {pattern!r}: {{{field}}} must be a plain name, used once, other than path")
+            if number and not literal:
+                raise ValueError(f"data.pattern {pattern!r}: nothing tells {{{self.fields[-1]}}} and {{{field}}} apart")
+            self.fields.append(field)
+            expression += f"(?P<{field}>[^/]+?)"
+        if not self.fields:
+            raise ValueError(f"data.pattern {pattern!r} has no field such as {{speaker}}")
+        self._shortest = re.compile(expression)
+        self._longest = re.compile(expression.replace("[^/]+?)", "[^/]+)"))
+
+    def match(self, utterance: str) -> dict[str, str]:
+        """Field → its part of the path.
+
+        Raises:
+            BadAudioError: the path does not match, or does in more than one way.
+        """
+        text = utterance if "/" in self.pattern else utterance.rsplit("/", 1)[-1]
+        shortest, longest = self._shortest.fullmatch(text), self._longest.fullmatch(text)
+        if shortest is None or longest is None:
+            raise BadAudioError(f"does not match data.pattern: {self.pattern}")
+        if shortest.groupdict() != longest.groupdict():
+            raise BadAudioError(f"matches data.pattern in more than one way: {self.pattern}")
+        return shortest.groupdict()
+
+
+def read_labels(path: str | Path) -> dict[str, dict[str, str]]:
+    """A table with a header: its column ``path`` → the other columns. Tabs separate columns in a .tsv, commas elsewhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no ``path`` column, a row of another length than the header, or a path twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.labels: there is no file {path}")
+    labels: dict[str, dict[str, str]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() in {".tsv", ".tab"} else ",")
+        if "path" not in (rows.fieldnames or ()):
+            header = ", ".join(rows.fieldnames or ()) or "nothing"
+            raise ValueError(f"{path}: the first line must name the columns, one of them path; found {header}")
+        for row in rows:
+            if None in row or None in row.values():
+                columns = len(rows.fieldnames or ())
+                raise ValueError(f"{path}:{rows.line_num}: not as many values as the header has columns ({columns})")
+            name = os.path.normpath(row.pop("path")).replace(os.sep, "/")
+            if name in labels:
+                raise ValueError(f"{path}:{rows.line_num}: the path {name} occurs a second time")
+            labels[name] = row
+    return labels
+
+
+class SplitExpression:
+    """Which utterances a split takes: ``take<5``, ``speaker=='jackson' or take>=40``, ``speaker in ('theo', 'lucas')``.
+
+    Names, strings, numbers, comparisons, ``and``, ``or``, ``not`` and ``in``; nothing else is evaluated. A comparison with a
+    number is one of numbers; others compare text, except that ``<`` and the like take two texts that are numbers as such.
+
+    Args:
+        name: Of the argument, for errors: ``data.test``.
+        text: The expression.
+        fields: Names that it may use.
+
+    Raises:
+        ValueError: it is anything else, or uses an unknown field.
+    """
+
+    def __init__(self, name: str, text: str, fields: Iterable[str]) -> None:
+        self.name, self.text, self.fields = name, text, sorted(fields)
+        if not isinstance(text, str) or len(text) > 2000:
+            raise self._error("it must be text of at most 2000 characters")
+        try:
+            self.tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            detail = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
+            raise self._error(detail) from None
+        self._check(self.tree)
+
+    def __call__(self, labels: Mapping[str, str]) -> bool:
+        """Whether the utterance with these labels is taken.
+
+        Raises:
+            ValueError: a label that is compared with a number as less or greater is none.
+        """
+        return self._evaluate(self.tree, labels)
+
+    def _error(self, detail: str) -> ValueError:
+        shown = self.text if isinstance(self.text, str) and len(self.text) <= 200 else f"{str(self.text)[:200]}…"
+        return ValueError(f"{self.name}: {shown!r} is no condition on labels such as take<5 or speaker=='theo': {detail}")
+
+    def _check(self, node: ast.expr) -> None:
+        match node:
+            case ast.BoolOp(values=values):
+                for value in values:
+                    self._check(value)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                self._check(operand)
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                self._check_value(left)
+                for op, right in zip(ops, comparators, strict=True):
+                    if isinstance(op, (ast.Is, ast.IsNot)):
+                        raise self._error("write == rather than is")
+                    if isinstance(op, (ast.In, ast.NotIn)):
+                        if not isinstance(right, (ast.Tuple, ast.List, ast.Set)):
+                            raise self._error("'in' takes a list such as ('a', 'b')")
+                        for item in right.elts:
+                            self._check_value(item)
+                    else:
+                        self._check_value(right)
+            case _:
+                raise self._error(f"{ast.unparse(node)} is no comparison")
+
+    def _check_value(self, node: ast.expr) -> None:
+        match node:
+            case ast.Name(id=field):
+                if field not in self.fields:
+                    near = difflib.get_close_matches(field, self.fields, n=1)
+                    hint = f"did you mean {near[0]}?" if near else "quote it if it is a value;"
+                    raise self._error(f"unknown field {field}: {hint} The fields are {', '.join(self.fields)}")
+            case ast.Constant(value=str() | int() | float() as value) if not isinstance(value, bool):
+                pass
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)) if not isinstance(value, bool):
+                pass
+            case _:
+                raise self._error(f"{ast.unparse(node)} is neither a field nor a text nor a number")
+
+    def _evaluate(self, node: ast.expr, labels: Mapping[str, str]) -> bool:
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                some = any if isinstance(op, ast.Or) else all
+                return some(self._evaluate(value, labels) for value in values)
+            case ast.UnaryOp(operand=operand):
+                return not self._evaluate(operand, labels)
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                pairs = zip([left, *comparators], ops, comparators, strict=False)
+                return all(self._compare(first, op, second, labels) for first, op, second in pairs)
+        raise self._error(f"{ast.unparse(node)} is no comparison")
+
+    def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr, labels: Mapping[str, str]) -> bool:
+        if isinstance(right, (ast.Tuple, ast.List, ast.Set)):
+            found = any(self._compare(left, ast.Eq(), item, labels) for item in right.elts)
+            return found == isinstance(op, ast.In)
+        first, second = self._value(left, labels), self._value(right, labels)
+        numbers = _number(first), _number(second)
+        both = None not in numbers
+        if isinstance(op, (ast.Eq, ast.NotEq)):
+            texts = isinstance(first, str) and isinstance(second, str)
+            equal = first == second if texts else both and numbers[0] == numbers[1]
+            return equal == isinstance(op, ast.Eq)
+        if both:
+            return ORDER[type(op)](*numbers)
+        if not isinstance(first, str) or not isinstance(second, str):
+            text = first if isinstance(first, str) else second
+            where = f" (of {labels['path']})" if "path" in labels else ""
+            raise self._error(f"{text!r}{where} is not a number")
+        return ORDER[type(op)](first, second)
+
+    def _value(self, node: ast.expr, labels: Mapping[str, str]) -> str | int | float:
+        return labels[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _number(value: str | int | float) -> int | float | None:
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", value) else None
+
+
+def hold_out(utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str]) -> dict[str, list[str]]:
+    """Take a share of the utterances for each of ``roles`` (at least one each) and leave the rest to ``train``.
+
+    Which ones is a hash of seed and utterance, so that it depends neither on order nor on platform.
+
+    Raises:
+        ValueError: the fraction is out of range, or too few utterances are there.
+    """
+    if not 0 < fraction < 0.5:
+        raise ValueError(f"data.valid_fraction must be above 0 and below 0.5, found {fraction}")
+    size = max(1, round(fraction * len(utterances)))
+    if len(utterances) <= size * len(roles):
+        raise ValueError(
+            f"{len(utterances)} utterances are too few to take {size} each for {' and '.join(roles)}: "
+            "add some, or name the splits yourself"
+        )
+    by_hash = sorted(utterances, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    role_of = {name: role for at, role in enumerate(roles) for name in by_hash[at * size : (at + 1) * size]}
+    split: dict[str, list[str]] = {role: [] for role in ("train", *roles)}
+    for name in utterances:
+        split[role_of.get(name, "train")].append(name)
+    return split
+
+
+def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut:
+    """A whole file as a cut, from its header.
+
+    Args:
+        path: The file.
+        utterance: Id of cut and recording.
+        channel: ``average`` keeps all channels for preparation to average; a number keeps that one.
+
+    Raises:
+        BadAudioError: the file can't be used, or has no such channel.
+    """
+    with open_audio(path) as file:
+        channels, sample_rate, num_samples = list(range(file.channels)), file.samplerate, file.frames
+    if channel != "average" and channel not in channels:
+        raise BadAudioError(f"no channel {channel}: it has {', '.join(map(str, channels))}")
+    source = AudioSource("file", channels, str(path))
+    duration = num_samples / sample_rate
+    recording = Recording(utterance, [source], sample_rate, num_samples, duration, channel_ids=channels)
+    if channel == "average" and len(channels) > 1:
+        return MultiCut(utterance, 0.0, duration, channels, recording=recording)
+    return MonoCut(utterance, 0.0, duration, 0 if channel == "average" else int(channel), recording=recording)
+
+
+class FolderCorpus:
+    """Any tree of audio that soundfile reads, in the order of its paths.
+
+    An utterance's id is its path below the root without suffix. Each label goes to the supervision's custom fields;
+    ``speaker`` and ``text`` also to its own. Names that begin with a dot are passed over; a folder to which several links
+    lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
+
+    Args:
+        root: Top folder.
+        pattern: Labels in the path, see :class:`PathPattern`.
+        labels: A table, see :func:`read_labels`, its paths relative to the root. Files that it does not list are rejected.
+        train: Which utterances are for training, see :class:`SplitExpression`; None: those that are left.
+        valid: For validation; None: ``valid_fraction`` of the training utterances.
+        test: For testing; None: as many again.
+        valid_fraction: Share of the training utterances to hold out, at least one.
+        seed: Of that choice.
+        channel: ``average``, or the number of the channel to use.
+        extensions: Suffixes of audio files, in any case; None: all that soundfile reads.
+
+    Raises:
+        FileNotFoundError: root or labels are missing.
+        ValueError: an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        pattern: str | None = None,
+        labels: str | Path | None = None,
+        train: str | None = None,
+        valid: str | None = None,
+        test: str | None = None,
+        valid_fraction: float = 0.05,
+        seed: int = 0,
+        channel: str | int = "average",
+        extensions: Sequence[str] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"data.root: there is no folder {self.root}")
+        if channel != "average" and (not isinstance(channel, int) or channel < 0):
+            raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
+        self.pattern = PathPattern(pattern) if pattern else None
+        self.table = read_labels(labels) if labels else None
+        columns = list(next(iter(self.table.values()), {})) if self.table else []
+        fields = self.pattern.fields if self.pattern else []
+        if both := set(fields) & set(columns):
+            raise ValueError(f"{min(both)} is a field of data.pattern and a column of data.labels: rename one of them")
+        named = {"test": test, "valid": valid, "train": train}  # in the order in which they take
+        self.splits = {
+            role: SplitExpression(f"data.{role}", text, ["path", *fields, *columns])
+            for role, text in named.items()
+            if text is not None
+        }
+        self.valid_fraction, self.seed, self.channel = valid_fraction, seed, channel
+        self.extensions = {text.lower().lstrip(".") for text in extensions} if extensions else {*READABLE, *UNREADABLE}
+
+    def manifests(self, progress: bool = True) -> Manifests:
+        """Find the files, read their headers, label and split them.
+
+        Raises:
+            FileNotFoundError: there is no audio.
+            ValueError: two files differ in suffix only, or a split gets no utterance.
+        """
+        paths = self._find()
+        rejected: list[tuple[str, str]] = []
+        labels_of: dict[str, dict[str, str]] = {}
+        path_of: dict[str, Path] = {}
+        suffix_of: dict[str, str] = {}
+        for path in paths:
+            utterance, dot, suffix = path.rpartition(".")
+            if utterance in suffix_of:
+                raise ValueError(
+                    f"{self.root / path} and {self.root / (utterance + dot + suffix_of[utterance])} differ in their "
+                    "suffix only and would be one utterance: move one away, or choose data.extensions"
+                )
+            suffix_of[utterance] = suffix
+            try:
+                labels_of[utterance] = self._labels(path, utterance)
+                path_of[utterance] = self.root / path
+            except BadAudioError as reason:
+                rejected.append((str(self.root / path), str(reason)))
+        for name in (self.table or {}).keys() - set(paths):
+            rejected.append((str(self.root / name), "missing: data.labels lists it"))
+
+        cuts: dict[str, Cut] = {}
+        with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+            read = pool.map(self._read, path_of, path_of.values())
+            bar = tqdm(read, total=len(path_of), desc="read headers", unit="utt", disable=not progress)
+            for utterance, found in zip(path_of, bar, strict=True):
+                if isinstance(found, BadAudioError):
+                    rejected.append((str(path_of[utterance]), str(found)))
+                else:
+                    cuts[utterance] = _labelled(found, labels_of[utterance])
+        rejected.sort()
+        if not cuts:  # preparation reports it
+            return Manifests({}, rejected=rejected)
+        split = self._split({utterance: labels_of[utterance] for utterance in cuts})
+        return Manifests(
+            {role: CutSet.from_cuts(cuts[name] for name in names) for role, names in split.items()}, rejected=rejected
+        )
+
+    def _find(self) -> list[str]:
+        """Paths of audio below the root, '/' between folders, sorted."""
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        paths, seen = [], set()
+        for folder, folders, names in os.walk(self.root, followlinks=True, onerror=fail):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link leads back
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
+            for name in names:
+                if not name.startswith(".") and name.rpartition(".")[2].lower() in self.extensions:
+                    paths.append(str(below / name))
+        if not paths:
+            raise FileNotFoundError(f"{self.root} has no audio files ({', '.join(sorted(self.extensions))})")
+        return sorted(paths)
+
+    def _labels(self, path: str, utterance: str) -> dict[str, str]:
+        if any("\ud800" <= character <= "\udfff" for character in utterance):  # how Python gives such bytes
+            raise BadAudioError("its name is not UTF-8: rename it")
+        labels = self.pattern.match(utterance) if self.pattern else {}
+        if self.table is not None:
+            if path not in self.table:
+                raise BadAudioError("not listed in data.labels")
+            labels |= self.table[path]
+        return labels | {"path": path}
+
+    def _read(self, utterance: str, path: Path) -> Cut | BadAudioError:
+        try:
+            return audio_cut(path, utterance, self.channel)
+        except BadAudioError as error:
+            return error
+
+    def _split(self, labels_of: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+        unused = 0
+        for utterance, labels in labels_of.items():
+            role = next((role for role, takes in self.splits.items() if takes(labels)), None)
+            if role is None and "train" not in self.splits:
+                role = "train"
+            if role is None:
+                unused += 1
+            else:
+                names[role].append(utterance)
+        if unused:
+            print(f"{unused} of {len(labels_of)} utterances are in no split of {self.root}", flush=True)
+        for role in ("train", *self.splits):
+            if not names[role]:
+                text = f" ({self.splits[role].text})" if role in self.splits else ", the other splits take all"
+                raise ValueError(f"no utterance of {self.root} is left for {role}{text}: change data.{role}")
+        held_out = [role for role in ("valid", "test") if role not in self.splits]
+        if held_out:
+            names |= hold_out(names["train"], self.valid_fraction, self.seed, held_out)
+        return names
+
+
+def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
+    custom = {name: value for name, value in labels.items() if name != "path"}
+    cut.supervisions = [
+        SupervisionSegment(
+            cut.id,
+            cut.id,
+            0.0,
+            cut.duration,
+            cut.channel,
+            text=labels.get("text"),
+            speaker=labels.get("speaker") or None,
+            custom=custom or None,
+        )
+    ]
+    return cut

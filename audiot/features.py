@@ -1,0 +1,637 @@
+"""Waveform → features, on the device, as the first module of a model: whoever has the checkpoint has its front end.
+
+Shapes: B utterances, N samples, F frames, C channels of a frame (deltas included), T tokens of `stack` frames each.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, overload
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torchaudio.compliance import kaldi
+
+SelfFeatures = TypeVar("SelfFeatures", bound="Features")
+
+
+class Features(nn.Module, ABC):
+    """Base of the front ends: framing, deltas, mean and variance normalisation (CMVN), stacking and exact lengths.
+
+    Nothing is padded at the ends: frame t covers the samples [t·hop_length, t·hop_length + win_length), and samples
+    that do not fill a frame are left out. So lengths are exact, and what lies behind the end of an utterance in a
+    padded batch reaches none of its frames.
+
+    The order is frames → deltas → CMVN → stacking. Deltas repeat the utterance's own first and last frame. CMVN
+    subtracts the mean and divides by the unbiased (n - 1) standard deviation, floored at `eps`, so that a constant
+    channel comes out as zero. Padded tokens are zero.
+
+    Features are computed without gradients, in float32 (float64 for a float64 waveform) whatever autocast or the
+    model's dtype says; the buffers stay float32 in a half-precision model.
+
+    Args:
+        frame_channels: Channels that `frames` returns, before deltas.
+        win_length: Samples in a frame.
+        hop_length: Samples from one frame to the next.
+        sample_rate: In Hz; waveforms must have it already.
+        cmvn: ``"utterance"`` (over each utterance's own frames), ``"global"`` (over a corpus, see `fit`) or ``"none"``.
+        stack: Consecutive frames in a token; an utterance's remaining frames are dropped.
+        eps: Smallest standard deviation that CMVN divides by.
+        delta_order: 0, 1 (add first differences in time) or 2 (and differences of those).
+        delta_window: Frames that a delta looks at, odd.
+
+    Attributes:
+        num_channels: C, channels of a frame: frame_channels · (delta_order + 1).
+        output_dim: Size of a token: num_channels · stack.
+    """
+
+    def __init__(
+        self,
+        *,
+        frame_channels: int,
+        win_length: int,
+        hop_length: int,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 0,
+        delta_window: int = 5,
+    ) -> None:
+        super().__init__()
+        if cmvn not in ("utterance", "global", "none"):
+            raise ValueError(f"features.cmvn must be utterance, global or none, found {cmvn!r}")
+        if delta_order not in (0, 1, 2):
+            raise ValueError(f"features.delta_order must be 0, 1 or 2, found {delta_order}")
+        if delta_window < 3 or delta_window % 2 == 0:
+            raise ValueError(f"features.delta_window must be odd and at least 3, found {delta_window}")
+        sizes = {"sample_rate": sample_rate, "win_length": win_length, "hop_length": hop_length, "stack": stack}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"features.{name} must be at least 1, found {size}")
+        if eps <= 0:
+            raise ValueError(f"features.eps must be positive, found {eps}")
+        self.sample_rate = sample_rate
+        self.win_length = win_length
+        self.hop_length = hop_length
+        self.cmvn = cmvn
+        self.stack = stack
+        self.eps = eps
+        self.delta_order = delta_order
+        self.delta_window = delta_window
+        self.num_channels = frame_channels * (delta_order + 1)
+        self.output_dim = self.num_channels * stack
+        self.cmvn_mean: Tensor
+        self.cmvn_std: Tensor
+        if cmvn == "global":  # NaN until fitted: a forgotten fit cannot pass for a result
+            self.register_buffer("cmvn_mean", torch.full((self.num_channels,), math.nan))
+            self.register_buffer("cmvn_std", torch.full((self.num_channels,), math.nan))
+        self._fitted = False  # only spares the device a look at the statistics in every step
+
+    @abstractmethod
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """Features of every full frame, before deltas: (B, N) → (B, F, frame_channels), F = num_frames(N).
+
+        The waveforms are float32 or float64, and so is the result.
+        """
+
+    @torch.no_grad()
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute tokens and how many of them each utterance has.
+
+        Args:
+            waveforms: (B, N) float in [-1, 1], padded at the end with anything.
+            lengths: (B,) integers, the samples of each utterance; None when nothing is padded. Best kept on the CPU,
+                as the data module gives them: they are checked only there, because a check on a GPU would wait for it.
+                On a GPU an utterance that is too short gets no tokens.
+
+        Returns:
+            (B, T, output_dim) tokens with T = num_tokens(N), and (B,) lengths in tokens, where `lengths` was (or
+            beside the waveforms).
+
+        Raises:
+            ValueError: an utterance is shorter than one token, a length exceeds N, the shapes or types are wrong, or
+                ``cmvn="global"`` has no statistics yet.
+        """
+        self._check(waveforms, lengths)
+        frame_lengths = None
+        if lengths is not None:
+            frame_lengths = self.num_frames(lengths).to(waveforms.device, non_blocking=True)
+        with torch.autocast(waveforms.device.type, enabled=False):
+            channels = self._channels(waveforms, frame_lengths)
+            tokens = self._stack(self._normalize(channels, frame_lengths))
+        if lengths is None or frame_lengths is None:
+            return tokens, waveforms.new_full((len(waveforms),), tokens.shape[1], dtype=torch.long)
+        tokens = tokens.masked_fill(_padding(frame_lengths // self.stack, tokens.shape[1]), 0.0)
+        return tokens, self.num_tokens(lengths)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Set the global CMVN statistics from (waveforms, lengths) batches, as `forward` takes them, in float64.
+
+        Call it before training, on every rank with the same batches; the statistics are part of the state dict.
+
+        Raises:
+            ValueError: ``cmvn`` is not ``"global"``, or the batches hold fewer than two frames.
+        """
+        if self.cmvn != "global":
+            raise ValueError(f"features.fit needs features.cmvn=global, found {self.cmvn}")
+        device = self.cmvn_mean.device
+        count = 0
+        total = torch.zeros(self.num_channels, dtype=torch.float64)
+        squares = torch.zeros(self.num_channels, dtype=torch.float64)
+        for waveforms, lengths in batches:
+            self._check(waveforms, lengths)
+            if lengths is None:
+                lengths = torch.full((len(waveforms),), waveforms.shape[1])
+            waveforms = waveforms.to(device)
+            frame_lengths = self.num_frames(lengths).to(device)
+            with torch.autocast(device.type, enabled=False):
+                channels = self._channels(waveforms, frame_lengths)
+            valid = ~_padding(frame_lengths, channels.shape[1]).squeeze(-1)
+            frames = channels[valid].cpu().double()  # some devices lack float64
+            count += len(frames)
+            total += frames.sum(0)
+            squares += frames.square().sum(0)
+        if count < 2:
+            raise ValueError(f"features.fit needs at least two frames, found {count}: give it more audio")
+        mean = total / count
+        variance = ((squares - count * mean.square()) / (count - 1)).clamp(min=0.0)
+        self.cmvn_mean.copy_(mean)
+        self.cmvn_std.copy_(variance.sqrt().clamp(min=self.eps))
+        self._fitted = True
+
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+    @overload
+    def num_frames(self, num_samples: Tensor) -> Tensor: ...
+    def num_frames(self, num_samples: int | Tensor) -> int | Tensor:
+        """Frames, before stacking, in so many samples."""
+        count = (num_samples - self.win_length) // self.hop_length + 1
+        return count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
+
+    @overload
+    def num_tokens(self, num_samples: int) -> int: ...
+    @overload
+    def num_tokens(self, num_samples: Tensor) -> Tensor: ...
+    def num_tokens(self, num_samples: int | Tensor) -> int | Tensor:
+        """Tokens that `forward` makes of so many samples."""
+        return self.num_frames(num_samples) // self.stack
+
+    def num_samples(self, num_tokens: int) -> int:
+        """Fewest samples that give so many tokens: the length of a crop."""
+        return (num_tokens * self.stack - 1) * self.hop_length + self.win_length
+
+    def frame_centers(self, num_frames: int) -> Tensor:
+        """Middle of each frame in samples, t·hop_length + win_length // 2: (num_frames,), to look up labels."""
+        return torch.arange(num_frames) * self.hop_length + self.win_length // 2
+
+    def unstack(self, tokens: Tensor) -> Tensor:
+        """Undo stacking: (B, T, C·stack) → (B, T·stack, C), for any C."""
+        if tokens.shape[-1] % self.stack:
+            raise ValueError(f"tokens have {tokens.shape[-1]} channels, expected a multiple of stack = {self.stack}")
+        return tokens.reshape(tokens.shape[0], tokens.shape[1] * self.stack, tokens.shape[2] // self.stack)
+
+    def extra_repr(self) -> str:
+        """What print(features) shows."""
+        return (
+            f"output_dim={self.output_dim}, sample_rate={self.sample_rate}, win_length={self.win_length}, "
+            f"hop_length={self.hop_length}, delta_order={self.delta_order}, cmvn={self.cmvn}, stack={self.stack}"
+        )
+
+    def _framed(self, waveforms: Tensor) -> Tensor:
+        """View of the waveforms as frames: (B, N) → (B, F, win_length)."""
+        return waveforms.unfold(-1, self.win_length, self.hop_length)
+
+    def _channels(self, waveforms: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        """Frames with their deltas, before CMVN: (B, N) → (B, F, C)."""
+        channels = [self.frames(waveforms if waveforms.dtype == torch.float64 else waveforms.float())]
+        for _ in range(self.delta_order):
+            channels.append(_deltas(channels[-1], frame_lengths, self.delta_window))
+        return torch.cat(channels, dim=-1) if self.delta_order else channels[0]
+
+    def _normalize(self, channels: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        if self.cmvn == "none":
+            return channels
+        if self.cmvn == "global":
+            self._check_fitted()
+            return (channels - self.cmvn_mean) / self.cmvn_std
+        if frame_lengths is None:
+            correction = min(1, channels.shape[1] - 1)  # one frame deviates by zero, not NaN
+            std, mean = torch.std_mean(channels, dim=1, correction=correction, keepdim=True)
+            return (channels - mean) / std.clamp(min=self.eps)
+        padded = _padding(frame_lengths, channels.shape[1])
+        count = frame_lengths[:, None, None]
+        centred = channels - channels.masked_fill(padded, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+        squares = centred.masked_fill(padded, 0.0).square().sum(1, keepdim=True)
+        return centred / (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=self.eps)
+
+    def _stack(self, frames: Tensor) -> Tensor:
+        num_tokens = frames.shape[1] // self.stack
+        return frames[:, : num_tokens * self.stack].reshape(len(frames), num_tokens, self.output_dim)
+
+    def _check(self, waveforms: Tensor, lengths: Tensor | None) -> None:
+        if waveforms.dim() != 2 or not waveforms.is_floating_point():
+            raise ValueError(
+                f"waveforms must be (batch, samples) of floats in [-1, 1], found {tuple(waveforms.shape)} "
+                f"{waveforms.dtype}: use mono audio and divide 16-bit samples by 32768"
+            )
+        longest = waveforms.shape[1]
+        if longest < self.num_samples(1):
+            raise ValueError(f"every item of the batch is too short, at {longest} samples: {self._too_short}")
+        if lengths is None:
+            return
+        if lengths.shape != waveforms.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be ({len(waveforms)},) integers, one for each waveform, "
+                f"found {tuple(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device.type != "cpu":  # looking at them would wait for the device
+            return
+        shortest = int(lengths.argmin())
+        if int(lengths[shortest]) < self.num_samples(1):
+            raise ValueError(f"item {shortest} of the batch has {int(lengths[shortest])} samples: {self._too_short}")
+        if int(lengths.max()) > longest:
+            raise ValueError(
+                f"item {int(lengths.argmax())} of the batch has length {int(lengths.max())} but the waveforms have "
+                f"{longest} samples: lengths count samples of the padded waveforms"
+            )
+
+    @property
+    def _too_short(self) -> str:
+        needed = self.num_samples(1)
+        return f"one token needs {needed}, so leave out recordings shorter than {needed / self.sample_rate:.4g} s"
+
+    def _check_fitted(self) -> None:
+        if not self._fitted:
+            self._fitted = not bool(self.cmvn_mean.isnan().any())
+        if not self._fitted:
+            raise ValueError(
+                "features.cmvn=global has no statistics yet: call features.fit(batches) before training, load a "
+                "checkpoint, or set features.cmvn=utterance"
+            )
+
+    def _apply(self: SelfFeatures, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfFeatures:
+        # A model in bfloat16 would round the filters to three digits: follow its device and keep the dtype.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class LogMel(Features):
+    """Natural logarithm of the mel power spectrum under a periodic Hann window, as in librosa and torchaudio.
+
+    Equals ``log(max(melspectrogram, floor))`` of librosa with ``center=False, power=2`` and of torchaudio's
+    MelSpectrogram with ``center=False`` where n_fft = win_length. A longer n_fft pads each windowed frame with zeros.
+
+    Args:
+        n_mels: Mel filters. More than about 100 need a longer n_fft: 160 go with n_fft 1024.
+        n_fft: Points of the Fourier transform, at least win_length.
+        win_length: Samples in a frame.
+        hop_length: Samples from one frame to the next.
+        f_min: Lowest frequency of the filters, in Hz.
+        f_max: Highest frequency, in Hz; None is half the sample rate.
+        mel_scale: ``"htk"`` or ``"slaney"``.
+        norm: None (triangles of height one) or ``"slaney"`` (of area one).
+        floor: Smallest power before the logarithm.
+        sample_rate: See `Features`, as for the remaining arguments.
+        cmvn: See `Features`.
+        stack: See `Features`.
+        eps: See `Features`.
+        delta_order: See `Features`.
+        delta_window: See `Features`.
+
+    Warns:
+        UserWarning: filters lie between two bins of the Fourier transform, so that their channels are constant.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_mels: int = 80,
+        n_fft: int = 400,
+        win_length: int = 400,
+        hop_length: int = 160,
+        f_min: float = 0.0,
+        f_max: float | None = None,
+        mel_scale: str = "htk",
+        norm: str | None = None,
+        floor: float = 1e-10,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 0,
+        delta_window: int = 5,
+    ) -> None:
+        super().__init__(
+            frame_channels=n_mels,
+            win_length=win_length,
+            hop_length=hop_length,
+            sample_rate=sample_rate,
+            cmvn=cmvn,
+            stack=stack,
+            eps=eps,
+            delta_order=delta_order,
+            delta_window=delta_window,
+        )
+        _check_n_fft(n_fft, win_length)
+        if mel_scale not in ("htk", "slaney"):
+            raise ValueError(f"features.mel_scale must be htk or slaney, found {mel_scale!r}")
+        if norm not in (None, "slaney"):
+            raise ValueError(f"features.norm must be null or slaney, found {norm!r}")
+        f_max = sample_rate / 2 if f_max is None else f_max
+        _check_band("f_min", f_min, "f_max", f_max, sample_rate)
+        self.n_fft = n_fft
+        self.floor = floor
+        with warnings.catch_warnings():  # ours, below, names the remedy
+            warnings.filterwarnings("ignore", message="At least one mel filterbank")
+            filters = torchaudio.functional.melscale_fbanks(
+                n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=norm, mel_scale=mel_scale
+            )
+        empty = int((filters.amax(0) == 0).sum())
+        if empty:
+            warnings.warn(
+                f"{empty} of {n_mels} mel filters lie between two bins of n_fft={n_fft} and give constant channels: "
+                "raise features.n_fft (win_length may stay) or lower features.n_mels",
+                stacklevel=2,
+            )
+        self.window: Tensor
+        self.filters: Tensor
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, n_mels
+
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, n_mels)."""
+        power = _power_spectrum(self._framed(waveforms) * self.window, self.n_fft)
+        return (power @ self.filters.to(power.dtype)).clamp(min=self.floor).log()
+
+
+class Spectrogram(Features):
+    """Natural logarithm of the power spectrum under a periodic Hann window: n_fft / 2 + 1 channels.
+
+    Args:
+        n_fft: Points of the Fourier transform, at least win_length.
+        win_length: Samples in a frame.
+        hop_length: Samples from one frame to the next.
+        floor: Smallest power before the logarithm.
+        sample_rate: See `Features`, as for the remaining arguments.
+        cmvn: See `Features`.
+        stack: See `Features`.
+        eps: See `Features`.
+        delta_order: See `Features`.
+        delta_window: See `Features`.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_fft: int = 400,
+        win_length: int = 400,
+        hop_length: int = 160,
+        floor: float = 1e-10,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 0,
+        delta_window: int = 5,
+    ) -> None:
+        super().__init__(
+            frame_channels=n_fft // 2 + 1,
+            win_length=win_length,
+            hop_length=hop_length,
+            sample_rate=sample_rate,
+            cmvn=cmvn,
+            stack=stack,
+            eps=eps,
+            delta_order=delta_order,
+            delta_window=delta_window,
+        )
+        _check_n_fft(n_fft, win_length)
+        self.n_fft = n_fft
+        self.floor = floor
+        self.window: Tensor
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, n_fft / 2 + 1)."""
+        return _power_spectrum(self._framed(waveforms) * self.window, self.n_fft).clamp(min=self.floor).log()
+
+
+class _Kaldi(Features):
+    """What Kaldi's compute-fbank-feats and compute-mfcc-feats share: a batch of log mel filter banks.
+
+    Kaldi's defaults without dither: mean removed from each frame, pre-emphasis 0.97 within the frame, Povey window,
+    Fourier transform of the next power of two, no energy channel, snip_edges. Waveforms stay in [-1, 1] as in
+    torchaudio, where Kaldi's own programs read 16-bit integers: that moves every log channel by 2·ln(32768).
+    """
+
+    PRE_EMPHASIS = 0.97
+    FLOOR = torch.finfo(torch.float32).eps  # Kaldi's own
+
+    def __init__(
+        self,
+        *,
+        num_mel_bins: int,
+        frame_length_ms: float,
+        frame_shift_ms: float,
+        low_freq: float,
+        high_freq: float,
+        sample_rate: int,
+        **options: Any,
+    ) -> None:
+        win_length = int(sample_rate * frame_length_ms * 0.001)  # rounded down, as Kaldi does
+        hop_length = int(sample_rate * frame_shift_ms * 0.001)
+        super().__init__(win_length=win_length, hop_length=hop_length, sample_rate=sample_rate, **options)
+        high_freq = high_freq if high_freq > 0 else sample_rate / 2 + high_freq
+        _check_band("low_freq", low_freq, "high_freq", high_freq, sample_rate)
+        self.n_fft = 1 << (win_length - 1).bit_length()
+        self.window: Tensor
+        self.filters: Tensor
+        window = torch.hann_window(win_length, periodic=False, dtype=torch.float64).pow(0.85).float()
+        # Triangles that are straight on the mel scale; the bin at half the sample rate belongs to none of them.
+        filters, _ = kaldi.get_mel_banks(num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0)
+        filters = nn.functional.pad(filters, (0, 1)).T.contiguous()
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, num_mel_bins
+
+    def _log_mel(self, waveforms: Tensor) -> Tensor:
+        # (x - mean) - p·(previous x - mean) is x - p·previous x, which overlapping frames share, less (1 - p)·mean.
+        # The first sample of a frame has no previous one there, but the Povey window begins with a zero.
+        means = self._framed(waveforms).mean(-1, keepdim=True)
+        emphasised = waveforms - self.PRE_EMPHASIS * nn.functional.pad(waveforms, (1, 0))[:, :-1]
+        frames = self._framed(emphasised) - (1 - self.PRE_EMPHASIS) * means
+        power = _power_spectrum(frames * self.window, self.n_fft)
+        return (power @ self.filters.to(power.dtype)).clamp(min=self.FLOOR).log()
+
+
+class KaldiFbank(_Kaldi):
+    """Kaldi's log mel filter bank (compute-fbank-feats without dither), with deltas: 240 channels by default.
+
+    The computation of a whole batch at once of what torchaudio.compliance.kaldi.fbank gives for one utterance;
+    with the default deltas and CMVN, the features of S3PRL's Mockingjay. Waveforms are in [-1, 1].
+
+    Args:
+        num_mel_bins: Mel filters.
+        frame_length_ms: Length of a frame, in ms, rounded down to samples.
+        frame_shift_ms: From one frame to the next, in ms, rounded down to samples.
+        low_freq: Lowest frequency of the filters, in Hz.
+        high_freq: Highest frequency, in Hz; zero or less counts from half the sample rate.
+        sample_rate: See `Features`, as for the remaining arguments.
+        cmvn: See `Features`.
+        stack: See `Features`.
+        eps: See `Features`.
+        delta_order: See `Features`.
+        delta_window: See `Features`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_mel_bins: int = 80,
+        frame_length_ms: float = 25.0,
+        frame_shift_ms: float = 10.0,
+        low_freq: float = 20.0,
+        high_freq: float = 0.0,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 2,
+        delta_window: int = 5,
+    ) -> None:
+        super().__init__(
+            frame_channels=num_mel_bins,
+            num_mel_bins=num_mel_bins,
+            frame_length_ms=frame_length_ms,
+            frame_shift_ms=frame_shift_ms,
+            low_freq=low_freq,
+            high_freq=high_freq,
+            sample_rate=sample_rate,
+            cmvn=cmvn,
+            stack=stack,
+            eps=eps,
+            delta_order=delta_order,
+            delta_window=delta_window,
+        )
+
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, num_mel_bins)."""
+        return self._log_mel(waveforms)
+
+
+class MFCC(_Kaldi):
+    """Kaldi's mel-frequency cepstral coefficients (compute-mfcc-feats without dither and energy).
+
+    The orthonormal cosine transform of Kaldi's log mel filter bank, liftered by 1 + L/2·sin(πi/L). Waveforms are in
+    [-1, 1], which moves only coefficient 0 from Kaldi's.
+
+    Args:
+        n_mfcc: Coefficients, the zeroth included; at most num_mel_bins.
+        num_mel_bins: Mel filters.
+        cepstral_lifter: L; 0 switches liftering off.
+        frame_length_ms: Length of a frame, in ms, rounded down to samples.
+        frame_shift_ms: From one frame to the next, in ms, rounded down to samples.
+        low_freq: Lowest frequency of the filters, in Hz.
+        high_freq: Highest frequency, in Hz; zero or less counts from half the sample rate.
+        sample_rate: See `Features`, as for the remaining arguments.
+        cmvn: See `Features`.
+        stack: See `Features`.
+        eps: See `Features`.
+        delta_order: See `Features`.
+        delta_window: See `Features`.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_mfcc: int = 13,
+        num_mel_bins: int = 23,
+        cepstral_lifter: float = 22.0,
+        frame_length_ms: float = 25.0,
+        frame_shift_ms: float = 10.0,
+        low_freq: float = 20.0,
+        high_freq: float = 0.0,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 0,
+        delta_window: int = 5,
+    ) -> None:
+        if not 1 <= n_mfcc <= num_mel_bins:
+            raise ValueError(f"features.n_mfcc must be between 1 and num_mel_bins = {num_mel_bins}, found {n_mfcc}")
+        super().__init__(
+            frame_channels=n_mfcc,
+            num_mel_bins=num_mel_bins,
+            frame_length_ms=frame_length_ms,
+            frame_shift_ms=frame_shift_ms,
+            low_freq=low_freq,
+            high_freq=high_freq,
+            sample_rate=sample_rate,
+            cmvn=cmvn,
+            stack=stack,
+            eps=eps,
+            delta_order=delta_order,
+            delta_window=delta_window,
+        )
+        cosines = torchaudio.functional.create_dct(n_mfcc, num_mel_bins, norm="ortho")
+        if cepstral_lifter:
+            order = torch.arange(n_mfcc)
+            cosines = cosines * (1 + cepstral_lifter / 2 * torch.sin(math.pi * order / cepstral_lifter))
+        self.cosines: Tensor
+        self.register_buffer("cosines", cosines, persistent=False)  # num_mel_bins, n_mfcc
+
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, n_mfcc)."""
+        log_mel = self._log_mel(waveforms)
+        return log_mel @ self.cosines.to(log_mel.dtype)
+
+
+def _power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
+    """(..., win_length) → (..., n_fft / 2 + 1)."""
+    spectrum = torch.fft.rfft(windowed, n=n_fft)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor:
+    """Regression deltas, Σ n·(c[t+n] - c[t-n]) / (2·Σ n²), repeating each utterance's own first and last frame."""
+    reach = (window - 1) // 2
+    num_frames = frames.shape[1]
+    final = frames[:, -1:]
+    if frame_lengths is not None:
+        last = (frame_lengths - 1).clamp(min=0)
+        final = frames[torch.arange(len(frames), device=frames.device), last].unsqueeze(1)
+        frames = torch.where(_padding(frame_lengths, num_frames), final, frames)
+    extended = torch.cat([frames[:, :1].expand(-1, reach, -1), frames, final.expand(-1, reach, -1)], dim=1)
+    deltas = torch.zeros_like(frames)
+    for n in range(1, reach + 1):
+        later = extended[:, reach + n : reach + n + num_frames]
+        earlier = extended[:, reach - n : reach - n + num_frames]
+        deltas.add_(later - earlier, alpha=n)
+    return deltas.div_(2 * sum(n * n for n in range(1, reach + 1)))
+
+
+def _padding(lengths: Tensor, longest: int) -> Tensor:
+    """(B,) → (B, longest, 1) bool, True behind the end."""
+    return (torch.arange(longest, device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
+
+
+def _check_n_fft(n_fft: int, win_length: int) -> None:
+    if n_fft < win_length:
+        raise ValueError(f"features.n_fft must be at least win_length = {win_length}, found {n_fft}")
+
+
+def _check_band(low_name: str, low: float, high_name: str, high: float, sample_rate: int) -> None:
+    if not 0 <= low < high <= sample_rate / 2:
+        raise ValueError(
+            f"features.{low_name} = {low:g} and {high_name} = {high:g} Hz must be a band within 0 to "
+            f"{sample_rate / 2:g} Hz, half of sample_rate"
+        )

@@ -1,0 +1,190 @@
+"""Mockingjay's transformer encoder (Liu et al. 2020, arXiv:1910.12638) with a mechanism of one's choice in place of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from audiot.attention import SelfAttention
+from audiot.positions import Positions
+
+LAYER_NORM_EPS = 1e-12  # as in BERT and Mockingjay
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each with a residual connection.
+
+    Args:
+        attention: (B, T, d) → (B, T, d).
+        embed_dim: d.
+        ffn_dim: Width of the feed-forward network.
+        dropout: Probability, on the output of both blocks.
+        norm: ``post`` normalises after the residual sum (Vaswani et al. 2017), ``pre`` before the block (Xiong et al. 2020).
+    """
+
+    def __init__(self, attention: SelfAttention, embed_dim: int, ffn_dim: int, dropout: float, norm: str) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.ffn = nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, embed_dim))
+        self.ffn_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = norm == "pre"
+
+    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Map (B, T, d) to (B, T, d); ``valid`` is bool (B, T) or None where nothing is padded."""
+        if self.pre_norm:
+            hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), valid))
+            return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
+        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, valid)))
+        return self.ffn_norm(hidden + self.dropout(self.ffn(hidden)))
+
+
+    def attention_weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The weights (B, H, T, T) that this layer's attention has for its input (B, T, d)."""
+        return self.attention.weights(self.attention_norm(hidden) if self.pre_norm else hidden, valid)
+
+
+class Encoder(nn.Module):
+    """Transformer encoder over spectrogram frames.
+
+    Args:
+        input_dim: C, size of a feature frame.
+        embed_dim: d.
+        num_layers: Layers.
+        num_heads: Heads of each layer.
+        ffn_dim: Width of the feed-forward networks.
+        max_frames: Longest input, in encoder frames; mechanisms without a limit ignore it.
+        attention: Config of the mechanism (``_target_`` and its parameters), built anew for every layer.
+        positions: Config of the positions.
+        dropout: Probability, on the input and on every block's output.
+        norm: ``post`` (as published) or ``pre``.
+        share_layers: One set of parameters for all layers (AudioALBERT, arXiv:2005.08575).
+        init_std: Standard deviation of the linear layers' weights, N(0, init_std).
+        input_init: ``xavier`` (uniform, Glorot and Bengio 2010) or ``normal`` (N(0, init_std), as published, where the positions
+            drown the features at first) for the input projection.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        max_frames: int,
+        attention: Mapping[str, Any],
+        positions: Mapping[str, Any],
+        dropout: float = 0.1,
+        norm: str = "post",
+        share_layers: bool = False,
+        init_std: float = 0.02,
+        input_init: str = "xavier",
+    ) -> None:
+        super().__init__()
+        if norm not in ("post", "pre"):
+            raise ValueError(f"model.norm must be post or pre, found {norm!r}")
+        if input_init not in ("xavier", "normal"):
+            raise ValueError(f"model.input_init must be xavier or normal, found {input_init!r}")
+        if num_layers < 1:
+            raise ValueError(f"model.num_layers must be at least 1, found {num_layers}")
+        shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
+        self.embed_dim = embed_dim
+        self.num_layers = num_layers
+        self.input = nn.Linear(input_dim, embed_dim)
+        self.positions: Positions = instantiate(positions, **shape)
+        self.input_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        layers = [
+            EncoderLayer(
+                SelfAttention(embed_dim, num_heads, instantiate(attention, **shape), self.positions),
+                embed_dim,
+                ffn_dim,
+                dropout,
+                norm,
+            )
+            for _ in range(1 if share_layers else num_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.output_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if norm == "pre" else nn.Identity()
+        initialise_linear(self, init_std)
+        if input_init == "xavier":
+            nn.init.xavier_uniform_(self.input.weight)
+
+    def layer(self, index: int) -> EncoderLayer:
+        """Layer ``index`` of ``num_layers``; the same one every time where layers are shared."""
+        layer = self.layers[index % len(self.layers)]
+        assert isinstance(layer, EncoderLayer)
+        return layer
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Input embedding: features (B, T, C) → (B, T, d)."""
+        return self.dropout(self.input_norm(self.positions(self.input(features))))
+
+    def forward(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+        """Encode a batch.
+
+        Args:
+            features: (B, T, C).
+            valid: bool (B, T), True = real frame; None where nothing is padded.
+
+        Returns:
+            The input embedding and the output of each layer, ``num_layers + 1`` tensors (B, T, d). With pre-LN the last one is
+            normalised.
+        """
+        hidden = [self.embed(features)]
+        for index in range(self.num_layers):
+            hidden.append(self.layer(index)(hidden[-1], valid))
+        hidden[-1] = self.output_norm(hidden[-1])
+        return hidden
+
+
+    def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+        """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""
+        hidden = self(features, valid)
+        return [self.layer(index).attention_weights(hidden[index], valid) for index in range(self.num_layers)]
+
+
+class ReconstructionHead(nn.Module):
+    """Mockingjay's prediction head: Linear → GELU → LayerNorm → Linear, (…, d) → (…, C)."""
+
+    def __init__(self, embed_dim: int, output_dim: int, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.dense = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.output = nn.Linear(embed_dim, output_dim)
+        initialise_linear(self, init_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Predict feature frames (…, C) from hidden states (…, d)."""
+        return self.output(self.norm(nn.functional.gelu(self.dense(hidden))))
+
+
+def initialise_linear(module: nn.Module, std: float) -> None:
+    """Set every ``nn.Linear`` inside to weights N(0, std) and zero bias, as BERT and Mockingjay do."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def length_mask(lengths: Tensor, num_frames: int, device: torch.device | str | None = None) -> Tensor | None:
+    """Mask of real frames, or None where nothing is padded.
+
+    Args:
+        lengths: (B,) frames. Kept on the CPU, it costs no synchronisation to see that nothing is padded.
+        num_frames: T.
+        device: Of the mask; default: of ``lengths``.
+
+    Returns:
+        bool (B, T) or None.
+    """
+    if lengths.device.type == "cpu" and bool((lengths == num_frames).all()):
+        return None
+    lengths = lengths.to(device or lengths.device, non_blocking=True)
+    return torch.arange(num_frames, device=lengths.device) < lengths[:, None]

@@ -1,0 +1,147 @@
+"""Masked acoustic modelling as a LightningModule: corrupt, encode, reconstruct."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from audiot.checkpoint import AudioEncoder
+from audiot.data.batches import Batch
+from audiot.masking import Corruption, interpolate_masked
+from audiot.model import ReconstructionHead, length_mask
+from audiot.optimization import configure
+from audiot.random import key
+
+
+def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean absolute error over the scored elements; ``weight`` is 0 or 1 and broadcasts to the others' shape."""
+    weight = weight.expand_as(target)
+    return ((prediction.float() - target.float()).abs() * weight).sum() / weight.sum().clamp(min=1)
+
+
+class MaskedAcousticModel(pl.LightningModule):
+    """Pre-train an encoder by reconstructing what was corrupted (Mockingjay, TERA, AudioALBERT).
+
+    Args:
+        features, model, objective, optimizer, scheduler: Configs, as plain dicts.
+        seed: Of dropout; the masks' seed comes with the batches.
+    """
+
+    def __init__(
+        self,
+        features: Mapping[str, Any],
+        model: Mapping[str, Any],
+        objective: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = AudioEncoder(features, model)
+        self.head = ReconstructionHead(self.model.encoder.embed_dim, self.model.features.output_dim)
+        self.objective: Corruption = instantiate(objective)
+        self.stack = self.model.features.stack
+        self.trained_steps = 0  # of a loaded checkpoint
+        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("val_l1", "zero_l1", "interpolation_l1")})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how far the checkpoint was trained."""
+        self.trained_steps = checkpoint["global_step"]
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of every layer, as :class:`AudioEncoder` gives them."""
+        return self.model(waveforms, lengths)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout of a batch is drawn from the seed and the batch alone, so that a resumed run repeats it."""
+        torch.manual_seed(key("dropout", self.hparams["seed"], *batch["position"]))
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens, num_tokens = self.model.features(batch["waveforms"], batch["lengths"])
+        valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
+        return tokens, num_tokens.to(tokens.device, non_blocking=True), valid
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """L1 of the reconstruction where something was corrupted."""
+        tokens, lengths, valid = self._features(batch)
+        corrupted = self.objective(tokens, lengths, batch["keys"], self.stack)
+        hidden = self.model.encoder(corrupted.features, valid)[-1]
+        if corrupted.elements is None:
+            prediction, target, weight = self._masked_frames(hidden, tokens, corrupted.frames)
+        else:
+            prediction, target, weight = self.head(hidden), tokens, corrupted.elements
+        loss = masked_l1(prediction, target, weight)
+        self.log("pretrain/train_l1", loss, prog_bar=True)
+        return loss
+
+    def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions for masked frames alone. How many are gathered follows from the shape, so no device is waited for."""
+        count = self.objective.max_masked(tokens.shape[1])
+        index = frames.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+        chosen = frames.gather(1, index)[..., None]
+        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        target = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+        return self.head(hidden), target, chosen
+
+    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
+        """Validation's view of a batch: every span zeroed.
+
+        Returns:
+            ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels); ``masked``: bool (B, T · stack);
+            ``lengths``: (B,) in spectrogram frames.
+        """
+        tokens, lengths, valid = self._features(batch)
+        corrupted = self.objective.zero_out(tokens, lengths, batch["keys"])
+        prediction = self.head(self.model.encoder(corrupted.features, valid)[-1]).float()
+        masked = corrupted.frames.repeat_interleave(self.stack, dim=1)
+        target = self.model.features.unstack(tokens)
+        return {
+            "target": target,
+            "corrupted": self.model.features.unstack(corrupted.features),
+            "prediction": self.model.features.unstack(prediction),
+            "interpolation": interpolate_masked(target, masked, lengths * self.stack),
+            "masked": masked,
+            "lengths": lengths * self.stack,
+        }
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """L1 on the masked frames, of the model and of two trivial reconstructions: zeros and linear interpolation."""
+        view = self.reconstruct(batch)
+        masked = view["masked"]
+        guesses = {
+            "val_l1": view["prediction"],
+            "zero_l1": torch.zeros_like(view["target"]),
+            "interpolation_l1": view["interpolation"],
+        }
+        for name, guess in guesses.items():
+            metric = self.validation_metrics[name]
+            metric(masked_l1(guess, view["target"], masked[..., None]), weight=masked.sum())
+            self.log(f"pretrain/{name}", metric, on_epoch=True, prog_bar=name == "val_l1")
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the trainer says, and log the norm before clipping every ``log_every_n_steps``."""
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            self.log("pretrain/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        self.clip_gradients(
+            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and schedule over ``trainer.max_steps``."""
+        return configure(
+            self,
+            instantiate(self.hparams["optimizer"]),
+            instantiate(self.hparams["scheduler"]),
+            self.hparams["optimizer"].get("weight_decay", 0.0),
+            self.trainer.estimated_stepping_batches,
+        )

@@ -1,0 +1,295 @@
+"""Properties that every mechanism of the group conf/attention must have."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+import audiot.attention
+from audiot.attention import AttentionMechanism, build, names
+from audiot.attention.mechanism import QueryKeyMechanism
+
+EMBED_DIM, NUM_HEADS, MAX_FRAMES = 36, 9, 24  # nine heads: the handcrafted patterns take seven
+LENGTHS = (1, 2, 3, 7, 17, 24)
+VARIANTS = [
+    ("query_key", {"share_query_key": True}),
+    ("synthesizer_dense", {"per_head": False}),
+    ("synthesizer_random", {"anchor": "length"}),
+    ("synthesizer_random", {"init": "legacy"}),
+    ("synthesizer_random", {"init": "normal"}),
+]
+CASES = [pytest.param(name, {}, id=name) for name in names()]
+CASES += [pytest.param(name, overrides, id=f"{name}-{'-'.join(map(str, overrides.values()))}") for name, overrides in VARIANTS]
+every_mechanism = pytest.mark.parametrize(("name", "overrides"), CASES)
+every_length = pytest.mark.parametrize("num_frames", LENGTHS)
+
+
+def layer(name, overrides, seed=0, num_heads=NUM_HEADS, max_frames=MAX_FRAMES, head_dim=4, **kwargs):
+    """A float64 layer whose parameters have left their initial values."""
+    torch.manual_seed(seed)
+    attention = build(name, num_heads * head_dim, num_heads, max_frames, **overrides, **kwargs).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return attention
+
+
+def frames(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def valid_of(lengths, num_frames):
+    return torch.arange(num_frames)[None] < torch.tensor(lengths)[:, None]
+
+
+def dense(attention, hidden, valid=None):
+    """The same layer through `weights()`: the obvious computation."""
+    value = attention.value(hidden).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    context = attention.weights(hidden, valid) @ value
+    output = attention.output(context.transpose(1, 2).flatten(2))
+    return output if valid is None else output * valid[..., None]
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@every_mechanism
+@every_length
+@pytest.mark.parametrize("padded", [False, True])
+def test_fast_form_equals_weights_times_values_with_gradients(name, overrides, num_frames, padded):
+    attention = layer(name, overrides).eval()
+    hidden = frames(4, num_frames, EMBED_DIM).requires_grad_()
+    valid = valid_of([num_frames, max(1, num_frames // 2), 1, 0], num_frames) if padded else None
+    fast, slow = attention(hidden, valid), dense(attention, hidden, valid)
+    close(fast, slow)
+    direction = torch.randn_like(fast)
+    leaves = [hidden, *attention.parameters()]
+    for got, expected in zip(
+        torch.autograd.grad(fast, leaves, direction), torch.autograd.grad(slow, leaves, direction), strict=True
+    ):
+        close(got, expected)
+    with torch.no_grad():
+        close(attention(hidden, valid), slow)
+
+
+@every_mechanism
+@every_length
+def test_weights_of_real_frames_sum_to_one_over_real_frames(name, overrides, num_frames):
+    attention = layer(name, overrides)
+    valid = valid_of([num_frames, max(1, num_frames // 2), 0], num_frames)
+    weights = attention.weights(frames(3, num_frames, EMBED_DIM), valid)
+    close(weights.sum(-1), valid[:, None].expand(-1, NUM_HEADS, -1).double())
+    assert (weights.movedim(1, -1)[~(valid[:, :, None] & valid[:, None, :])] == 0).all()
+
+
+@every_mechanism
+@pytest.mark.parametrize("num_frames", [1, 3, 7, 17])
+def test_padding_changes_neither_real_frames_nor_gradients(name, overrides, num_frames):
+    attention = layer(name, overrides)
+    hidden = frames(2, num_frames, EMBED_DIM)
+    direction = frames(2, num_frames, EMBED_DIM, seed=2)
+    junk = 5 * frames(2, MAX_FRAMES - num_frames, EMBED_DIM, seed=3)
+    alone = attention(hidden)
+    padded = attention(torch.cat([hidden, junk], 1), valid_of([num_frames] * 2, MAX_FRAMES))
+    close(padded[:, :num_frames], alone)
+    assert (padded[:, num_frames:] == 0).all()
+    parameters = list(attention.parameters())
+    expected = torch.autograd.grad(alone, parameters, direction)
+    got = torch.autograd.grad(padded[:, :num_frames], parameters, direction)
+    for one, other in zip(got, expected, strict=True):
+        close(one, other)
+
+
+@every_mechanism
+def test_a_batch_equals_its_sequences_one_at_a_time(name, overrides):
+    attention = layer(name, overrides).eval()
+    lengths = [1, 2, 5, 17, 24]
+    hidden = frames(len(lengths), MAX_FRAMES, EMBED_DIM)
+    batch = attention(hidden, valid_of(lengths, MAX_FRAMES))
+    for row, sequence, length in zip(batch, hidden, lengths, strict=True):
+        close(row[:length], attention(sequence[None, :length])[0])
+
+
+@every_mechanism
+@every_length
+def test_sequences_without_real_frames_give_zeros_and_finite_gradients(name, overrides, num_frames):
+    attention = layer(name, overrides)
+    hidden = frames(2, num_frames, EMBED_DIM).requires_grad_()
+    valid = torch.zeros(2, num_frames, dtype=torch.bool)
+    valid[1] = True
+    context = attention.mechanism(**attention._inputs(hidden, attention.mechanism.inputs), valid=valid)
+    assert (context[0] == 0).all()
+    assert (attention.weights(hidden, valid)[0] == 0).all()
+    output = attention(hidden, valid)
+    assert (output[0] == 0).all()
+    leaves = [hidden, *attention.parameters()]
+    for result in (output, attention.weights(hidden, valid)):
+        gradients = torch.autograd.grad(result.square().sum(), leaves, allow_unused=True)
+        assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+        assert gradients[0] is None or (gradients[0][0] == 0).all()
+
+
+@every_mechanism
+def test_evaluation_is_deterministic_and_training_drops(name, overrides):
+    attention = layer(name, {**overrides, "dropout": 0.5})
+    hidden = frames(2, 9, EMBED_DIM)
+    assert not torch.equal(attention(hidden), attention(hidden))
+    attention.eval()
+    assert torch.equal(attention(hidden), attention(hidden))
+
+
+@every_mechanism
+def test_state_dict_carries_everything(name, overrides):
+    one, other = layer(name, overrides, seed=0).eval(), layer(name, overrides, seed=1).eval()
+    hidden = frames(2, 9, EMBED_DIM)
+    assert not torch.allclose(one(hidden), other(hidden))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(hidden), other(hidden))
+    assert torch.equal(one(hidden), copy.deepcopy(one)(hidden))
+
+
+@every_mechanism
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_low_precision_autocast_is_finite_and_close(name, overrides, dtype, padded):
+    attention = layer(name, {**overrides, "dropout": 0.0}).float()
+    hidden = frames(3, 17, EMBED_DIM).float()
+    valid = valid_of([17, 5, 0], 17) if padded else None
+    expected = attention(hidden, valid)
+    with torch.autocast("cpu", dtype):
+        output = attention(hidden, valid)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+    gradients = torch.autograd.grad(output.float().sum(), list(attention.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@every_mechanism
+def test_a_bfloat16_model_is_finite_and_close(name, overrides):
+    attention = layer(name, overrides).eval()
+    hidden = frames(3, 17, EMBED_DIM)
+    valid = valid_of([17, 5, 0], 17)
+    expected = attention(hidden, valid)
+    output = attention.bfloat16()(hidden.bfloat16(), valid)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), expected, rtol=0.1, atol=0.1)
+
+
+@every_mechanism
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_agree_with_finite_differences(name, overrides, padded):
+    attention = layer(name, overrides, num_heads=2, max_frames=4, head_dim=2).eval()
+    hidden = frames(2, 3, 4).requires_grad_()
+    valid = valid_of([3, 2], 3) if padded else None
+    parameters = dict(attention.mechanism.named_parameters())
+
+    def run(hidden, *values):
+        replaced = dict(zip((f"mechanism.{key}" for key in parameters), values, strict=True))
+        return torch.func.functional_call(attention, replaced, (hidden, valid))
+
+    assert torch.autograd.gradcheck(run, (hidden, *parameters.values()))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"anchor": "length"}], ids=str)
+@pytest.mark.parametrize("num_heads", [1, 2, 4, 5, 6, 7])
+def test_random_synthesizer_works_with_any_number_of_heads(num_heads, overrides):
+    attention = layer("synthesizer_random", overrides, num_heads=num_heads).eval()
+    hidden = frames(2, 9, attention.embed_dim)
+    valid = valid_of([9, 4], 9)
+    close(attention(hidden, valid), dense(attention, hidden, valid))
+
+
+@every_mechanism
+def test_only_the_projections_that_the_mechanism_names_exist(name, overrides):
+    attention = layer(name, overrides)
+    built = {child for child in ("query", "key", "value") if hasattr(attention, child)}
+    assert built == attention.mechanism.inputs - {"hidden"}
+
+
+@every_mechanism
+def test_undecayed_parameters_exist(name, overrides):
+    mechanism = layer(name, overrides).mechanism
+    own = {key for key, _ in mechanism.named_parameters()}
+    assert own & mechanism.no_weight_decay or not mechanism.no_weight_decay
+
+
+@every_mechanism
+def test_sequences_beyond_a_hard_limit_are_refused_in_one_line(name, overrides):
+    attention = layer(name, overrides)
+    hidden = frames(1, MAX_FRAMES + 1, EMBED_DIM)
+    if attention.mechanism.max_frames is None:
+        assert attention(hidden).shape == hidden.shape
+    else:
+        with pytest.raises(ValueError, match=r"^sequence has 25 frames but max_frames is 24 .*: raise max_frames or .*$"):
+            attention(hidden)
+
+
+@every_mechanism
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks_at_any_length(name, overrides, training):
+    attention = layer(name, {**overrides, "dropout": 0.0}).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="eager")
+    with torch.set_grad_enabled(training):
+        for num_frames in (9, 12):
+            hidden, valid = frames(2, num_frames, EMBED_DIM), valid_of([num_frames, 4], num_frames)
+            close(compiled(hidden, valid), attention(hidden, valid))
+
+
+@every_mechanism
+def test_a_mechanism_says_which_input_is_missing(name, overrides):
+    mechanism = layer(name, overrides).mechanism
+    with pytest.raises(ValueError, match=r"needs \w+ but got None: pass "):
+        mechanism()
+
+
+@pytest.mark.parametrize("name", names())
+def test_sizes_that_do_not_fit_are_refused(name):
+    with pytest.raises(ValueError, match="embed_dim 10 is not a multiple of num_heads 3"):
+        build(name, 10, 3, 8)
+    with pytest.raises(ValueError, match=r"attention dropout is 1\.0"):
+        build(name, 12, 3, 8, dropout=1.0)
+    with pytest.raises(ValueError, match="max_frames is 0"):
+        build(name, 12, 3, 0)
+
+
+def targets():
+    group = audiot.attention._group()
+    return {name: OmegaConf.load(group / f"{name}.yaml")["_target_"] for name in names()}
+
+
+def mechanisms():
+    """All concrete mechanisms defined in the package."""
+    found = set()
+    for module in pkgutil.iter_modules(audiot.attention.__path__, "audiot.attention."):
+        if module.name != "audiot.attention.huggingface":  # adapters; needs an extra
+            members = vars(importlib.import_module(module.name)).values()
+            found |= {member for member in members if inspect.isclass(member) and issubclass(member, AttentionMechanism)}
+    return found - {AttentionMechanism, QueryKeyMechanism}
+
+
+def test_every_yaml_has_a_mechanism():
+    for name, target in targets().items():
+        assert get_class(target) in mechanisms(), f"conf/attention/{name}.yaml names {target}, which is no mechanism"
+
+
+def test_every_mechanism_has_a_yaml():
+    configured = {get_class(target) for target in targets().values()}
+    missing = {mechanism.__name__ for mechanism in mechanisms() - configured}
+    assert not missing, f"mechanisms without a file in conf/attention: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", names())
+def test_yaml_lists_every_own_parameter_and_no_other(name):
+    config = OmegaConf.load(audiot.attention._group() / f"{name}.yaml")
+    parameters = list(inspect.signature(get_class(config["_target_"])).parameters)
+    assert parameters[:3] == ["embed_dim", "num_heads", "max_frames"]
+    assert set(config) - {"defaults", "_target_"} == set(parameters[3:])
