@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 import wave
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from audiot.data.corpora.demo_texts import KEYWORDS, WORDS, sentences
 
 SPLITS = ("train", "valid", "test", "speaker_valid", "speaker_test")
 VOWELS = {"AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"}
-TINY = {
+TINY: dict[str, Any] = {
     "hours": 15 / 3600,
     "num_speakers": 3,
     "num_valid_speakers": 1,
@@ -29,8 +33,13 @@ TINY = {
 }
 
 
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+def tree(root: Path) -> dict[str, str]:
+    """Path → digest of every file."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +56,23 @@ def cuts(root):
     return {split: list(splits[split]) for split in SPLITS}
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers_or_the_time(root, tmp_path):
-    time.sleep(1.1)  # eSpeak would seed itself with the time in seconds
+def test_speech_does_not_depend_on_the_time_of_day():
+    pytest.importorskip("espeakng_loader")
+    program = (
+        "from audiot.data.corpora.espeak import Espeak;"
+        "print(Espeak('en-us', 'f3', 50, 50, 175).speak('measure the mirage')[0].tobytes().hex())"
+    )
+
+    def speak() -> str:
+        return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+    first = speak()
+    time.sleep(1.1)  # of itself eSpeak takes a new seed every second
+    assert len(first) > 1000
+    assert hashlib.sha256(speak().encode()).digest() == hashlib.sha256(first.encode()).digest()
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(root, tmp_path):
     DemoCorpus(tmp_path / "demo", **TINY, num_jobs=2).manifests(progress=False)
     assert tree(tmp_path / "demo") == tree(root)
 
@@ -62,22 +86,24 @@ def test_a_second_call_speaks_nothing_and_needs_no_espeak(root, monkeypatch):
 
 def test_an_interrupted_corpus_is_continued_with_the_same_bytes(root, tmp_path, monkeypatch):
     corpus = DemoCorpus(tmp_path / "demo", **TINY, num_jobs=1)
-    run, speakers = demo._run, []
+    run = demo._run
+    speakers: list[str] = []
+    limit = 2
 
     def interrupted(job):
-        if len(speakers) == 2:
-            raise KeyboardInterrupt
+        if len(speakers) == limit:
+            raise InterruptedError
         speakers.append(job["speaker"])
         return run(job)
 
     monkeypatch.setattr(demo, "_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedError):
         corpus.manifests(progress=False)
     assert not (tmp_path / "demo" / "corpus.json").exists()
     with pytest.raises(ValueError, match=r"seed=0 there, 1 asked for"):
         DemoCorpus(tmp_path / "demo", **TINY, seed=1).manifests(progress=False)
 
-    monkeypatch.setattr(demo, "_run", lambda job: speakers.append(job["speaker"]) or run(job))
+    limit = 1000
     corpus.manifests(progress=False)
     assert sorted(speakers) == sorted(corpus.speakers())
     assert tree(tmp_path / "demo") == tree(root)
@@ -196,7 +222,9 @@ def test_phones_cover_each_cut_without_gap_or_overlap(cuts):
 
 def test_sound_agrees_with_the_phones(cuts):
     """Silence and closures are quiet, sibilants hiss, vowels are loud and low."""
-    levels, hiss, closure = {}, {}, []
+    levels: dict[str, list[float]] = {}
+    hiss: dict[str, list[float]] = {}
+    closure = []
     for cut in itertools.chain(*cuts.values()):
         audio = cut.load_audio()[0].astype(np.float64)
         for phone in cut.supervisions[0].alignment["phone"]:

@@ -93,7 +93,7 @@ class Espeak:
         if self._library.espeak_SetVoiceByName(f"{accent}+{variant}".encode()):
             raise ValueError(f"eSpeak NG has no voice {accent!r} in {data}")
         # Unasked, it seeds its random numbers (flutter of the pitch, breath) with the time of day.
-        pass
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
         self._samples: list[np.ndarray] = []
