@@ -29,7 +29,7 @@ def test_sinusoids_have_no_state():
 
 
 def test_odd_width_of_sinusoids_is_refused():
-    with pytest.raises(ValueError, match="need an even embed_dim but got 9: set it to 10"):
+    with pytest.raises(ValueError, match="need an even embed_dim but it is 9: set it to 10"):
         Sinusoid(9, 3, 12)
 
 

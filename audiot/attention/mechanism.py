@@ -112,7 +112,8 @@ class AttentionMechanism(nn.Module, ABC):
     def given(self, name: str, tensor: Tensor | None) -> Tensor:
         """Return `tensor`; raise ValueError if the caller left out the input `name`."""
         if tensor is None:
-            raise ValueError(f"{type(self).__name__} needs {name}, but the caller passed none: pass {sorted(self.inputs)}")
+            names = ", ".join(sorted(self.inputs))
+            raise ValueError(f"{type(self).__name__} needs {name} but got None: pass {names}")
         return tensor
 
 

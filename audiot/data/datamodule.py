@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +18,14 @@ from audiot.data.prepare import PreparedCorpus
 from audiot.random import key
 
 EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes
+
+
+@lru_cache(maxsize=8)
+def open_cuts(directory: Path, split: str) -> CutSet:
+    """Cuts of a prepared split; one that is held in memory is read once a process, whatever number of tasks use it."""
+    corpus = PreparedCorpus.load(directory)
+    cuts = corpus.cuts(split)
+    return cuts.to_eager() if corpus.counts[split] <= EAGER_CUTS else cuts
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -77,9 +87,7 @@ class SpeechDataModule(pl.LightningDataModule):
 
     def cuts(self, role: str) -> CutSet:
         """Cuts of the split that the task uses as ``train``, ``valid`` or ``test``."""
-        split = self.corpus.split_for(self.task, role)
-        cuts = self.corpus.cuts(split)
-        return cuts.to_eager() if self.corpus.counts[split] <= EAGER_CUTS else cuts
+        return open_cuts(self.corpus.directory, self.corpus.split_for(self.task, role))
 
     def training_cuts(self) -> CutSet:
         """Training cuts after ``label_fraction``."""

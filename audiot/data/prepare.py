@@ -557,9 +557,7 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
     return MonoCut(cut.id, 0.0, duration, 0, supervisions, recording=recording, custom=custom)
 
 
-def _write(
-    corpus: Manifests, results: list[dict[str, Any]], directory: Path, settings: dict[str, Any]
-) -> PreparedCorpus:
+def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, settings: dict[str, Any]) -> PreparedCorpus:
     """Manifests and rejected.csv, then corpus.json, which makes the folder complete."""
     sample_rate = settings["prepare"]["sample_rate"]
     rejected = [("", _printable(path), reason) for path, reason in corpus.rejected]

@@ -49,7 +49,7 @@ def test_unknown_name_suggests_the_nearest():
 
 
 def test_unknown_name_without_a_neighbour_lists_all():
-    with pytest.raises(ValueError, match="choose one of .*query_key"):
+    with pytest.raises(ValueError, match=r"choose one of .*query_key"):
         build("xyz", 8, 2, 10)
 
 

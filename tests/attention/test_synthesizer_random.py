@@ -133,6 +133,17 @@ def test_real_frames_whose_logits_vanish_beside_padding_still_get_attention(anch
     assert synthesizer.table.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("anchor", ["max_frames", "length"])
+def test_half_precision_values_keep_small_exponentials(anchor):
+    synthesizer = mechanism(6, anchor=anchor)
+    with torch.no_grad():
+        synthesizer.table[:, :, 3:] += 30.0  # float16 would round the real frames' exp(-30) to 0
+    value, valid = values(1, 6).half(), valid_of([3], 6)
+    output = synthesizer(value=value, valid=valid)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output.float(), synthesizer(value=value.float(), valid=valid), rtol=2e-3, atol=2e-3)
+
+
 CHANGES = {
     "in place": lambda synthesizer: synthesizer.table.mul_(0.5),
     "optimiser step": lambda synthesizer: step(synthesizer),
@@ -203,6 +214,13 @@ def test_a_cache_made_in_inference_mode_does_not_disturb_training():
     torch.testing.assert_close(output, expected)
     with torch.no_grad():
         torch.testing.assert_close(synthesizer(value=value), expected)
+
+
+@torch.no_grad()
+def test_moving_the_model_frees_the_cache():
+    synthesizer = mechanism(12).eval()
+    synthesizer(value=values(2, 9))
+    assert synthesizer.double()._cache is None
 
 
 @torch.no_grad()

@@ -52,13 +52,13 @@ class PathPattern:
         except ValueError as error:
             raise ValueError(f"data.pattern {pattern!r}: {error}") from None
         expression = ""
-        for number, (literal, field, spec, conversion) in enumerate(parts):
+        for literal, field, spec, conversion in parts:
             expression += re.escape(literal)
             if field is None:
                 continue
             if not field.isidentifier() or spec or conversion or field in (*self.fields, "path"):
                 raise ValueError(f"data.pattern {pattern!r}: {{{field}}} must be a plain name, used once, other than path")
-            if number and not literal:
+            if expression.endswith("[^/]+?)"):
                 raise ValueError(f"data.pattern {pattern!r}: nothing tells {{{self.fields[-1]}}} and {{{field}}} apart")
             self.fields.append(field)
             expression += f"(?P<{field}>[^/]+?)"

@@ -128,10 +128,11 @@ class ManifestCorpus:
 
     def _nemo(self, entry: dict[str, Any], base: Path) -> Cut | tuple[str, str]:
         fields = dict(entry)
-        name, offset, duration = fields.pop("audio_filepath"), fields.pop("offset", 0.0), fields.pop("duration", None)
+        name, offset, duration = fields.pop("audio_filepath"), fields.pop("offset", None), fields.pop("duration", None)
         if not isinstance(name, str) or not name:
             raise ValueError(f"audio_filepath must be one path, found {name!r}")
-        for what, value in (("offset", offset), ("duration", duration or 0.0)):
+        offset = 0.0 if offset is None else offset
+        for what, value in (("offset", offset), ("duration", 0.0 if duration is None else duration)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"{what} must be a number of seconds, found {value!r}")
         path = base / name

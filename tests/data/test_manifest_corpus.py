@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.supervision import AlignmentItem
+
+from audiot.data.corpora.manifest import ManifestCorpus
+from audiot.data.manifests import Manifests
+from audiot.data.prepare import prepare
+
+SECONDS = 1.0
+SAMPLE_RATE = 16000
+
+
+def samples_of(number: int) -> np.ndarray:
+    return np.random.default_rng(number).uniform(-0.5, 0.5, round(SECONDS * SAMPLE_RATE))
+
+
+def audio(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number}.flac" for number in range(count)]
+    for number, path in enumerate(paths):
+        soundfile.write(path, samples_of(number), SAMPLE_RATE)
+    return paths
+
+
+def nemo(path: Path, *entries: dict) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def cuts_of(manifests: Manifests) -> dict[str, list]:
+    return {split: list(cuts) for split, cuts in manifests.splits.items()}
+
+
+def lhotse_cuts(paths: list[Path]) -> list:
+    cuts = [Recording.from_file(path, recording_id=path.stem).to_cut() for path in paths]
+    for cut in cuts:
+        phones = [AlignmentItem("a", 0.25, 0.5)]
+        cut.supervisions = [SupervisionSegment(f"s{cut.id}", cut.id, 0.25, 0.5, speaker="theo", alignment={"phone": phones})]
+    return cuts
+
+
+def prepared_audio(manifests: Manifests, directory: Path) -> dict[str, np.ndarray]:
+    prepared = prepare(manifests, directory, num_jobs=1, progress=False)
+    return {cut.id: cut.load_audio()[0] for split in prepared.counts for cut in prepared.cuts(split)}
+
+
+def test_nemo_entries_give_audio_text_and_labels(tmp_path):
+    audio(tmp_path / "wavs", 3)
+    train = nemo(
+        tmp_path / "train.json",
+        {"audio_filepath": "wavs/0.flac", "duration": 1.0, "text": "null", "speaker": 7, "label": "zero"},
+        {"audio_filepath": "wavs/1.flac", "duration": 0.98, "text": "one", "lang": "en"},
+        {"audio_filepath": "wavs/2.flac", "offset": 0.25, "duration": 0.5},
+    )
+    valid = nemo(tmp_path / "valid.json", {"audio_filepath": str(audio(tmp_path / "more", 1)[0]), "offset": None})
+    found = cuts_of(ManifestCorpus(train, valid, valid).manifests(progress=False))
+    first, second, piece = found["train"]
+    assert [cut.id for cut in found["train"]] == ["wavs/0", "wavs/1", "wavs/2@0.25+0.5"]
+    assert [cut.id for cut in found["valid"]] == [cut.id for cut in found["test"]] == ["more/0"]
+    assert (first.supervisions[0].text, first.supervisions[0].speaker) == ("null", "7")
+    assert first.supervisions[0].custom == {"speaker": 7, "label": "zero"}
+    assert second.supervisions[0].language == "en"
+    assert second.duration == 1.0  # a duration rounded by hand doesn't cut samples off
+    assert (piece.start, piece.duration) == (0.25, 0.5)
+    heard = prepared_audio(ManifestCorpus(train, valid, valid).manifests(progress=False), tmp_path / "out")
+    assert np.abs(heard["wavs/1"] - samples_of(1)).max() < 1e-4
+    assert np.abs(heard["wavs/2@0.25+0.5"] - samples_of(2)[4000:12000]).max() < 1e-4
+
+
+def test_nemo_paths_are_relative_to_root_where_it_is_given(tmp_path):
+    audio(tmp_path / "data" / "wavs", 3)
+    train = nemo(tmp_path / "train.json", *({"audio_filepath": f"wavs/{n}.flac"} for n in range(3)))
+    manifests = ManifestCorpus(train, root=tmp_path / "data").manifests(progress=False)
+    assert manifests.rejected == []
+    assert sorted(len(cuts) for cuts in cuts_of(manifests).values()) == [1, 1, 1]
+
+
+def test_nemo_entries_without_usable_audio_are_rejected(tmp_path):
+    audio(tmp_path, 3)
+    (tmp_path / "bad.wav").write_bytes(b"garbage")
+    train = nemo(
+        tmp_path / "train.json",
+        *({"audio_filepath": f"{n}.flac"} for n in range(3)),
+        {"audio_filepath": "gone.wav", "duration": 1.0},
+        {"audio_filepath": "bad.wav", "duration": 1.0},
+        {"audio_filepath": "0.flac", "duration": 2.0},
+        {"audio_filepath": "0.flac", "offset": 1.5},
+    )
+    manifests = ManifestCorpus(train).manifests(progress=False)
+    kinds = [(Path(path).name, reason.split(":")[0]) for path, reason in manifests.rejected]
+    wrong = ("0.flac", "not as its manifest says")
+    assert kinds == [("gone.wav", "missing"), ("bad.wav", "unreadable"), wrong, wrong]
+    assert sum(map(len, cuts_of(manifests).values())) == 3
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_lhotse_cuts_are_told_by_their_content_and_come_back_as_they_are(tmp_path, suffix):
+    cuts = lhotse_cuts(audio(tmp_path / "wavs", 5))
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    content = (tmp_path / "cuts.jsonl").read_bytes()
+    train = tmp_path / f"train{suffix}"
+    train.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    found = cuts_of(ManifestCorpus(train, valid_fraction=0.2).manifests(progress=False))
+    assert {split: len(part) for split, part in found.items()} == {"train": 3, "valid": 1, "test": 1}
+    assert sorted(chain(*found.values()), key=lambda cut: cut.id) == cuts
+
+
+def test_relative_paths_of_lhotse_cuts_start_at_root(tmp_path):
+    cuts = lhotse_cuts(audio(tmp_path / "wavs", 3))
+    cuts.append(cuts[0].append(cuts[1]).with_id("mixed"))
+    for cut in cuts[:3]:
+        cut.recording.sources[0].source = f"wavs/{cut.id}.flac"
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    manifests = ManifestCorpus(tmp_path / "cuts.jsonl", root=tmp_path).manifests(progress=False)
+    heard = prepared_audio(manifests, tmp_path / "out")
+    assert np.abs(heard["mixed"] - np.concatenate([samples_of(0), samples_of(1)])).max() < 1e-4
+    assert np.abs(heard["2"] - samples_of(2)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"audio_filepath": "0.flac"', "not JSON"),
+        ("[1, 2]", "a JSON object was expected, found list"),
+        ('{"id": "x"}', "neither a Lhotse cut"),
+        ('{"id": "x", "sources": [], "sampling_rate": 8000}', "neither a Lhotse cut"),
+        ('{"type": "MonoCut", "id": "x"}', "not a Lhotse cut"),
+        ('{"audio_filepath": ["a.wav", "b.wav"]}', "audio_filepath must be one path"),
+        ('{"audio_filepath": "0.flac", "duration": "long"}', "duration must be a number"),
+        ('{"audio_filepath": "0.flac", "offset": -1}', "offset must be a number"),
+        ('{"audio_filepath": "0.flac", "duration": NaN}', "duration must be a number"),
+        ('{"audio_filepath": "0.flac"}', "the utterance '0' occurs a second time"),
+    ],
+)
+def test_a_broken_line_is_reported_with_its_number(tmp_path, line, message):
+    audio(tmp_path, 2)
+    train = tmp_path / "train.json"
+    train.write_text('{"audio_filepath": "0.flac"}\n\n' + line + '\n{"audio_filepath": "1.flac"}\n')
+    with pytest.raises(ValueError, match=rf"train\.json:3: .*{message}"):
+        ManifestCorpus(train).manifests(progress=False)
+
+
+def test_a_gzip_file_that_ends_early_is_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = "".join(json.dumps({"audio_filepath": rng.bytes(30).hex()}) + "\n" for _ in range(200))
+    path = tmp_path / "train.json.gz"
+    path.write_bytes(gzip.compress(lines.encode())[:-3000])
+    with pytest.raises(ValueError, match=r"train\.json\.gz: unreadable after line \d+"):
+        ManifestCorpus(path).manifests(progress=False)
+
+
+def test_an_utterance_in_training_and_in_another_split_is_refused(tmp_path):
+    audio(tmp_path, 3)
+    train = nemo(tmp_path / "train.json", *({"audio_filepath": f"{n}.flac"} for n in range(3)))
+    test = nemo(tmp_path / "test.json", {"audio_filepath": "2.flac"})
+    with pytest.raises(ValueError, match=r"'2' is in both .*train\.json and .*test\.json"):
+        ManifestCorpus(train, test=test).manifests(progress=False)
+
+
+def test_missing_and_empty_manifests_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.train: there is no manifest"):
+        ManifestCorpus(tmp_path / "none.json")
+    (tmp_path / "empty.json").touch()
+    with pytest.raises(ValueError, match=r"empty\.json has no utterance"):
+        ManifestCorpus(tmp_path / "empty.json").manifests(progress=False)
