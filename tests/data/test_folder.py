@@ -115,6 +115,17 @@ def test_files_that_cannot_be_used_are_rejected_and_the_rest_goes_on(tmp_path):
     assert sorted(chain(*ids(manifests).values())) == ["a_1", "a_2", "a_3"]
 
 
+@pytest.mark.parametrize("suffix", ["wav", "ogg", "aiff", "au", "w64"])
+def test_a_file_that_was_cut_off_is_seen_though_its_header_still_opens(tmp_path, suffix):
+    root = fill(tmp_path, "a.wav", "b.wav", "c.wav")
+    long = np.random.default_rng(0).uniform(-0.5, 0.5, 48000)
+    soundfile.write(root / f"long.{suffix}", long, 16000)
+    content = (root / f"long.{suffix}").read_bytes()
+    (root / f"long.{suffix}").write_bytes(content[: len(content) * 3 // 4])
+    found = reasons(FolderCorpus(root).manifests(False))
+    assert {name: reason.split(":")[0] for name, reason in found.items()} == {f"long.{suffix}": "truncated"}
+
+
 def test_nothing_but_bad_files_is_reported_by_preparation(tmp_path):
     root = fill(tmp_path / "in", "a.wav", "b.wav")
     with pytest.raises(ValueError, match=r"does not match data\.pattern \(2 of 2\)"):

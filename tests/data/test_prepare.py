@@ -179,7 +179,8 @@ def test_a_supervision_of_the_whole_cut_never_outlasts_it(tmp_path):
         new = next(iter(run(manifests(cut), tmp_path / f"out-{num_samples}").cuts("train")))
         length = Fraction(num_samples * 16000, 22050)
         assert abs(new.num_samples - length) <= 1
-        assert new.supervisions[0].end <= new.duration + 1e-4
+        assert new.supervisions[0].end <= new.duration + 1e-9
+        assert new.supervisions[0].alignment["phone"][0].end <= new.duration + 1e-9
         assert len(new.load_audio()[0]) == new.num_samples
 
 
@@ -209,13 +210,15 @@ def test_every_kind_of_bad_file_is_reported_with_its_reason_and_the_rest_goes_on
     kinds = bad_files(tmp_path / "in")
     cuts = [declared(tmp_path / "in" / name, 3.0 if name.startswith("cut") else 0.5) for name in kinds]
     short = whole(write(tmp_path / "in" / "short.wav", tone(0.05)))
+    shorter = declared(tmp_path / "in" / "shorter.wav", 0.12)  # than declared, by less than a truncated file would be
+    write(tmp_path / "in" / "shorter.wav", tone(0.09))
     long = whole(write(tmp_path / "in" / "long.wav", tone(4.0)))
     good = whole(write(tmp_path / "in" / "good.wav", tone(3.5)))
-    prepared = run(manifests(*cuts, short, good, long), tmp_path / "out", max_duration_s=3.75)
+    prepared = run(manifests(*cuts, short, shorter, good, long), tmp_path / "out", max_duration_s=3.75)
     reasons = rejected(tmp_path / "out")
-    expected = kinds | {"short.wav": "too short", "long.wav": "too long"}
+    expected = kinds | {"short.wav": "too short", "shorter.wav": "too short", "long.wav": "too long"}
     assert {name: reason.split(":")[0] for name, reason in reasons.items()} == expected
-    assert list(reasons) == [*kinds, "short.wav", "long.wav"]  # in the order of the manifest
+    assert list(reasons) == [*kinds, "short.wav", "shorter.wav", "long.wav"]  # in the order of the manifest
     assert "-75.0 dBFS" in reasons["silent.wav"]
     assert list(audio_of(prepared)) == ["good.wav"]
     assert prepared.rejected == len(expected)
@@ -328,26 +331,47 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(tmp_pat
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
-def test_going_on_decodes_only_what_is_left(tmp_path, monkeypatch):
+def test_going_on_decodes_only_what_is_left_and_tries_mended_files_again(tmp_path, monkeypatch):
     corpus = some_corpus(tmp_path / "in")
-    decoded: list[str] = []
+    bad = tmp_path / "in" / "1.flac"
+    good_bytes = bad.read_bytes()
+    bad.write_bytes(good_bytes[:20])
     process = module._process
+    decoded: list[list[str]] = []
 
-    def process_until_the_fifth(job, options):
-        if len(decoded) == 5:
+    def process_five(job, options):
+        if len(decoded[-1]) == 5:
             raise KeyboardInterrupt
-        decoded.append(job.id)
+        decoded[-1].append(job.id)
         return process(job, options)
 
-    monkeypatch.setattr(module, "_process", process_until_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        run(corpus, tmp_path / "out")
-    first, later = list(decoded), []
-    monkeypatch.setattr(module, "_process", lambda job, options: later.append(job.id) or process(job, options))
+    monkeypatch.setattr(module, "_process", process_five)
+    for _ in range(3):
+        decoded.append([])
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, tmp_path / "out")
+        with (tmp_path / "out" / "journal.jsonl").open("a") as stream:
+            stream.write('{"id": "half a li')
+    bad.write_bytes(good_bytes)
+    decoded.append([])
+    monkeypatch.setattr(module, "_process", lambda job, options: decoded[-1].append(job.id) or process(job, options))
     run(corpus, tmp_path / "out")
-    assert len(first) == 5
-    assert set(first) & set(later) == {"gone-1.wav"}  # what was rejected gets another chance
-    assert len(set(first) | set(later)) == 42
+    assert [len(part) for part in decoded] == [5, 5, 5, 42 - 3 * 3]
+    assert all(part[:2] == ["gone-1.wav", "1.flac"] for part in (decoded[1], decoded[2]))
+    assert set(rejected(tmp_path / "out")) == {"gone-1.wav", "gone-2.wav"}
+    run(corpus, tmp_path / "unbroken")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+def test_the_order_in_which_workers_finish_does_not_show(tmp_path, monkeypatch):
+    run(some_corpus(tmp_path / "in"), tmp_path / "forth")
+
+    def backwards(jobs, options, num_jobs):
+        yield from [module._process(job, options) for job in jobs][::-1]
+
+    monkeypatch.setattr(module, "_process_all", backwards)
+    run(some_corpus(tmp_path / "in"), tmp_path / "back")
+    assert contents(tmp_path / "forth") == contents(tmp_path / "back")
 
 
 def test_a_complete_folder_is_returned_without_looking_at_the_corpus(tmp_path):
