@@ -62,9 +62,10 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count the batch's frames; log the rate at the logging interval."""
-        features = pl_module.model.features
-        self.frames += int((features.num_tokens(batch["lengths"]) * features.stack).sum()) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        features = pl_module.model.features  # type: ignore[union-attr]
+        tokens = features.num_tokens(batch["lengths"]).sum()  # type: ignore[union-attr, operator]
+        self.frames += int(tokens * features.stack) * trainer.world_size  # type: ignore[union-attr, operator]
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("frames_per_s", self._count(), prog_bar=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,6 +75,14 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock again."""
         self.since = time.monotonic()
+
+    def state_dict(self) -> dict[str, float]:
+        """Totals, for a resumed run to go on with."""
+        return {"frames": self.total_frames, "seconds": self.total_s}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on with the totals of an earlier part of the run."""
+        self.total_frames, self.total_s = int(state_dict["frames"]), state_dict["seconds"]
 
     @property
     def average(self) -> float:
@@ -115,9 +124,7 @@ class ReconstructionPictures(Callback):
             return
         assert isinstance(pl_module, MaskedAcousticModel)
         number = int(self.batch["lengths"].argmax())
-        one = {
-            name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()
-        }
+        one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
         view = pl_module.reconstruct(to_device(one, pl_module.device))
         title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
         plot_reconstruction(view, title, self.folder / f"reconstruction-step{trainer.global_step:06d}.png")
@@ -203,7 +210,9 @@ class RunCSVLogger(CSVLogger):
         for row in kept:
             step = int(row["step"])
             if before is None or step < before:
-                values = {name: float(value) for name, value in row.items() if value and name != "step"}
+                values: dict[str, Tensor | float] = {
+                    str(name): float(value) for name, value in row.items() if value and name != "step"
+                }
                 super().log_metrics(values, step)
 
     @rank_zero_only

@@ -31,9 +31,7 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = {"features": dict(features), "model": dict(model)}
         self.features: Features = instantiate(features)
-        self.encoder: Encoder = instantiate(
-            model, input_dim=self.features.output_dim, _recursive_=False, _convert_="all"
-        )
+        self.encoder: Encoder = instantiate(model, input_dim=self.features.output_dim, _recursive_=False, _convert_="all")
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of every layer. A waveform gives the same ones alone and in a batch.
@@ -85,7 +83,7 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
     path = Path(path)
     if path.is_file():
         raise ValueError(
-            f"{path} is a file, but an encoder is a folder with config.json and model.safetensors (RUN/encoder of a pre-training run)"
+            f"{path} is a file, but an encoder is a folder with config.json and model.safetensors: a pre-training run's encoder"
         )
     if not path.is_dir():
         raise FileNotFoundError(f"no encoder folder at {path}: expected RUN/encoder of a pre-training run")
@@ -93,10 +91,10 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
         raise ValueError(f"{path} is a run's folder: its encoder is {path / 'encoder'}")
     config = read_json(path / "config.json", "encoder config")
     if not isinstance(config, dict) or not {"format_version", "features", "model"} <= config.keys():
-        raise ValueError(f"{path / 'config.json'} is not the config of an audiot encoder: format_version, features, model expected")
+        raise ValueError(f"{path / 'config.json'} is no audiot encoder's config: format_version, features, model expected")
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {config['format_version']}, this audiot reads {FORMAT_VERSION}: use the audiot that wrote it"
+            f"{path} has format_version {config['format_version']}, this audiot reads {FORMAT_VERSION}: use the one that wrote it"
         )
     _check_targets(config, trusted, path)
     encoder = AudioEncoder(config["features"], config["model"])

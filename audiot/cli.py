@@ -195,7 +195,9 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         GlobalHydra.instance().clear()
         if stop.checkpoint is None:
             sys.exit(f"audiot: {stop}")
-        sys.stderr.write(f"\naudiot: {stop}; saved {stop.checkpoint}\nresume:  audiot pretrain resume={stop.checkpoint.parent.parent}\n")
+        sys.stderr.write(
+            f"\naudiot: {stop}; saved {stop.checkpoint}\nresume:  audiot pretrain resume={stop.checkpoint.parent.parent}\n"
+        )
         sys.exit(130)
     except KeyboardInterrupt:
         sys.stderr.write("\naudiot: interrupted\n")

@@ -1,8 +1,9 @@
 """Corruption of spectrogram frames for masked acoustic modelling.
 
-Mockingjay (Liu et al. 2020, arXiv:1910.12638) masks spans of frames; TERA (Liu et al. 2021, arXiv:2007.06028) adds a masked band of
-channels and noise on the magnitudes; AudioALBERT (Chi et al. 2021, arXiv:2005.08575) corrupts as Mockingjay does. Everything is
-vectorised over the batch and drawn from one key an utterance, so that an utterance is corrupted alike in every batch and on every device.
+Mockingjay (Liu et al. 2020, arXiv:1910.12638) masks spans of frames; TERA (Liu et al. 2021, arXiv:2007.06028) adds a masked
+band of channels and noise on the magnitudes; AudioALBERT (Chi et al. 2021, arXiv:2005.08575) corrupts as Mockingjay does.
+Everything is vectorised over the batch and drawn from one key an utterance, so that an utterance is corrupted alike in every
+batch and on every device.
 """
 
 from __future__ import annotations
@@ -159,9 +160,7 @@ class Corruption:
         frames = cover(starts, lengths, self.span)
         policy = random.uniform(keys, 1, _POLICY)[..., None]
         zeroed = features.masked_fill(frames[..., None], 0)
-        replaced = torch.where(
-            frames[..., None], frames_from_elsewhere(features, starts, keys, lengths, self.span), features
-        )
+        replaced = torch.where(frames[..., None], frames_from_elsewhere(features, starts, keys, lengths, self.span), features)
         altered = torch.where(policy < self.zero_probability + self.replace_probability, replaced, features)
         altered = torch.where(policy < self.zero_probability, zeroed, altered)
 

@@ -43,7 +43,6 @@ class EncoderLayer(nn.Module):
         hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, valid)))
         return self.ffn_norm(hidden + self.dropout(self.ffn(hidden)))
 
-
     def attention_weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """The weights (B, H, T, T) that this layer's attention has for its input (B, T, d)."""
         return self.attention.weights(self.attention_norm(hidden) if self.pre_norm else hidden, valid)
@@ -141,7 +140,6 @@ class Encoder(nn.Module):
             hidden.append(self.layer(index)(hidden[-1], valid))
         hidden[-1] = self.output_norm(hidden[-1])
         return hidden
-
 
     def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""

@@ -34,9 +34,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     Parameters that need no gradient are left out.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for part in module.modules():
-        exempt = getattr(part, "no_weight_decay", frozenset())
+        exempt: frozenset[str] = getattr(part, "no_weight_decay", frozenset())
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.requires_grad:
                 (plain if parameter.ndim < 2 or name in exempt else decayed).append(parameter)

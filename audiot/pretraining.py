@@ -94,8 +94,8 @@ class MaskedAcousticModel(pl.LightningModule):
         """Validation's view of a batch: every span zeroed.
 
         Returns:
-            ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels); ``masked``: bool (B, T · stack);
-            ``lengths``: (B,) in spectrogram frames.
+            ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels);
+            ``masked``: bool (B, T · stack); ``lengths``: (B,) in spectrogram frames.
         """
         tokens, lengths, valid = self._features(batch)
         corrupted = self.objective.zero_out(tokens, lengths, batch["keys"])
@@ -122,6 +122,7 @@ class MaskedAcousticModel(pl.LightningModule):
         }
         for name, guess in guesses.items():
             metric = self.validation_metrics[name]
+            assert isinstance(metric, MeanMetric)
             metric(masked_l1(guess, view["target"], masked[..., None]), weight=masked.sum())
             self.log(f"pretrain/{name}", metric, on_epoch=True, prog_bar=name == "val_l1")
 
@@ -129,12 +130,10 @@ class MaskedAcousticModel(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip as the trainer says, and log the norm before clipping every ``log_every_n_steps``."""
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             self.log("pretrain/gradient_norm", torch.nn.utils.get_total_norm(gradients))
-        self.clip_gradients(
-            optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
-        )
+        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""

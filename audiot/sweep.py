@@ -29,9 +29,7 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
         overrides = [str(override) for override in OmegaConf.load(overrides_file)]
         setting = " ".join(override for override in overrides if not override.startswith("seed="))
         figures = {
-            name: float(value)
-            for name, value in read_json(result, "results").items()
-            if name.startswith(RESULTS[result.name])
+            name: float(value) for name, value in read_json(result, "results").items() if name.startswith(RESULTS[result.name])
         }
         rows.append({"setting": setting or "(defaults)", "run": folder.name, **figures})
     return rows

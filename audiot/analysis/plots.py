@@ -22,11 +22,11 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
-    """What the encoder was to see, saw, and made of it, and what interpolation makes of it.
+    """Frames, what the encoder sees of them, what it makes of that, and what interpolation makes of it.
 
     Args:
-        view: Of one utterance, as ``MaskedAcousticModel.reconstruct`` gives it; the reconstructions are shown in the masked frames
-            and the true frames elsewhere.
+        view: Of one utterance, as ``MaskedAcousticModel.reconstruct`` gives it; a reconstruction is shown in the
+            masked frames, the true frames elsewhere.
         title: Of the figure.
         path: PNG.
     """

@@ -41,7 +41,7 @@ class Crop:
 class BatchStream(Sampler[Item]):
     """Batches by similar duration within a budget of seconds, from Lhotse's ``DynamicBucketingSampler``.
 
-    One sampler makes every rank's batches, and rank r of N takes batches r, r + N, …, so that any number of ranks sees the same ones.
+    One sampler makes every rank's batches, and rank r of N takes batches r, r + N, …: any number of ranks sees the same ones.
     Yields ((epoch, batch), cuts).
 
     Args:
@@ -49,8 +49,8 @@ class BatchStream(Sampler[Item]):
         batch_s: Seconds of audio in a batch, padding not counted.
         num_buckets: Buckets of similar duration.
         seed: Of the order and the crops.
-        training: Shuffle, crop, and go on epoch after epoch without end; batches that don't fill a turn of all ranks are left out.
-            Otherwise: one pass in order, nothing left out.
+        training: Shuffle, crop, and go on epoch after epoch without end; batches that don't fill a turn of all ranks are left
+            out. Otherwise: one pass in order, nothing left out.
         crop_s: Longest piece in training, seconds.
         start: First (epoch, batch), batch being the number within the epoch over all ranks.
     """
@@ -125,8 +125,8 @@ class BatchStream(Sampler[Item]):
 class SpeechDataset(Dataset[Batch]):
     """Load and collate the cuts of a batch.
 
-    Gives a dict: ``waveforms`` (B, N) float32, zero-padded; ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random numbers;
-    ``ids``; ``position`` (epoch, batch); and with labels, ``labels`` (B,) or (B, frames) padded with ``IGNORED``.
+    Gives a dict: ``waveforms`` (B, N) float32, zero-padded; ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random
+    numbers; ``ids``; ``position`` (epoch, batch); and with labels, ``labels`` (B,) or (B, frames) padded with ``IGNORED``.
 
     Args:
         seed: Of the random keys; None: keys that depend on the cut alone (validation).
@@ -178,7 +178,7 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch's tensors, except ``lengths``: on the CPU they tell whether anything is padded without waiting for the device."""
+    """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name != "lengths" else value
         for name, value in batch.items()

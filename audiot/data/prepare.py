@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or F
 FORMAT_VERSION = 1
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
+ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
 SHORTFALL_S = 0.08  # a decoder may stop one lossy frame early (MP3 at 8 kHz: 576 samples); with less, it was cut off
 
 
@@ -443,7 +444,7 @@ def prepare(
         max_duration_s: Longer ones too, unless None.
         silence_dbfs: So is one with an RMS below this; a full-scale square wave has 0.
         copy: Also write audio that could be used where it lies: whole 16-bit mono WAV files of the right rate.
-        num_jobs: Worker processes; None: one a core.
+        num_jobs: Worker processes; None: one a core, or none for less than an hour of audio.
         settings: What the corpus was made with; recorded, and compared when the folder is there already.
         progress: Show a bar.
 
@@ -484,7 +485,7 @@ def prepare(
         results = {id: result for id, result in done.items() if result["job"] == digests.get(id)}
         options = _Options(directory.absolute(), **prepare_settings)
         left = [job for job in jobs if job.id not in results]
-        workers = min(num_jobs or _cores(), math.ceil(len(left) / CHUNK) or 1)
+        workers = min(num_jobs or _cores(left), math.ceil(len(left) / CHUNK) or 1)
         with (
             tqdm(total=len(jobs), initial=len(results), desc="prepare", unit="utt", disable=not progress) as bar,
             closing(_process_all(left, options, workers)) as new_results,
@@ -500,7 +501,9 @@ def prepare(
     return prepared
 
 
-def _cores() -> int:
+def _cores(jobs: Sequence[_Job]) -> int:
+    if sum(job.num_samples / job.sample_rate for job in jobs) < ALONE_S:
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

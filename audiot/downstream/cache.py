@@ -17,6 +17,8 @@ from audiot.data.labels import IGNORED
 from audiot.downstream.upstream import EncoderUpstream, FeaturesUpstream
 from audiot.random import key
 
+MAX_GIB = 16.0  # more hidden states than this are refused
+
 State = tuple[Tensor, Tensor]  # hidden states (states, T, d) and label(s) of one utterance
 
 
@@ -43,9 +45,13 @@ class CachedStates(pl.LightningDataModule):
         super().__init__()
         self.seed = data.seed
         self.batch_size = batch_size
-        self.states = {
-            role: compute_states(data, role, upstream, device, last_only) for role in ("train", "valid", "test")
-        }
+        needed = size_gib(data, upstream, last_only)
+        if needed > MAX_GIB:
+            raise ValueError(
+                f"the hidden states of this data would take {needed:.0f} GiB of memory, more than {MAX_GIB:.0f}: set "
+                "downstream.cache=false, or use fewer utterances with data.label_fraction"
+            )
+        self.states = {role: compute_states(data, role, upstream, device, last_only) for role in ("train", "valid", "test")}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches, shuffled anew every epoch."""
@@ -62,6 +68,15 @@ class CachedStates(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Tensors to the device, lengths excepted."""
         return to_device(batch, device)
+
+
+def size_gib(data: SpeechDataModule, upstream: EncoderUpstream | FeaturesUpstream, last_only: bool) -> float:
+    """Memory that the hidden states of all splits take."""
+    split = {role: data.corpus.split_for(data.task, role) for role in ("train", "valid", "test")}
+    hours = sum(data.corpus.hours[name] * (data.label_fraction if role == "train" else 1) for role, name in split.items())
+    features = upstream.features
+    states = hours * 3600 * features.sample_rate / features.hop_length / upstream.stack
+    return states * (1 if last_only else upstream.num_states) * upstream.state_dim * 4 / 2**30
 
 
 @torch.inference_mode()

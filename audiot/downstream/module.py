@@ -50,9 +50,7 @@ class DownstreamModule(pl.LightningModule):
         self.train_encoder = train_encoder
         self.stack = self.upstream.stack
         self.layers = LayerSelection(layers, self.upstream.num_states)
-        self.head: nn.Module = instantiate(
-            head, input_dim=self.upstream.state_dim, num_classes=len(classes), stack=self.stack
-        )
+        self.head: nn.Module = instantiate(head, input_dim=self.upstream.state_dim, num_classes=len(classes), stack=self.stack)
         self.upstream.requires_grad_(train_encoder)
         count = len(classes)
         metrics = MetricCollection(

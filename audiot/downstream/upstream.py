@@ -1,8 +1,9 @@
 """Upstreams: what a downstream task listens to. All map waveforms to hidden states through one interface.
 
 An upstream is an ``nn.Module`` whose call takes waveforms (B, N) and lengths (B,) in samples and gives hidden states
-(layers + 1, B, T, d) with lengths (B,); it has ``features`` (its front end), ``stack`` (spectrogram frames behind a hidden state),
-``num_states`` (layers + 1), ``state_dim`` (d), and ``config``, from which :func:`rebuild` makes it again for its weights to be loaded.
+(layers + 1, B, T, d) with lengths (B,); it has ``features`` (its front end), ``stack`` (spectrogram frames behind a hidden
+state), ``num_states`` (layers + 1), ``state_dim`` (d), and ``config``, from which :func:`rebuild` makes it again for its weights
+to be loaded.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def random_encoder(
         fresh = AudioEncoder(config["features"], config["model"])
     if fresh.features.cmvn == "global":
         if path is None:
-            raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder to take the statistics of")
+            raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder whose statistics to take")
         fresh.features.load_state_dict(load_encoder(path).features.state_dict())
     return EncoderUpstream(fresh)
 

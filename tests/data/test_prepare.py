@@ -114,6 +114,7 @@ def test_channels_are_averaged_or_chosen(tmp_path):
 
 def test_audio_beyond_full_scale_is_scaled_and_not_clipped(tmp_path):
     loud = 3 * noise()
+    loud[100] = -2.0  # the peak is a negative one
     path = write(tmp_path / "a.wav", loud, subtype="FLOAT")
     prepared = run(manifests(whole(path)), tmp_path / "out")
     heard = audio_of(prepared)[path.name]
