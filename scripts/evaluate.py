@@ -1,6 +1,6 @@
 import sys
 
-from audiot.cli import main
+if __name__ == "__main__":  # worker processes import this file again: nothing heavy above
+    from audiot.cli import main
 
-if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])
