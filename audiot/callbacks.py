@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from audiot.analysis.plots import plot_reconstruction
 from audiot.data.batches import Batch, to_device
+from audiot.files import replacing
 from audiot.pretraining import MaskedAcousticModel
 
 
@@ -70,11 +73,16 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._count()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._count()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock again."""
         self.since = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the last batches."""
+        self._count()
 
     def state_dict(self) -> dict[str, float]:
         """Totals, for a resumed run to go on with."""
@@ -120,15 +128,17 @@ class ReconstructionPictures(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw its longest utterance."""
-        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking:
+        path = self.folder / f"reconstruction-step{trainer.global_step:06d}.png"
+        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or path.is_file():
             return
         assert isinstance(pl_module, MaskedAcousticModel)
         number = int(self.batch["lengths"].argmax())
         one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
         view = pl_module.reconstruct(to_device(one, pl_module.device))
         title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
-        plot_reconstruction(view, title, self.folder / f"reconstruction-step{trainer.global_step:06d}.png")
-        plot_reconstruction(view, title, self.folder / "reconstruction.png")
+        plot_reconstruction(view, title, path)
+        with replacing(self.folder / "reconstruction.png") as latest:
+            shutil.copyfile(path, latest)
         self.batch = None
 
 
@@ -174,7 +184,9 @@ class GracefulInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Save and stop, if asked to."""
+        """Save and stop, if asked to, once all batches of an optimiser step are done."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             return
         path = None
@@ -210,9 +222,7 @@ class RunCSVLogger(CSVLogger):
         for row in kept:
             step = int(row["step"])
             if before is None or step < before:
-                values: dict[str, Tensor | float] = {
-                    str(name): float(value) for name, value in row.items() if value and name != "step"
-                }
+                values: dict[str, Any] = {name: value for name, value in row.items() if value and name != "step"}
                 super().log_metrics(values, step)
 
     @rank_zero_only

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -107,15 +107,26 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
 
 
 def _check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:
-    """Refuse classes of packages that are not trusted: a config names code to run."""
+    """Refuse all but modules of trusted packages: a config names code to run."""
     if isinstance(config, list):
         config = dict(enumerate(config))
     if isinstance(config, dict):
-        target = config.get("_target_")
-        if target is not None and str(target).split(".")[0] not in trusted:
-            raise ValueError(f"{path} names {target}, and only {', '.join(trusted)} may be loaded: add its package to `trusted`")
+        if "_target_" in config:
+            _check_target(str(config["_target_"]), trusted, path)
         for value in config.values():
             _check_targets(value, trusted, path)
+
+
+def _check_target(target: str, trusted: tuple[str, ...], path: Path) -> None:
+    if target.split(".")[0] not in trusted:
+        raise ValueError(f"{path} names {target}, and only {', '.join(trusted)} may be loaded: add its package to `trusted`")
+    try:
+        found = get_object(target)  # imports the trusted package alone
+    except ImportError as error:
+        raise ValueError(f"{path} names {target}, which is not there: install the version that wrote it") from error
+    # The name alone says little: a trusted module may have imported anything, `os` say.
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.split(".")[0] in trusted):
+        raise ValueError(f"{path} names {target}, which is no module of {', '.join(trusted)}: use a config that audiot wrote")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

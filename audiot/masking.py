@@ -63,6 +63,8 @@ def frames_from_elsewhere(features: Tensor, starts: Tensor, keys: Tensor, length
 
 def band(keys: Tensor, num_channels: int, max_width: int) -> Tensor:
     """A band of channels an utterance, its width uniform in 0…max_width: bool (B, num_channels)."""
+    if max_width > num_channels:
+        raise ValueError(f"objective.band_width is {max_width} but a frame has {num_channels} channels: lower it")
     width, start = random.uniform(keys, 2, _BAND).unbind(1)
     width = (width * (max_width + 1)).long()
     start = (start * (num_channels - width + 1)).long()

@@ -89,8 +89,10 @@ class Encoder(nn.Module):
             raise ValueError(f"model.norm must be post or pre, found {norm!r}")
         if input_init not in ("xavier", "normal"):
             raise ValueError(f"model.input_init must be xavier or normal, found {input_init!r}")
-        if num_layers < 1:
-            raise ValueError(f"model.num_layers must be at least 1, found {num_layers}")
+        sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": num_heads, "ffn_dim": ffn_dim}
+        for name, size in (sizes | {"max_frames": max_frames}).items():
+            if size < 1:
+                raise ValueError(f"model.{name} must be at least 1, found {size}")
         shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers

@@ -62,5 +62,5 @@ def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
 
 def normal(keys: Tensor, count: int, stream: int = 0) -> Tensor:
     """Standard normal float32 numbers (B, count), by Box and Muller's transform."""
-    first, second = uniform(keys, 2 * count, stream).chunk(2, dim=1)
+    first, second = uniform(keys, 2 * count, stream).unflatten(1, (count, 2)).unbind(2)  # a number needs its own pair alone
     return (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import logging
+from importlib import resources
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 TINY = {
     "features": {"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 3},
@@ -25,10 +28,26 @@ TINY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
-    """Configs as plain dicts: features, model, objective, optimizer, scheduler."""
-    return copy.deepcopy(TINY)
+    """Configs as plain dicts, not to be changed: features, model, objective, optimizer, scheduler."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def published_attention():
+    """Function of a mechanism's name: the plain configs of conf/attention/NAME.yaml and of the positions that it chooses."""
+
+    def read(group, name):
+        config = OmegaConf.load(resources.files("audiot.conf") / group / f"{name}.yaml")
+        plain = OmegaConf.to_container(config)
+        return plain, [positions for choice in plain.pop("defaults", []) for positions in choice.values()]
+
+    def configs(name):
+        attention, (positions,) = read("attention", name)
+        return {"attention": attention, "positions": read("positions", positions)[0]}
+
+    return configs
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +69,44 @@ def demo_corpus(tmp_path_factory):
         num_jobs=1,
     )
     return prepare(lambda: demo.manifests(progress=False), folder / "prepared", num_jobs=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def pretraining(demo_corpus):
+    """Makers of a tiny pre-training's parts: ``module``, ``data`` and ``trainer``, which stops after nine steps."""
+    import pytorch_lightning as pl
+    import torch
+
+    from audiot.callbacks import ConsumedBatches
+    from audiot.data.datamodule import SpeechDataModule
+    from audiot.pretraining import MaskedAcousticModel
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+    def module(seed=0, **objective):
+        torch.manual_seed(seed)
+        configs = TINY | {"objective": TINY["objective"] | objective}
+        return MaskedAcousticModel(**configs, seed=5)
+
+    def data(**options):
+        loading = {"batch_s": 8.0, "crop_s": 2.0, "num_buckets": 2, "num_workers": 0}
+        return SpeechDataModule(demo_corpus, "pretrain", **loading | options)
+
+    def trainer(folder, callbacks=(), **options):
+        settings = {  # as in conf/trainer/default.yaml
+            "accelerator": "cpu",
+            "max_steps": 9,
+            "max_epochs": -1,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+            "gradient_clip_val": 5.0,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "default_root_dir": folder,
+        }
+        return pl.Trainer(**settings | options, callbacks=[ConsumedBatches(), *callbacks])
+
+    return SimpleNamespace(module=module, data=data, trainer=trainer)

@@ -64,7 +64,7 @@ def test_numbers_depend_on_neither_the_batch_nor_how_many_are_drawn(draw):
 
 def test_uniform_numbers_are_flat_and_lie_in_the_half_open_interval():
     drawn = random.uniform(torch.arange(50), 4000).double().numpy()
-    assert 0 <= drawn.min()
+    assert drawn.min() >= 0
     assert drawn.max() < 1
     assert np.all(drawn * 2**24 == np.round(drawn * 2**24))
     counts = np.histogram(drawn, 100, (0, 1))[0]
@@ -97,7 +97,7 @@ def test_normal_numbers_have_the_moments_of_a_standard_normal():
 def test_keys_never_change():
     # printf 'mask\x1f0\x1f3\x1fcut-7' | b2sum -l 64
     digest = bytes.fromhex("504c254c2e53f518")
-    assert random.key("mask", 0, 3, "cut-7") == int.from_bytes(digest, "little", signed=True) == 1798389082106317904
+    assert random.key("mask", 0, 3, "cut-7") == int.from_bytes(digest, "little", signed=True)
 
 
 def test_keys_tell_their_parts_apart():

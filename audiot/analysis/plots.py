@@ -97,7 +97,7 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
     axis = figure.subplots()
     for number, bars in enumerate(groups.values()):
         for place, (upstream, value) in enumerate(bars.items()):
-            bar = axis.bar(number + 0.27 * (place - (len(bars) - 1) / 2), value, 0.25, color=colours[upstream])
+            bar = axis.bar(number + 0.27 * (place - (len(bars) - 1) / 2), value, 0.25, color=colours.get(upstream, GREEN))
             axis.bar_label(bar, fmt="%.1f", fontsize=9)
     axis.set_xticks(range(len(groups)), groups)
     axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls")

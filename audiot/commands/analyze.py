@@ -22,6 +22,8 @@ def main(cfg: DictConfig) -> None:
     """Draw curves, probes, one utterance's reconstruction, and its attention before and after training."""
     run = Path(cfg.run)
     settings = run_config(run)
+    if "downstream" in settings:
+        raise ValueError(f"run={run} is a run of finetune, analyze draws runs of pretrain: see {run / 'confusion.png'}")
     module = load_pretraining(run).eval()
     data = SpeechDataModule(open_corpus(settings), "pretrain", **data_options(settings))
     batch = utterance(data, cfg.utterance)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import shlex
+import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.data.prepare import PreparedCorpus, prepare
 
@@ -39,18 +47,54 @@ def open_corpus(cfg: DictConfig) -> PreparedCorpus:
     num_jobs = options.pop("num_jobs")  # how many workers prepare it changes nothing
     digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}"
-    corpus = prepare(
-        lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options
-    )
+    corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
     say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h")
     return corpus
 
 
 def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
-    """Lightning's Trainer with the callbacks and loggers of the config."""
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    """Lightning's Trainer with the callbacks and loggers of the config.
+
+    Raises:
+        ValueError: the devices asked for are not there.
+    """
+    asked = f"trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices}"
+    for name in ("val_check_interval", "log_every_n_steps"):
+        if cfg.trainer[name] < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, found {cfg.trainer[name]}")
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if not loggers:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it insists on one
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            start_wandb(logger)
+    try:
+        trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException):
+            raise ValueError(f"{asked}: {error.__cause__}") from error
+        raise
+    if cfg.trainer.accelerator == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
+    return trainer
+
+
+def start_wandb(logger: WandbLogger) -> None:
+    """Start a W&B run before anything is computed, and without asking for a key: in a batch job nobody answers.
+
+    Raises:
+        ValueError: W&B refuses, most often because nobody has logged in.
+    """
+    from wandb.errors import Error
+
+    terminal, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        _ = logger.experiment
+    except Error as error:
+        raise ValueError(f"logger=wandb: {error} WANDB_MODE=offline keeps the run on this machine.") from error
+    finally:
+        sys.stdin = terminal
 
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
@@ -58,10 +102,53 @@ def data_options(cfg: DictConfig) -> dict[str, Any]:
     return {name: cfg.data[name] for name in ("batch_s", "num_buckets", "num_workers")} | {"seed": cfg.seed}
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run's latest step, or None."""
+def check_fresh(run: Path) -> None:
+    """Refuse to pre-train in the folder of another run, whose checkpoints and probes would mix with the new ones.
+
+    Raises:
+        ValueError: there are checkpoints.
+    """
+    if any((run / "checkpoints").glob("step=*.ckpt")):
+        raise ValueError(f"{run} holds a run already: resume={run} goes on with it, another hydra.run.dir starts anew")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.stem.split("=")[1])
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint of a pre-training run's latest step.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: it is truncated.
+    """
     found = list((run / "checkpoints").glob("step=*.ckpt"))
-    return max(found, key=lambda path: int(path.stem.split("=")[1]), default=None)
+    if not found:
+        raise FileNotFoundError(f"{run}: no checkpoint of a pre-training run in {run / 'checkpoints'}")
+    return check_archive(max(found, key=step_of))
+
+
+def check_archive(path: Path) -> Path:
+    """A checkpoint's path, if it is whole: its index stands at the end of the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or not a checkpoint")
+    return path
+
+
+def same_data(run: Path) -> str:
+    """The data settings that a run was started with, as arguments of a next command."""
+    path = run / ".hydra" / "overrides.yaml"
+    given = [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
+    return "".join(f" {shlex.quote(override)}" for override in given if override.startswith(("data=", "data.", "data_dir=")))
+
+
+def finetune_command(run: Path) -> str:
+    """What to run after a pre-training run."""
+    return f"audiot finetune downstream=phone_linear upstream.path={run / 'encoder'}{same_data(run)}"
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from audiot.commands.common import data_options, newest_checkpoint, open_corpus, say, table
+from audiot.callbacks import ProgressBar
+from audiot.commands.common import check_archive, data_options, finetune_command, newest_checkpoint, open_corpus, say, table
 from audiot.commands.finetune import task_data
 from audiot.data.datamodule import SpeechDataModule
 from audiot.downstream.module import DownstreamModule
@@ -24,7 +24,12 @@ def main(cfg: DictConfig) -> None:
     run = Path(cfg.run)
     settings = run_config(run)
     trainer = pl.Trainer(
-        accelerator=cfg.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+        accelerator=cfg.accelerator,
+        devices=1,
+        callbacks=[ProgressBar(leave=False)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
     )
     if (run / "metrics.json").is_file():
         then, now = read_json(run / "metrics.json", "metrics"), evaluate_downstream(trainer, settings, run)
@@ -36,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     say(table(rows))
     say(f"wrote   {run / 'evaluation.json'}")
     if (run / "encoder").is_dir():
-        say(f"next:   audiot finetune downstream=phone_linear upstream=checkpoint upstream.path={run / 'encoder'}")
+        say(f"next:   {finetune_command(run)}")
 
 
 def run_config(run: Path) -> DictConfig:
@@ -50,21 +55,9 @@ def run_config(run: Path) -> DictConfig:
     return settings
 
 
-def check_archive(path: Path) -> Path:
-    """A checkpoint's path, if it is whole: its index stands at the end of the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated or not a checkpoint")
-    return path
-
-
 def load_pretraining(run: Path) -> MaskedAcousticModel:
     """The module of a pre-training run's latest checkpoint."""
-    path = newest_checkpoint(run)
-    if path is None:
-        raise FileNotFoundError(f"run={run}: no checkpoint in {run / 'checkpoints'}")
-    return MaskedAcousticModel.load_from_checkpoint(check_archive(path), map_location="cpu", weights_only=False)
+    return MaskedAcousticModel.load_from_checkpoint(newest_checkpoint(run), map_location="cpu", weights_only=False)
 
 
 def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, float]:

@@ -22,10 +22,11 @@ from audiot.features import Features
 from audiot.files import write_json
 
 
-def main(cfg: DictConfig) -> None:
-    """Train, test the best checkpoint, and say what came of it."""
-    finetune(cfg)
+def main(cfg: DictConfig) -> float:
+    """Train, test the best checkpoint, say what came of it; the validation accuracy, for a sweep that searches."""
+    metrics = finetune(cfg)
     say(f"next:   audiot evaluate run={cfg.run_dir}")
+    return metrics["valid/accuracy"]
 
 
 def task_data(cfg: DictConfig, corpus: PreparedCorpus, features: Features) -> SpeechDataModule:
@@ -44,12 +45,19 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     """Train and test as the config says, in ``cfg.run_dir``; the metrics, which also go to ``metrics.json``."""
     run = Path(cfg.run_dir)
     pl.seed_everything(cfg.seed, verbose=False)
-    corpus = open_corpus(cfg)
+    if cfg.trainer.val_check_interval > cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches:
+        raise ValueError(
+            f"trainer.val_check_interval={cfg.trainer.val_check_interval} comes after the last step, "
+            f"trainer.max_steps={cfg.trainer.max_steps}: lower it, since the best validation chooses the checkpoint"
+        )
+    if cfg.downstream.batch_size < 1:
+        raise ValueError(f"downstream.batch_size must be at least 1, found {cfg.downstream.batch_size}")
+    trainer = make_trainer(cfg)
     upstream: EncoderUpstream | FeaturesUpstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
-    data = task_data(cfg, corpus, upstream.features)
+    if isinstance(upstream, FeaturesUpstream) and cfg.downstream.train_encoder:
+        raise ValueError("upstream=features has nothing to train: drop downstream.train_encoder=true")
+    data = task_data(cfg, open_corpus(cfg), upstream.features)
     if isinstance(upstream, FeaturesUpstream):
-        if cfg.downstream.train_encoder:
-            raise ValueError("upstream=features has nothing to train: drop downstream.train_encoder=true")
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
     pl.seed_everything(cfg.seed, verbose=False)
     module = DownstreamModule(
@@ -63,7 +71,6 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         seed=cfg.seed,
     )
     module.upstream.load_state_dict(upstream.state_dict())
-    trainer = make_trainer(cfg)
     source: pl.LightningDataModule = data
     if cfg.downstream.cache and not cfg.downstream.train_encoder:
         source = CachedStates(
@@ -75,16 +82,11 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         )
     trainer.fit(module, source)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))  # type: ignore[attr-defined]
-    if not best.best_model_path:
-        raise ValueError(
-            f"training ended before its first validation: trainer.val_check_interval={cfg.trainer.val_check_interval} "
-            f"must be at most trainer.max_steps={cfg.trainer.max_steps}"
-        )
     metrics = test(trainer, module, source, best.best_model_path)
     metrics |= {
         "valid/accuracy": float(best.best_model_score),  # type: ignore[arg-type]
         "task": cfg.downstream.task,
-        "upstream": upstream.config["kind"],
+        "upstream": str(cfg.upstream._target_).rpartition(".")[2],
         "layers": cfg.downstream.layers,
         "fine_tuned": cfg.downstream.train_encoder,
         "train_utterances": len(data.training_cuts()),
@@ -102,9 +104,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def test(
-    trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path
-) -> dict[str, Any]:
+def test(trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path) -> dict[str, Any]:
     """Test metrics of a checkpoint."""
     (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=False, verbose=False)
     return dict(metrics)

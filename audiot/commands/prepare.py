@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from audiot.commands.common import open_corpus, say
@@ -12,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     corpus = open_corpus(cfg)
     for split, count in corpus.counts.items():
         say(f"  {split:<14} {count:>7} utterances  {corpus.hours[split]:8.2f} h")
-    say(f"next:  audiot pretrain data={cfg.data.name} with the same data settings")
+    say(f"next:   audiot pretrain {shlex.join(HydraConfig.get().overrides.task)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -10,49 +13,76 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
-from audiot.callbacks import Throughput
+from audiot.callbacks import Interrupted, Throughput
 from audiot.checkpoint import load_encoder, save_encoder
-from audiot.commands.common import data_options, make_trainer, newest_checkpoint, open_corpus, plain, say, table
+from audiot.commands.common import (
+    check_fresh,
+    data_options,
+    finetune_command,
+    make_trainer,
+    newest_checkpoint,
+    open_corpus,
+    plain,
+    say,
+    step_of,
+    table,
+)
 from audiot.commands.probing import run_probes
 from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
 
 
-def main(cfg: DictConfig) -> None:
-    """Run the whole of it in ``cfg.run_dir``, or the rest of it there."""
+def main(cfg: DictConfig) -> float:
+    """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches."""
     begin = time.monotonic()
     run = Path(cfg.run_dir)
     checkpoint = newest_checkpoint(run) if cfg.resume else None
-    if cfg.resume and _finished(run, cfg, checkpoint):
-        say(f"{run} is finished: nothing to resume\n{report(run)}")
-        return
+    if checkpoint is None:
+        check_fresh(run)
+    else:
+        if _finished(run, cfg):
+            say(f"{run} is finished: nothing to resume\n{report(run)}")
+            return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
+        if step_of(checkpoint) < cfg.trainer.max_steps:  # those of the encoder as it was
+            shutil.rmtree(run / "probes", ignore_errors=True)
+        say(f"resume  {checkpoint}")
     pl.seed_everything(cfg.seed, verbose=False)
-    corpus = open_corpus(cfg)
-    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, **data_options(cfg))
+    trainer = make_trainer(cfg)
     module = build(cfg)
+    corpus = open_corpus(cfg)
     _check_rate(module, corpus.sample_rate)
+    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, **data_options(cfg))
     if module.model.features.cmvn == "global" and not cfg.init:
         module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
-    trainer = make_trainer(cfg)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}")
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
-    if trainer.max_steps % cfg.checkpoint.every_n_steps:
+    if not cfg.checkpoint.every_n_steps or trainer.max_steps % cfg.checkpoint.every_n_steps:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
     (validation,) = trainer.validate(module, data, verbose=False)
     throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+    loss = validation["pretrain/val_l1"]
+    if not math.isfinite(loss):
+        raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={cfg.optimizer.lr}")
+    if torch.distributed.is_initialized():  # the rest is for one process, whose metrics must not wait for the others
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
-        return
+        return loss
     save_encoder(run / "encoder", module.model, module.head)
     summary: dict[str, Any] = {name: value for name, value in validation.items() if name.startswith("pretrain/")}
     draw(run, module, data)
     if cfg.probe:
-        summary |= run_probes(cfg, run)
+        try:
+            summary |= run_probes(cfg, run)
+        except Interrupted as stop:
+            raise Interrupted(trainer.global_step, newest_checkpoint(run)) from stop
         if any(name.startswith(("probe/", "finetune/")) for name in summary):
             plot_probes(summary, run / "plots" / "probes.png")
     summary |= {
@@ -63,14 +93,19 @@ def main(cfg: DictConfig) -> None:
     }
     write_json(run / "summary.json", summary)
     say(report(run))
+    return loss
 
 
 def build(cfg: DictConfig) -> MaskedAcousticModel:
-    """The module of a config: new, or going on from the exported encoder ``cfg.init``, which brings its own features and model."""
+    """The module of a config: new, or going on from the exported encoder ``cfg.init``, with its features and model."""
     options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
     if not cfg.init:
         return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
     start = load_encoder(cfg.init)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in given:
+        if re.match("(features|model|attention|positions)[.=]", override):
+            raise ValueError(f"{override} has no effect: init={cfg.init} brings its own features and model; drop one of them")
     module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
     start = load_encoder(cfg.init, head=module.head)
     module.model.load_state_dict(start.state_dict())
@@ -81,14 +116,16 @@ def build(cfg: DictConfig) -> MaskedAcousticModel:
 def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
     wanted = module.model.features.sample_rate
     if wanted != sample_rate:
-        raise ValueError(f"the corpus is at {sample_rate} Hz and the features at {wanted} Hz: set data.prepare.sample_rate={wanted}")
+        raise ValueError(
+            f"the corpus is at {sample_rate} Hz and the features at {wanted} Hz: set data.prepare.sample_rate={wanted}"
+        )
 
 
-def _finished(run: Path, cfg: DictConfig, checkpoint: Path | None) -> bool:
-    if checkpoint is None:
-        raise ValueError(f"resume={run}: no checkpoint in {run / 'checkpoints'}; start the run anew")
-    summary = run / "summary.json"
-    return summary.is_file() and read_json(summary, "summary")["steps"] >= cfg.trainer.max_steps
+def _finished(run: Path, cfg: DictConfig) -> bool:
+    if not (run / "summary.json").is_file():
+        return False
+    summary = read_json(run / "summary.json", "summary")
+    return summary["steps"] >= cfg.trainer.max_steps and (not cfg.probe or set(cfg.probes) <= set(summary))
 
 
 @torch.no_grad()
@@ -118,18 +155,20 @@ def report(run: Path) -> str:
             }
         ),
     ]
-    tasks = dict.fromkeys(tuple(name.split("/")[:2]) for name in summary if name.startswith(("probe/", "finetune/")))
-    if tasks:
-        lines += ["", f"{'test accuracy, %':<28}{'pre-trained':>12}{'untrained':>12}{'features':>12}"]
-        for kind, task in tasks:
+    results = {tuple(name.split("/")): value for name, value in summary.items() if name.startswith(("probe/", "finetune/"))}
+    if results:
+        columns = {"encoder": "pre-trained", "random": "untrained"} | {name: name for _, _, name in results if "features" in name}
+        lines += ["", f"{'test accuracy, %':<32}" + "".join(f"{title.replace('_', ' '):>18}" for title in columns.values())]
+        for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
             name = f"{task}, {'frozen' if kind == 'probe' else 'fine-tuned, few labels'}"
-            cells = [summary.get(f"{kind}/{task}/{upstream}") for upstream in ("encoder", "random", "features")]
-            lines.append(f"{name:<28}" + "".join(f"{100 * cell:12.1f}" if cell is not None else f"{'':>12}" for cell in cells))
+            cells = [results.get((kind, task, column)) for column in columns]
+            lines.append(f"{name:<32}" + "".join(f"{100 * cell:18.1f}" if cell is not None else f"{'':>18}" for cell in cells))
+    plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
     lines += [
         "",
         f"run     {run}",
-        f"plots   {run / 'plots'}: {', '.join(sorted(path.name for path in (run / 'plots').glob('*.png') if 'step' not in path.name))}",
-        f"next:   audiot finetune downstream=phone_linear upstream=checkpoint upstream.path={run / 'encoder'}",
+        f"plots   {run / 'plots'}: {', '.join(plots)}",
+        f"next:   {finetune_command(run)}",
     ]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from audiot.commands.common import say
+from audiot.commands.common import same_data, say
 from audiot.commands.finetune import finetune
 from audiot.files import read_json
 
@@ -21,8 +21,11 @@ def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
     for name, overrides in cfg.probes.items():
         folder = run / "probes" / str(name).replace("/", "-")
         if not (folder / "metrics.json").is_file():
-            say(f"\n{name}:  audiot finetune {' '.join(overrides)}")
-            finetune(probe_config(cfg, list(overrides), folder))
+            say(f"\n{name}:  audiot finetune {' '.join(overrides)}{same_data(run)}")
+            probe = probe_config(cfg, list(overrides), folder)
+            (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(probe, folder / ".hydra" / "config.yaml")  # for `audiot evaluate`
+            finetune(probe)
         accuracies[str(name)] = read_json(folder / "metrics.json", "metrics")["test/accuracy"]
     return accuracies
 
@@ -35,10 +38,11 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     else:  # a resumed run
         with initialize_config_module("audiot.conf", version_base="1.3"):
             probe = compose("finetune", overrides)
-    shared = OmegaConf.masked_copy(cfg, list(SHARED))
+    OmegaConf.set_struct(probe, False)
+    for name in SHARED:
+        probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
     device = {"trainer": {"accelerator": cfg.trainer.accelerator, "precision": cfg.trainer.precision}}
     explicit = OmegaConf.from_dotlist([override for override in overrides if override.startswith("data.")])
-    OmegaConf.set_struct(probe, False)
-    merged = OmegaConf.merge(probe, shared, device, explicit)
+    merged = OmegaConf.merge(probe, device, explicit)
     assert isinstance(merged, DictConfig)
     return merged

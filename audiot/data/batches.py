@@ -71,7 +71,7 @@ class BatchStream(Sampler[Item]):
         self.cuts = cuts
         self.batch_s = batch_s
         self.training = training
-        self.num_buckets = num_buckets
+        self.num_buckets = num_buckets if cuts.is_lazy else min(num_buckets, len(cuts))  # no more buckets than cuts
         self.seed = seed
         self.crop_s = crop_s
         self.rank = rank
@@ -88,6 +88,7 @@ class BatchStream(Sampler[Item]):
                 cuts,
                 max_duration=self.batch_s,
                 num_buckets=self.num_buckets,
+                duration_bins=[self.batch_s] if self.num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
                 shuffle=self.training,
                 seed=self.seed,
                 world_size=1,

@@ -64,6 +64,10 @@ class SpeechDataModule(pl.LightningDataModule):
             raise ValueError(f"data.label_fraction must be in (0, 1], found {label_fraction}")
         if batch_s <= 0:
             raise ValueError(f"data.batch_s must be a positive number of seconds, found {batch_s}")
+        if crop_s is not None and crop_s <= 0:
+            raise ValueError(f"data.crop_s must be a positive number of seconds, found {crop_s}")
+        if num_buckets < 1:
+            raise ValueError(f"data.num_buckets must be at least 1, found {num_buckets}")
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s

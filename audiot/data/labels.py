@@ -71,7 +71,7 @@ class FrameLabels:
         self.features = features
 
     def _intervals(self, cut: Cut) -> list[tuple[float, float, str]]:
-        items = [  # like a supervision's, an alignment's times count from the cut's start
+        items = [
             (item.start, item.end, item.symbol)
             for supervision in cut.supervisions
             for item in (supervision.alignment or {}).get(self.tier, [])
@@ -88,7 +88,9 @@ class FrameLabels:
         """Class index of each frame (frames,), ``IGNORED`` where no interval covers its centre."""
         intervals = self._intervals(cut)
         num_frames = self.features.num_frames(cut.num_samples)
-        centers = self.features.frame_centers(num_frames).numpy() / self.features.sample_rate
+        # Lhotse moves the supervisions of a cropped cut, but not their alignments: those count from the recording's start.
+        rate = self.features.sample_rate
+        centers = (self.features.frame_centers(num_frames).numpy() + round(cut.start * rate)) / rate
         starts = np.array([start for start, _, _ in intervals])
         ends = np.array([end for _, end, _ in intervals])
         classes = np.array([index[symbol] for _, _, symbol in intervals])

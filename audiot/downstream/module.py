@@ -52,6 +52,7 @@ class DownstreamModule(pl.LightningModule):
         self.layers = LayerSelection(layers, self.upstream.num_states)
         self.head: nn.Module = instantiate(head, input_dim=self.upstream.state_dim, num_classes=len(classes), stack=self.stack)
         self.upstream.requires_grad_(train_encoder)
+        self.train()  # Lightning's fit doesn't call it
         count = len(classes)
         metrics = MetricCollection(
             {

@@ -81,7 +81,7 @@ def random_encoder(
     """An untrained encoder: the architecture of the one at ``path``, else of ``features`` and ``model``."""
     config = load_encoder(path).config if path is not None else {"features": features or {}, "model": model or {}}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         fresh = AudioEncoder(config["features"], config["model"])
     if fresh.features.cmvn == "global":
         if path is None:

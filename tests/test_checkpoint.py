@@ -1,0 +1,223 @@
+"""Exported encoders: exact, reproducible, and refused with one line where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import audiot
+from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
+from audiot.files import read_json, replacing, write_json
+from audiot.model import ReconstructionHead
+
+LENGTHS = torch.tensor([16000, 9000, 4000])
+
+
+def build(tiny, seed=0, **features):
+    torch.manual_seed(seed)
+    encoder = AudioEncoder(tiny["features"] | features, tiny["model"]).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases are no longer zero
+    return encoder
+
+
+def speech(dtype=torch.float32):
+    return torch.randn(3, 16000, generator=torch.Generator().manual_seed(0), dtype=dtype).mul(0.1)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """An encoder, its head, and the folder that both are in."""
+    encoder = build(tiny)
+    head = ReconstructionHead(24, 60)
+    save_encoder(tmp_path / "encoder", encoder, head)
+    return encoder, head, tmp_path / "encoder"
+
+
+def same(one, other):
+    return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_loaded_encoder_equals_the_saved_one(saved):
+    encoder, head, folder = saved
+    other_head = ReconstructionHead(24, 60)
+    loaded = load_encoder(folder, head=other_head)
+    assert not loaded.training
+    assert same(loaded, encoder)
+    assert same(other_head, head)
+    assert loaded.config == encoder.config
+    hidden, lengths = encoder(speech(), LENGTHS)
+    for again in (loaded, audiot.load_encoder(str(folder))):
+        hidden_again, lengths_again = again(speech(), LENGTHS)
+        assert hidden_again.equal(hidden)
+        assert lengths_again.equal(lengths)
+
+
+def test_saving_again_gives_the_same_bytes(saved):
+    _, head, folder = saved
+    save_encoder(folder.parent / "again", load_encoder(folder), head)
+    os.utime(folder / "config.json", (0, 0))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (folder.parent / "again" / name).read_bytes()
+
+
+def test_files_hold_nothing_but_the_configs_and_the_weights(saved, tiny):
+    encoder, head, folder = saved
+    content = json.loads((folder / "config.json").read_text())
+    assert content == {"format_version": 1, "features": tiny["features"], "model": tiny["model"]}
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == encoder.state_dict().keys() | {f"head.{name}" for name in head.state_dict()}
+    for name in ("config.json", "model.safetensors"):
+        assert str(folder.parent).encode() not in (folder / name).read_bytes()
+    size = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + size])
+    assert header.keys() == weights.keys()  # no metadata
+
+
+def test_global_statistics_travel_with_the_encoder(tiny, tmp_path):
+    encoder = build(tiny, cmvn="global")
+    encoder.features.fit([(speech(), LENGTHS)])
+    save_encoder(tmp_path, encoder)
+    assert load_encoder(tmp_path)(speech(), LENGTHS)[0].equal(encoder(speech(), LENGTHS)[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_a_waveform_gives_the_same_states_alone_and_in_a_batch(tiny, dtype, tolerance):
+    encoder = build(tiny).to(dtype)
+    waveforms = speech(dtype)
+    waveforms[torch.arange(16000) >= LENGTHS[:, None]] = 0.9  # whatever lies behind the end
+    together, lengths = encoder(waveforms, LENGTHS)
+    assert together.shape == (3, 3, 32, 24)  # layers + 1, utterances, ((16000 - 400) // 160 + 1) // 3 frames, width
+    for number, length in enumerate(LENGTHS.tolist()):
+        alone, (count,) = encoder(waveforms[number : number + 1, :length])
+        assert count == lengths[number] == ((length - 400) // 160 + 1) // 3
+        torch.testing.assert_close(together[:, number, :count], alone[:, 0], rtol=tolerance, atol=tolerance)
+        assert not together[:, number, count:].any()
+
+
+def test_a_truncated_file_is_refused(saved):
+    path = saved[2] / "model.safetensors"
+    content = path.read_bytes()
+    for size in (0, 5, 200, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="truncated or not a safetensors file") as caught:
+            load_encoder(saved[2])
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_things_are_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no encoder folder at .*nowhere"):
+        load_encoder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no encoder config at .*empty"):
+        load_encoder(tmp_path / "empty")
+    (saved[2] / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*model.safetensors"):
+        load_encoder(saved[2])
+
+
+def test_a_training_checkpoint_and_a_run_folder_are_refused(saved, tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "step=3.ckpt")
+    with pytest.raises(ValueError, match=r"step=3.ckpt is a file, but an encoder is a folder"):
+        load_encoder(tmp_path / "step=3.ckpt")
+    with pytest.raises(ValueError, match=r"is a run's folder: its encoder is .*encoder"):
+        load_encoder(tmp_path)
+
+
+def change(folder, change):
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {}}', '"text"'])
+def test_other_json_is_refused(saved, content):
+    (saved[2] / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json is (not|no) .*encoder") as caught:
+        load_encoder(saved[2])
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_version_is_refused(saved):
+    change(saved[2], lambda content: content.update(format_version=2))
+    with pytest.raises(ValueError, match="has format_version 2, this audiot reads 1: "):
+        load_encoder(saved[2])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.nn.Linear",
+        "audiots.model.Encoder",
+        "audiot.files.os.system",
+        "audiot.files.write_json",
+        "audiot.masking.Corruption",
+        "audiot.model",
+    ],
+)
+def test_code_that_is_not_a_module_of_a_trusted_package_is_refused(saved, target, tmp_path):
+    marker = tmp_path / "marker"
+    foreign = {"_target_": target, "command": f"touch {marker}", "path": str(marker), "content": 1}
+    change(saved[2], lambda content: content["model"].update(attention=foreign))
+    with pytest.raises(ValueError, match=f"names {target}, ") as caught:
+        load_encoder(saved[2])
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_a_class_that_does_not_exist_is_named(saved):
+    change(saved[2], lambda content: content["model"]["attention"].update(_target_="audiot.attention.nothing.Nothing"))
+    with pytest.raises(ValueError, match=r"names audiot.attention.nothing.Nothing, which") as caught:
+        load_encoder(saved[2])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trusted_package_may_bring_its_own_mechanism(saved, tmp_path, monkeypatch):
+    (tmp_path / "my_mechanisms.py").write_text(
+        "from audiot.attention.query_key import QueryKey\n\n\nclass Mine(QueryKey):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    change(saved[2], lambda content: content["model"]["attention"].update(_target_="my_mechanisms.Mine"))
+    with pytest.raises(ValueError, match=r"names my_mechanisms.Mine, .*`trusted`"):
+        load_encoder(saved[2])
+    loaded = load_encoder(saved[2], trusted=("audiot", "my_mechanisms"))
+    assert type(loaded.encoder.layer(0).attention.mechanism).__name__ == "Mine"
+
+
+def test_weights_of_another_shape_are_refused(saved):
+    change(saved[2], lambda content: content["model"].update(ffn_dim=50))
+    with pytest.raises(ValueError, match=r"do not fit the model: .*size mismatch") as caught:
+        load_encoder(saved[2])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    write_json(tmp_path / "results.json", {"b": 1, "a": 2})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "results.json", {"b": float("nan")})
+
+    def fail():
+        with replacing(tmp_path / "results.json") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError, match="no space"):
+        fail()
+    assert read_json(tmp_path / "results.json", "results") == {"b": 1, "a": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_and_cpu_encode_alike(tiny):
+    encoder = build(tiny)
+    here, _ = encoder(speech(), LENGTHS)
+    there, _ = encoder.cuda()(speech().cuda(), LENGTHS)
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)

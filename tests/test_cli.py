@@ -1,0 +1,382 @@
+"""The command line as a user meets it, on a tiny demo corpus."""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import audiot.cli
+
+DATA = [
+    "data.hours=0.01",
+    "data.num_speakers=2",
+    "data.corpus.num_valid_speakers=1",
+    "data.corpus.num_test_speakers=1",
+    "data.corpus.heldout_utterances=4",
+    "data.corpus.speaker_utterances=2",
+    "data.prepare.num_jobs=1",
+    "data.num_workers=0",
+    "data.batch_s=10",
+]
+MODEL = ["model.embed_dim=24", "model.num_heads=2", "model.ffn_dim=48", "model.num_layers=2"]
+TRAINER = ["trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+TINY = [*DATA, *MODEL, *TRAINER]
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run(*arguments, **environment):
+    """What `audiot ARGUMENTS` does, in this process: exit ``code``, ``out`` and ``err`` without progress bars."""
+    out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
+    kept = root.handlers[:], root.level
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(sys, "argv", ["audiot"]),
+        warnings.catch_warnings(),
+    ):
+        try:
+            audiot.cli.main(list(arguments))
+            code = 0
+        except SystemExit as stop:  # as the interpreter does it
+            code = stop.code if isinstance(stop.code, int) else 1
+            err.write("" if isinstance(stop.code, int) else f"{stop.code}\n")
+    GlobalHydra.instance().clear()
+    for handler in root.handlers:
+        handler.close()
+    root.handlers, root.level = kept
+    # A bar rewrites its line from the start: what counts is what stands there last.
+    out, err = ("\n".join(line.rpartition("\r")[2] for line in text.getvalue().split("\n")) for text in (out, err))
+    return SimpleNamespace(code=code, out=out, err=err)
+
+
+def succeed(*arguments, **environment):
+    """The output of a command that must succeed."""
+    result = run(*arguments, **environment)
+    assert result.code == 0, result.err
+    return result.out
+
+
+@functools.cache
+def prepared(base):
+    """A folder for ``AUDIOT_DATA`` and a pre-training run with every probe of the demo, two steps each; made once a session."""
+    pytest.importorskip("espeakng_loader")
+    data, folder = base / "audiot-data", base / "pretrained"
+    demo = yaml.safe_load((REPOSITORY / "conf" / "probes" / "demo.yaml").read_text())
+    short = ["trainer.max_steps=2", "trainer.val_check_interval=1"]
+    probes = {
+        name: [o for o in overrides if not o.startswith(("trainer.", "data.label"))] + short for name, overrides in demo.items()
+    }
+    (base / "searched" / "probes").mkdir(parents=True)
+    (base / "searched" / "probes" / "tiny.yaml").write_text(yaml.safe_dump(probes))
+    where = [f"hydra.run.dir={folder}", f"hydra.searchpath=[file://{base / 'searched'}]"]
+    out = succeed("pretrain", *TINY, "probes=tiny", *where, AUDIOT_DATA=str(data))
+    return SimpleNamespace(data=data, run=folder, encoder=folder / "encoder", out=out)
+
+
+@pytest.fixture
+def made(tmp_path_factory, tmp_path, monkeypatch):
+    """The prepared corpus and run, in ``AUDIOT_DATA``; the current folder is an empty one."""
+    made = prepared(tmp_path_factory.getbasetemp())
+    monkeypatch.setenv("AUDIOT_DATA", str(made.data))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def copy_run(made, folder):
+    """A copy of the pre-training run, for a test that changes it."""
+    shutil.copytree(made.run, folder)
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+# Without running anything
+
+
+def test_help_names_every_command():
+    out = succeed("--help")
+    assert out == succeed()
+    for command in ("pretrain", "finetune", "evaluate", "analyze", "prepare", "list"):
+        assert command in out
+
+
+def test_version_is_the_packages():
+    assert succeed("--version") == f"audiot {audiot.__version__}\n"
+
+
+def test_list_names_the_groups_and_their_options():
+    groups = succeed("list").split()
+    folders = [folder.name for folder in (REPOSITORY / "conf").iterdir() if folder.is_dir() and folder.name != "__pycache__"]
+    assert groups == sorted(folders)
+    assert succeed("list", "attention").split() == sorted(
+        path.stem for path in (REPOSITORY / "conf" / "attention").glob("*.yaml")
+    )
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "analyze", "prepare"])
+def test_help_of_a_command_shows_groups_and_keys(command):
+    out = succeed(command, "--help")
+    assert "attention: query_key, synthesizer_dense, synthesizer_random" in out
+    assert "seed: 0" in out
+
+
+# Pre-training
+
+
+def test_pretraining_leaves_a_whole_run_behind(made):
+    for name in (
+        ".hydra/config.yaml",
+        "train.log",
+        "metrics.csv",
+        "summary.json",
+        "checkpoints/step=4.ckpt",
+        "encoder/model.safetensors",
+        "encoder/config.json",
+        "plots/training.png",
+        "plots/attention.png",
+        "plots/reconstruction.png",
+        "plots/probes.png",
+    ):
+        assert (made.run / name).stat().st_size > 0
+    summary = read(made.run / "summary.json")
+    assert set(summary) == {
+        *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
+        *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
+        *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
+        *("frames_per_s", "parameters", "steps", "wall_s"),
+    }
+    assert summary["steps"] == 4
+    for name, value in summary.items():
+        if name.startswith(("probe/", "finetune/")):
+            probe = made.run / "probes" / name.replace("/", "-")
+            assert read(probe / "metrics.json")["test/accuracy"] == value
+
+
+def test_pretraining_says_what_to_run_next_and_that_runs(made, tmp_path):
+    line = last_line(made.out)
+    assert line == last_line((made.run / "train.log").read_text())
+    assert line.startswith("next:   audiot finetune ")
+    command = shlex.split(line.removeprefix("next:   audiot "))
+    # The data of the run, not the default's.
+    assert [argument for argument in command if argument.startswith("data.")] == DATA
+    succeed(*command, *TRAINER, f"hydra.run.dir={tmp_path / 'next'}")
+    assert read(tmp_path / "next" / "metrics.json")["upstream"] == "checkpoint"
+
+
+def test_init_starts_from_an_exported_encoder_and_probe_false_leaves_probes_out(made, tmp_path):
+    folder = tmp_path / "run"
+    where = [f"hydra.run.dir={folder}", "logger=none", "trainer.max_steps=1", "trainer.accelerator=cpu"]
+    out = succeed("pretrain", *DATA, f"init={made.encoder}", "probe=false", "optimizer.lr=0", *where)
+    assert "init " in out
+    # A learning rate of zero leaves the encoder's weights as they came.
+    assert (folder / "encoder" / "model.safetensors").read_bytes() == (made.encoder / "model.safetensors").read_bytes()
+    assert not (folder / "probes").exists()
+    assert not [name for name in read(folder / "summary.json") if name.startswith(("probe/", "finetune/"))]
+
+
+def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
+    folder = copy_run(made, tmp_path / "run")
+    assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
+    before = read(folder / "summary.json")
+    succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
+    after = read(folder / "summary.json")
+    assert after["steps"] == 6
+    assert after["pretrain/val_l1"] != before["pretrain/val_l1"]
+    assert not (folder / "probes").exists()  # they were the shorter run's
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert int(rows[0]["step"]) == 1  # the earlier part's are kept
+    assert "nothing to resume" in succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
+
+
+def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path):
+    folder = copy_run(made, tmp_path / "run")
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    kept, missing = "probe/phone/encoder", "probe/phone/features"
+    config.probes = {name: config.probes[name] for name in (kept, missing)}
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    summary = {name: value for name, value in read(folder / "summary.json").items() if not name.startswith("probe/")}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    shutil.rmtree(folder / "probes" / "probe-phone-features")
+    untouched = (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns
+    succeed("pretrain", f"resume={folder}")
+    expected = read(made.run / "summary.json")
+    assert {name: expected[name] for name in (kept, missing)}.items() <= read(folder / "summary.json").items()
+    assert (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns == untouched
+
+
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path):
+    folder = tmp_path / "run"
+    endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", "checkpoint.every_n_steps=2"]
+    program = [sys.executable, "-m", "audiot.cli", "pretrain", *TINY, "probe=false", "data.num_workers=1"]
+    process = subprocess.Popen(
+        [*program, f"hydra.run.dir={folder}", *endless],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not list(folder.glob("checkpoints/*.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's workers as well
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    (saved,) = (line for line in err.splitlines() if line.startswith("audiot: interrupted"))
+    checkpoint = Path(saved.rpartition("saved ")[2])
+    assert checkpoint.is_file()
+    (resume,) = (line for line in err.splitlines() if line.startswith("resume:"))
+    step = int(checkpoint.stem.removeprefix("step="))
+    command = resume.removeprefix("resume:  audiot ").split()
+    succeed(*command, f"trainer.max_steps={step + 2}", "trainer.val_check_interval=1", "data.num_workers=0")
+    assert read(folder / "summary.json")["steps"] == step + 2
+
+
+# The other commands
+
+
+@pytest.mark.parametrize("task", ["phone_linear", "speaker_utterance", "keyword"])
+@pytest.mark.parametrize(
+    ("upstream", "options"),
+    [
+        ("checkpoint", ["upstream.path={encoder}", "downstream.layers=weighted_sum"]),
+        ("features", ["data.label_fraction=0.5"]),
+        ("random", ["upstream.path={encoder}", "downstream.train_encoder=true"]),
+    ],
+)
+def test_finetuning_leaves_a_run_that_evaluate_reproduces(made, tmp_path, task, upstream, options):
+    folder = tmp_path / "run"
+    options = [option.format(encoder=made.encoder) for option in options]
+    where = f"hydra.run.dir={folder}"
+    out = succeed("finetune", *DATA, *TRAINER, f"downstream={task}", f"upstream={upstream}", *options, where)
+    assert last_line(out) == f"next:   audiot evaluate run={folder}"
+    metrics = read(folder / "metrics.json")
+    assert metrics["fine_tuned"] == (upstream == "random")
+    assert metrics["train_utterances"] == (8 if upstream == "features" else 16)
+    assert ("layer_weights" in metrics) == (upstream == "checkpoint")
+    assert (folder / "confusion.png").is_file()
+    if task == "phone_linear":
+        succeed("evaluate", f"run={folder}")
+        then = {name: value for name, value in metrics.items() if name.startswith("test/")}
+        assert read(folder / "evaluation.json") == pytest.approx(then, abs=1e-6)
+
+
+def test_an_untrained_encoder_needs_no_path(made, tmp_path):
+    succeed("finetune", *TINY, "upstream=random", "logger=none", f"hydra.run.dir={tmp_path / 'run'}")
+    assert read(tmp_path / "run" / "metrics.json")["upstream"] == "random_encoder"
+
+
+def test_evaluate_reproduces_a_pretraining_run_and_its_probes(made, tmp_path):
+    folder = copy_run(made, tmp_path / "run")
+    out = succeed("evaluate", f"run={folder}")
+    then = {name: value for name, value in read(folder / "summary.json").items() if name.startswith("pretrain/")}
+    assert read(folder / "evaluation.json") == pytest.approx(then, rel=1e-5)
+    assert last_line(out).startswith(f"next:   audiot finetune downstream=phone_linear upstream.path={folder / 'encoder'} data.")
+    probe = folder / "probes" / "probe-phone-encoder"
+    succeed("evaluate", f"run={probe}")
+    accuracy = read(probe / "evaluation.json")["test/accuracy"]
+    assert accuracy == pytest.approx(read(folder / "summary.json")["probe/phone/encoder"], abs=1e-6)
+
+
+def test_analyze_draws_a_run(made, tmp_path):
+    folder = copy_run(made, tmp_path / "run")
+    shutil.rmtree(folder / "plots")
+    out = succeed("analyze", f"run={folder}")
+    drawn = {"reconstruction", "attention", "attention-untrained", "training", "probes"}
+    assert {path.stem for path in (folder / "plots").glob("*.png")} == drawn
+    assert all(str(folder / "plots" / f"{name}.png") in out for name in drawn)
+
+
+def test_prepare_says_how_to_train_on_the_corpus(made):
+    out = succeed("prepare", *DATA)
+    assert ["train", "16", "utterances"] in [line.split()[:3] for line in out.splitlines()]
+    assert last_line(out) == f"next:   audiot pretrain {' '.join(DATA)}"
+
+
+def test_scripts_are_the_commands(tmp_path):
+    program = [sys.executable, str(REPOSITORY / "scripts" / "finetune.py"), "upstream.paht=x"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "audiot: error: no config key 'upstream.paht' (did you mean upstream.path?)\n"
+
+
+# Sweeps
+
+
+def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
+    options = ["attention=query_key,synthesizer_random", "seed=0,1", "probe=false", "logger=none"]
+    out = succeed("pretrain", *TINY, "-m", *options, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    header, *rows = csv.reader((tmp_path / "sweep" / "sweep.csv").open())
+    assert header == ["setting", "runs", "pretrain/val_l1", "frames_per_s"]
+    assert [row[:2] for row in rows] == [["attention=query_key", "2"], ["attention=synthesizer_random", "2"]]
+    for number, row in zip(("0", "2"), rows, strict=True):
+        losses = [read(tmp_path / "sweep" / run / "summary.json")["pretrain/val_l1"] for run in (number, str(int(number) + 1))]
+        assert row[2].split(" ± ")[0] == f"{sum(losses) / 2:.3f}"
+    table = out[out.index("sweep, mean ± standard deviation") :]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [*header, "wrote"]
+
+
+def test_a_sweep_goes_on_after_a_failure_and_says_which_run_failed(made, tmp_path):
+    sweep = tmp_path / "sweep"
+    options = ["attention=synthesizer_dense,query_key", "positions=rotary", "seed=3", "probe=false", "logger=none"]
+    result = run("pretrain", *TINY, "--multirun", *options, f"hydra.sweep.dir={sweep}")
+    assert result.code == 1
+    why = "rotary positions turn queries and keys but SynthesizerDense has none: set positions=sinusoid"
+    assert result.err.splitlines() == [
+        f"run 0 of the sweep failed: {why}",
+        f"audiot: error: 1 of 2 runs failed: 0 (attention=synthesizer_dense); see {sweep}/*/error.txt",
+    ]
+    assert (sweep / "0" / "error.txt").read_text() == f"audiot: error: {why}\n"
+    assert [row[0] for row in csv.reader((sweep / "sweep.csv").open())] == ["setting", "attention=query_key"]
+
+
+def test_a_search_gets_the_validation_loss_to_minimise(made, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "optimizer.lr=interval(0.001,0.002)"]
+    succeed("pretrain", *TINY, "-m", *options, "probe=false", "logger=none", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    best = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert best["best_value"] == read(tmp_path / "sweep" / "0" / "summary.json")["pretrain/val_l1"]
+
+
+# W&B
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandb_runs_without_a_login(made, tmp_path, mode):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its environment once a process
+    folder = tmp_path / "run"
+    options = ["logger=wandb", "probe=false", f"hydra.run.dir={folder}"]
+    succeed("pretrain", *TINY, *options, WANDB_MODE=mode, HOME=str(tmp_path))
+    kept = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(kept) == (1 if mode == "offline" else 0)
+    assert (folder / "metrics.csv").is_file()
+    assert wandb.run is None  # or the next run of a sweep would go on in it

@@ -1,0 +1,132 @@
+"""Every file of every config group, alone and in the combinations that users make."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import audiot.cli
+from audiot.commands.common import plain
+from audiot.commands.pretrain import build
+
+CONF = Path(__file__).parent.parent / "conf"
+BASES = {"data/loading", "downstream/common"}  # parts of the others, not to be chosen
+CHOICES = sorted(
+    f"{path.parent.name}/{path.stem}" for path in CONF.glob("*/*.yaml") if f"{path.parent.name}/{path.stem}" not in BASES
+)
+ATTENTION = sorted(path.stem for path in (CONF / "attention").glob("*.yaml"))
+POSITIONS = sorted(path.stem for path in (CONF / "positions").glob("*.yaml"))
+GIVEN = ["run_dir=run", "data_dir=data"]  # else they come from Hydra's own run and the environment
+TINY = ["model.embed_dim=24", "model.num_heads=2", "model.ffn_dim=48", "model.num_layers=2", "data.crop_s=0.5"]
+
+
+@pytest.fixture(autouse=True)
+def hydra_started():
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        yield
+
+
+def command_of(group, option):
+    """A command that has the group."""
+    if group in ("downstream", "upstream") or (group, option) == ("callbacks", "downstream"):
+        return "finetune"
+    return "pretrain"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_of_every_group_composes_and_resolves(choice):
+    group, option = choice.split("/")
+    given = {"data/folder": ["data.root=audio"], "data/manifest": ["data.train=train.jsonl"]}.get(choice, [])
+    given += ["upstream.path=encoder"] if choice == "upstream/checkpoint" else []
+    path = ["upstream.path=encoder"] if group in ("downstream", "callbacks") and command_of(group, option) == "finetune" else []
+    cfg = compose(command_of(group, option), [f"{group}={option}", *given, *path, *GIVEN])
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert group in resolved or group == "experiment"
+
+
+@pytest.mark.parametrize("command", [path.stem for path in CONF.glob("*.yaml") if path.stem != "settings"])
+def test_every_command_has_a_config_and_a_description(command):
+    assert command in audiot.cli.COMMANDS
+    assert "seed" in compose(command, GIVEN)
+
+
+@pytest.mark.parametrize("features", sorted(path.stem for path in (CONF / "features").glob("*.yaml")))
+@pytest.mark.parametrize("stack", [1, 3])
+def test_max_frames_is_what_the_longest_crop_gives(features, stack):
+    cfg = compose("pretrain", [f"features={features}", f"features.stack={stack}", "data.crop_s=1.7", *GIVEN])
+    front_end = instantiate(plain(cfg.features))
+    assert cfg.model.max_frames == front_end.num_tokens(round(1.7 * cfg.features.sample_rate))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_attention_with_its_own_positions_learns_a_step(attention):
+    torch.manual_seed(0)
+    cfg = compose("pretrain", [f"attention={attention}", "optimizer.lr=0.01", *TINY, *GIVEN])
+    module = build(cfg).train()
+    module.log = lambda *arguments, **options: None  # there is no trainer
+    batch = {
+        "waveforms": torch.randn(2, 8000),
+        "lengths": torch.tensor([8000, 6000]),
+        "keys": torch.tensor([1, 2]),
+        "position": (0, 0),
+    }
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = module.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    unused = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+    assert not unused
+
+
+def chosen(attention):
+    """The positions that a file of conf/attention names."""
+    (choice,) = OmegaConf.load(CONF / "attention" / f"{attention}.yaml").defaults
+    return choice["override /positions@_global_.positions"]
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_an_attention_chooses_positions_and_the_command_line_overrides_them(attention):
+    own = OmegaConf.load(CONF / "positions" / f"{chosen(attention)}.yaml")
+    for command in ("pretrain", "finetune"):
+        assert compose(command, [f"attention={attention}", *GIVEN]).positions == own
+        for positions in POSITIONS:
+            expected = OmegaConf.load(CONF / "positions" / f"{positions}.yaml")
+            for given in (
+                [f"attention={attention}", f"positions={positions}"],
+                [f"positions={positions}", f"attention={attention}"],
+            ):
+                cfg = compose(command, [*given, *GIVEN])
+                assert cfg.positions == expected
+                assert cfg.model.positions == expected
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_an_experiment_overrides_the_positions_of_an_attention(attention, tmp_path):
+    other = next(name for name in POSITIONS if name != chosen(attention))
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "defaults:", f"  - override /attention: {attention}", f"  - override /positions: {other}"]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines) + "\n")
+    given = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", *GIVEN]
+    assert compose("pretrain", given).positions == OmegaConf.load(CONF / "positions" / f"{other}.yaml")
+    # The command line has the last word.
+    assert compose("pretrain", [*given, "positions=none"]).positions == OmegaConf.load(CONF / "positions" / "none.yaml")
+
+
+@pytest.mark.parametrize("probes", sorted(path.stem for path in (CONF / "probes").glob("*.yaml")))
+def test_every_probe_is_a_run_of_finetune(probes):
+    for name, overrides in compose("pretrain", [f"probes={probes}", *GIVEN]).probes.items():
+        kind, task, upstream = name.split("/")  # features_global: with other normalisation
+        cfg = compose("finetune", [*overrides, *GIVEN])
+        assert cfg.downstream.task == task
+        assert cfg.downstream.train_encoder == (kind == "finetune")
+        names = {"encoder": "checkpoint", "random": "random_encoder", "features": "FeaturesUpstream"}
+        assert cfg.upstream._target_.rpartition(".")[2] == names[upstream.split("_")[0]]
+        assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps

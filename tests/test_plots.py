@@ -1,0 +1,149 @@
+"""Every plot is written, whole, as a picture of about the right size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from audiot.analysis.plots import plot_attention, plot_confusion, plot_probes, plot_reconstruction, plot_training
+
+SUMMARY = {
+    "pretrain/val_l1": 0.5,
+    "steps": 100,
+    "probe/phone/encoder": 0.5,
+    "probe/phone/random": 0.4,
+    "probe/phone/features": 0.45,
+    "finetune/phone/encoder": 0.6,
+    "finetune/phone/random": 0.55,
+}
+
+
+def picture(path):
+    """Pixels of a PNG, which must hold more than a plain background."""
+    pixels = imread(path)
+    assert pixels.dtype == np.float32
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2])[:, :3], axis=0)) > 50
+    assert [other.name for other in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    return pixels
+
+
+def view(seed=0, length=40, num_frames=60):
+    generator = torch.Generator().manual_seed(seed)
+    target, prediction, interpolation = (torch.randn(1, num_frames, 20, generator=generator) for _ in range(3))
+    masked = torch.zeros(1, num_frames, dtype=torch.bool)
+    masked[0, 5:12] = masked[0, 30:37] = True
+    return {
+        "target": target,
+        "corrupted": target.masked_fill(masked[..., None], 0),
+        "prediction": prediction,
+        "interpolation": interpolation,
+        "masked": masked,
+        "lengths": torch.tensor([length]),
+    }
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that were saved."""
+    figures, save = [], Figure.savefig
+
+    def remember(figure, *args, **options):
+        figures.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def test_reconstruction_shows_four_pictures_of_the_valid_frames(tmp_path, drawn):
+    plot_reconstruction(view(), "utt7, step 3", tmp_path / "plots" / "reconstruction.png")
+    assert picture(tmp_path / "plots" / "reconstruction.png").shape[:2] == (880, 1100)
+    shown = [axis.images[0].get_array() for axis in drawn[0].axes]
+    assert [image.shape for image in shown] == [(20, 40)] * 4
+    given = view()
+    masked = given["masked"][0, :40]
+    for image, name in zip(shown, ["target", "corrupted", "prediction", "interpolation"], strict=True):
+        values = torch.from_numpy(np.asarray(image)).T
+        assert values[masked].equal(given[name][0, :40][masked])
+        assert values[~masked].equal(given["target"][0, :40][~masked])
+    error = (given["prediction"] - given["target"])[0, :40][masked].abs().mean()
+    assert f"L1 {error:.3f}" in drawn[0].axes[2].get_title(loc="left")
+    assert drawn[0].get_suptitle() == "utt7, step 3"
+
+
+def test_an_utterance_without_masked_frames_is_drawn_too(tmp_path):
+    plot_reconstruction(view() | {"masked": torch.zeros(1, 60, dtype=torch.bool)}, "", tmp_path / "picture.png")
+    picture(tmp_path / "picture.png")
+
+
+def test_training_curves_are_those_of_the_file(tmp_path, drawn):
+    rows = [
+        "step,pretrain/train_l1,pretrain/val_l1,pretrain/zero_l1,pretrain/interpolation_l1,frames_per_s,pretrain/gradient_norm"
+    ]
+    rows += [f"{step},{0.8 - step / 1000},,,,{1000 + step},{1 + step / 100}" for step in range(9, 100, 10)]
+    rows += ["49,,0.7,0.78,0.65,,", "99,,0.6,0.78,0.65,,"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    plot_training(tmp_path / "run" / "metrics.csv", tmp_path / "plots" / "training.png")
+    height, width = picture(tmp_path / "plots" / "training.png").shape[:2]
+    assert (height, width) == (462, 1210)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert lines["training batch"].get_xdata().tolist() == list(range(9, 100, 10))
+    assert lines["validation"].get_ydata().tolist() == [0.7, 0.6]
+    assert {"interpolation: 0.650", "zeros: 0.780"} <= lines.keys()
+
+
+def test_training_curves_of_a_run_without_validation_are_drawn(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,pretrain/train_l1\n0,0.8\n9,0.7\n")
+    (tmp_path / "plots").mkdir()
+    plot_training(tmp_path / "metrics.csv", tmp_path / "plots" / "training.png")
+    picture(tmp_path / "plots" / "training.png")
+
+
+def test_probes_have_a_bar_of_every_figure(tmp_path, drawn):
+    plot_probes(SUMMARY, tmp_path / "probes.png")
+    height, width = picture(tmp_path / "probes.png").shape[:2]
+    assert height == 440
+    assert width == pytest.approx(110 * (2 + 2 * 2.4), abs=2)
+    axis = drawn[0].axes[0]
+    heights = sorted(bar.get_height() for bar in axis.patches if bar.get_height())
+    assert heights == pytest.approx([40, 45, 50, 55, 60])
+    assert len(axis.get_xticks()) == 2
+
+
+def test_attention_has_a_map_of_every_head_and_layer(tmp_path, drawn):
+    weights = [torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(layer)).softmax(-1) for layer in range(2)]
+    plot_attention(weights, "Attention", tmp_path / "attention.png")
+    height, width = picture(tmp_path / "attention.png").shape[:2]
+    assert height == pytest.approx(110 * (1.8 * 2 + 0.7), abs=2)
+    assert width == pytest.approx(110 * (1.7 * 3 + 0.6), abs=2)
+    assert len(drawn[0].axes) == 6
+    np.testing.assert_allclose(drawn[0].axes[4].images[0].get_array() ** 2, weights[1][1], rtol=1e-5)
+
+
+def test_confusion_shows_shares_of_the_true_class(tmp_path, drawn):
+    counts = torch.tensor([[3, 1, 0], [0, 5, 5], [0, 0, 0]])
+    plot_confusion(counts, ["A", "B", "C"], "phone", tmp_path / "confusion.png")
+    height, width = picture(tmp_path / "confusion.png").shape[:2]
+    assert height == pytest.approx(110 * 4.6, abs=2)
+    assert width == height
+    shares = drawn[0].axes[0].images[0].get_array()
+    np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 0]])
+
+
+def test_a_failed_plot_leaves_the_old_picture(tmp_path, monkeypatch):
+    plot_probes(SUMMARY, tmp_path / "probes.png")
+    before = (tmp_path / "probes.png").read_bytes()
+
+    def fail(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="no space"):
+        plot_probes(SUMMARY, tmp_path / "probes.png")
+    assert (tmp_path / "probes.png").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1

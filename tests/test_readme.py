@@ -1,0 +1,87 @@
+"""Every command and every piece of Python in README.md runs, with overrides that make each last seconds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from audiot.cli import main
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+COMMANDS = [line.split("  #")[0] for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
+# What the gate itself runs before this test.
+OF_THE_GATE = ["pip install -e '.[demo]'", "pip install -e '.[demo,test]'", "pytest"]
+
+DEMO = """data.hours=0.01 data.num_speakers=2 data.corpus.num_valid_speakers=1 data.corpus.num_test_speakers=1
+    data.corpus.heldout_utterances=4 data.corpus.speaker_utterances=2""".split()
+MODEL = "model.embed_dim=24 model.num_heads=2 model.ffn_dim=48".split()
+TRAINING = """data.batch_s=10 data.num_workers=0 trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto
+    trainer.precision=32-true trainer.max_steps=2 trainer.val_check_interval=1""".split()
+
+
+def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[str]:
+    """A command's arguments with everything small, in a folder of its own, ``RUN`` being the first run."""
+    command, *rest = [argument.replace("RUN", str(run)) for argument in arguments]
+    if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
+        return [command, *rest]
+    rest = [argument for argument in rest if not argument.startswith("trainer.max_steps")]
+    if "data=folder" not in rest:
+        rest += DEMO
+    if command != "prepare":
+        rest += [*MODEL, *TRAINING]
+    if command == "pretrain":
+        rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
+    where = f"hydra.sweep.dir={folder / 'sweep'}" if "-m" in rest else f"hydra.run.dir={run if number == 0 else folder / str(number)}"
+    return [command, *rest, where]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a tree of little recordings, named as the README's example has them."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "fsdd").mkdir()
+    generator = np.random.default_rng(0)
+    for digit in range(2):
+        for speaker in ("ann", "bob"):
+            for take in range(8):
+                noise = 0.1 * generator.standard_normal(4000)
+                soundfile.write(folder / "fsdd" / f"{digit}_{speaker}_{take}.wav", noise, 8000)
+    return folder
+
+
+def test_commands_of_the_readme_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AUDIOT_DATA", str(folder / "data"))
+    run, number = folder / "first", 0
+    for line in COMMANDS:
+        if line in OF_THE_GATE:
+            continue
+        words = shlex.split(line)
+        arguments = words[1:] if words[0] == "audiot" else [Path(words[1]).stem, *words[2:]]
+        assert words[0] == "audiot" or (words[0] == "python" and (README.parent / words[1]).is_file()), line
+        monkeypatch.setattr("sys.argv", ["audiot"])
+        try:
+            main(quick(arguments, number, run, folder))
+        except SystemExit as stop:
+            pytest.fail(f"{line}: {stop}")
+        number += arguments[0] in ("pretrain", "finetune", "prepare")
+    assert number > 15
+    assert (folder / "sweep" / "sweep.csv").is_file()
+
+
+def test_python_of_the_readme_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert (folder / "first" / "encoder").is_dir(), "needs the encoder that the commands have made"
+    for program in PROGRAMS:
+        names: dict[str, object] = {}
+        exec(program.replace("RUN", str(folder / "first")), names)
+        states, weights = names.get("hidden_states"), names.get("weights")
+        assert states is None or (states.ndim == 4 and states.isfinite().all())
+        assert weights is None or weights.shape == (2, 6, 100, 100)
