@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     if "downstream" in settings:
         raise ValueError(f"run={run} is a run of finetune, analyze draws runs of pretrain: see {run / 'confusion.png'}")
     module = load_pretraining(run).eval()
-    data = SpeechDataModule(open_corpus(settings), "pretrain", **data_options(settings))
+    data = SpeechDataModule(open_corpus(settings), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     batch = utterance(data, cfg.utterance)
     plots = run / "plots"
     name = batch["ids"][0]

@@ -22,9 +22,9 @@ Item = tuple[tuple[int, int], CutSet]
 
 
 class Crop:
-    """Cut a random piece of ``crop_s`` seconds out of longer cuts, drawn from (seed, epoch, cut id)."""
+    """Cut a piece of ``crop_s`` seconds out of longer cuts: drawn from (seed, epoch, cut id), or with ``seed`` None the first."""
 
-    def __init__(self, crop_s: float, seed: int, epoch: int) -> None:
+    def __init__(self, crop_s: float, seed: int | None, epoch: int) -> None:
         self.crop_s = crop_s
         self.seed = seed
         self.epoch = epoch
@@ -34,7 +34,7 @@ class Crop:
         spare = cut.num_samples - round(self.crop_s * cut.sampling_rate)
         if spare <= 0:
             return cut
-        offset = key("crop", self.seed, self.epoch, cut.id) % (spare + 1)
+        offset = 0 if self.seed is None else key("crop", self.seed, self.epoch, cut.id) % (spare + 1)
         return cut.truncate(offset=offset / cut.sampling_rate, duration=self.crop_s, preserve_id=True)
 
 
@@ -49,9 +49,9 @@ class BatchStream(Sampler[Item]):
         batch_s: Seconds of audio in a batch, padding not counted.
         num_buckets: Buckets of similar duration.
         seed: Of the order and the crops.
-        training: Shuffle, crop, and go on epoch after epoch without end; batches that don't fill a turn of all ranks are left
-            out. Otherwise: one pass in order, nothing left out.
-        crop_s: Longest piece in training, seconds.
+        training: Shuffle, crop at random, and go on epoch after epoch without end; batches that don't fill a turn of all ranks
+            are left out. Otherwise: one pass in order over every cut, of which the first ``crop_s`` seconds are taken.
+        crop_s: Longest piece of a cut, seconds; None: whole cuts.
         start: First (epoch, batch), batch being the number within the epoch over all ranks.
     """
 
@@ -80,8 +80,8 @@ class BatchStream(Sampler[Item]):
 
     def _epoch(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
-        if self.training and self.crop_s is not None:
-            cuts = cuts.map(Crop(self.crop_s, self.seed, epoch))
+        if self.crop_s is not None:
+            cuts = cuts.map(Crop(self.crop_s, self.seed if self.training else None, epoch))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly read")
             sampler = DynamicBucketingSampler(

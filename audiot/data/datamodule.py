@@ -38,7 +38,7 @@ class SpeechDataModule(pl.LightningDataModule):
         corpus: A prepared corpus.
         task: ``pretrain`` or the task whose splits are wanted.
         batch_s: Seconds of audio in a batch.
-        crop_s: Longest piece in training, seconds; None: whole utterances.
+        crop_s: Longest piece of an utterance, seconds: at random in training, else the first; None: whole utterances.
         num_buckets: Buckets of similar duration.
         num_workers: Loader processes.
         seed: Of order, crops and corruption.
@@ -130,7 +130,7 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader(self.cuts("test"), training=False)
 
     def ordered_loader(self, role: str) -> DataLoader[Batch]:
-        """One pass in order over a role's cuts (``train`` after ``label_fraction``), uncropped."""
+        """One pass in order over a role's cuts (``train`` after ``label_fraction``)."""
         return self._loader(self.training_cuts() if role == "train" else self.cuts(role), training=False)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

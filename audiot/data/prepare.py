@@ -548,6 +548,9 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
     duration = result["num_samples"] / sample_rate
     supervisions = []
     for supervision in cut.supervisions:
+        if supervision.alignment and cut.start:  # Lhotse counts a supervision's time from the cut's start, an alignment's not
+            shifted = {name: [item.with_offset(-cut.start) for item in tier] for name, tier in supervision.alignment.items()}
+            supervision = fastcopy(supervision, alignment=shifted)
         if 0 <= supervision.start < duration < supervision.end <= cut.duration + 1e-6:
             # It ended with the cut, which is a fraction of a sample shorter now, or a decoder's last frame.
             tiers = supervision.alignment or {}

@@ -171,6 +171,17 @@ def test_supervisions_alignments_and_custom_fields_survive_with_their_times(tmp_
     assert (new.start, new.duration, new.sampling_rate) == (0, 1.0, 16000)
 
 
+def test_the_alignment_of_a_piece_counts_from_the_start_of_the_new_recording(tmp_path):
+    path = write(tmp_path / "a.wav", noise(32000), 16000)
+    cut = whole(path)
+    spoken = [AlignmentItem("a", 0.75, 0.25), AlignmentItem("b", 1.0, 0.5)]  # in the recording, where the sound is
+    cut.supervisions = [SupervisionSegment("s", cut.recording.id, 0.75, 0.75, alignment={"phone": spoken})]
+    piece = cut.truncate(offset=0.5, duration=1.25)
+    (kept,) = next(iter(run(manifests(piece), tmp_path / "out").cuts("train"))).supervisions
+    assert kept.start == 0.25
+    assert [(item.symbol, item.start, item.end) for item in kept.alignment["phone"]] == [("a", 0.25, 0.5), ("b", 0.5, 1.0)]
+
+
 def test_a_supervision_of_the_whole_cut_never_outlasts_it(tmp_path):
     for num_samples in (4001, 4002, 4003, 12345):
         path = write(tmp_path / f"{num_samples}.wav", noise(num_samples), 22050)
