@@ -196,7 +196,8 @@ def _check_run(command: str, overrides: list[str]) -> None:
     chosen = [override for override, name in zip(overrides, names, strict=True) if name.split("@")[0] in chooses]
     try:
         before = compose(command, chosen)  # what the other overrides change
-        known = [*_flat(before), *groups()]
+        keys = _flat(before)
+        known = [*keys, *groups()]
         for name in names:
             if name.split("@")[0] not in known and not name.startswith(("+", "~", "hydra.", "hydra/")):
                 raise ValueError(f"no config key {name!r}{_nearest(name, known) or f'; +{name}=… adds it'}")
@@ -206,7 +207,7 @@ def _check_run(command: str, overrides: list[str]) -> None:
         there = list(error.options or [])
         raise ValueError(f"{group}={found}: no such option{_nearest(found, there)}; options: {', '.join(there)}") from error
     for name in names:
-        if name in _flat(before):
+        if name in keys:
             _check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
     for name, value in _flat(after).items():
         if value == "???":
@@ -280,11 +281,12 @@ def finished_wandb() -> Iterator[None]:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user can cause."""
+    from lhotse.audio.utils import AudioLoadingError
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from torch import OutOfMemoryError
 
     ours = (ValueError, OSError, ImportError, OutOfMemoryError)
-    return (*ours, MisconfigurationException, HydraException, OmegaConfBaseException)
+    return (*ours, AudioLoadingError, MisconfigurationException, HydraException, OmegaConfBaseException)
 
 
 def describe(error: BaseException) -> str:
@@ -298,7 +300,9 @@ def describe(error: BaseException) -> str:
         return f"{error.full_key} has no value: set {error.full_key}=…"
     words = str(error)
     if " in DataLoader worker process " in words:  # the worker's traceback follows, its error's words at the end
-        words = words.rpartition(f"\n{type(error).__name__}: ")[2]
+        words = re.split(rf"\n[\w.]*{type(error).__name__}: ", words)[-1]
+    if type(error).__name__ == "AudioLoadingError":
+        words = f"{words.split(' failed. Details:')[0]} failed: was it moved? Put it back, or delete the prepared corpus"
     if isinstance(error, OmegaConfBaseException):
         words = re.sub(r"^\w+ raised while resolving interpolation: ", "", words.split("\n")[0])
     words = " ".join(words.split()) or type(error).__name__

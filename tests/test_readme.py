@@ -19,11 +19,15 @@ PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
 # What the gate itself runs before this test.
 OF_THE_GATE = ["pip install -e '.[demo]'", "pip install -e '.[demo,test]'", "pytest"]
 
-DEMO = """data.hours=0.01 data.num_speakers=2 data.corpus.num_valid_speakers=1 data.corpus.num_test_speakers=1
-    data.corpus.heldout_utterances=4 data.corpus.speaker_utterances=2""".split()
-MODEL = "model.embed_dim=24 model.num_heads=2 model.ffn_dim=48".split()
-TRAINING = """data.batch_s=10 data.num_workers=0 trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto
-    trainer.precision=32-true trainer.max_steps=2 trainer.val_check_interval=1""".split()
+DEMO = shlex.split(
+    "data.hours=0.01 data.num_speakers=2 data.corpus.num_valid_speakers=1 data.corpus.num_test_speakers=1 "
+    "data.corpus.heldout_utterances=4 data.corpus.speaker_utterances=2"
+)
+MODEL = shlex.split("model.embed_dim=24 model.num_heads=2 model.ffn_dim=48")
+TRAINING = shlex.split(
+    "data.batch_s=10 data.num_workers=0 trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto "
+    "trainer.precision=32-true trainer.max_steps=2 trainer.val_check_interval=1"
+)
 
 
 def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[str]:
@@ -35,11 +39,12 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     if "data=folder" not in rest:
         rest += DEMO
     if command != "prepare":
-        rest += [*MODEL, *TRAINING]
+        rest += TRAINING if any(argument.startswith("init=") for argument in rest) else [*MODEL, *TRAINING]
     if command == "pretrain":
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
-    where = f"hydra.sweep.dir={folder / 'sweep'}" if "-m" in rest else f"hydra.run.dir={run if number == 0 else folder / str(number)}"
-    return [command, *rest, where]
+    if "-m" in rest:
+        return [command, *rest, f"hydra.sweep.dir={folder / 'sweep'}"]
+    return [command, *rest, f"hydra.run.dir={run if number == 0 else folder / str(number)}"]
 
 
 @pytest.fixture(scope="module")

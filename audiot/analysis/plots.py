@@ -90,21 +90,29 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
     for name, value in summary.items():
         if name.startswith(("probe/", "finetune/")):
             kind, task, upstream = name.split("/")
-            label = f"{task}\n({'frozen' if kind == 'probe' else 'fine-tuned, few labels'})"
+            label = f"{task}\n({'frozen' if kind == 'probe' else 'fine-tuned'})"
             groups.setdefault(label, {})[upstream] = 100 * value
-    colours = {"encoder": BLUE, "random": GREY, "features": ORANGE}
+    kinds = {
+        "encoder": ("pre-trained encoder", BLUE),
+        "random": ("same encoder, untrained", GREY),
+        "features": ("features, no encoder", ORANGE),
+        "features_global": ("features, not normalised by utterance", GREEN),
+    }
+    drawn = {upstream: kinds.get(upstream, (upstream, GREEN)) for bars in groups.values() for upstream in bars}
     figure = Figure(figsize=(2 + 2.4 * len(groups), 4), layout="constrained")
     axis = figure.subplots()
     for number, bars in enumerate(groups.values()):
         for place, (upstream, value) in enumerate(bars.items()):
-            bar = axis.bar(number + 0.27 * (place - (len(bars) - 1) / 2), value, 0.25, color=colours.get(upstream, GREEN))
-            axis.bar_label(bar, fmt="%.1f", fontsize=9)
+            bar = axis.bar(number + 0.22 * (place - (len(bars) - 1) / 2), value, 0.2, color=drawn[upstream][1])
+            axis.bar_label(bar, fmt="%.1f", fontsize=8)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls")
+    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls", ylim=(0, 119))
     axis.legend(
-        handles=[axis.bar(0, 0, color=colour) for colour in colours.values()],
-        labels=["pre-trained encoder", "same encoder, untrained", "features in context"],
+        handles=[axis.bar(0, 0, color=colour) for _, colour in drawn.values()],
+        labels=[label for label, _ in drawn.values()],
         fontsize=8,
+        ncols=2,
+        loc="upper center",
     )
     _save(figure, path)
 

@@ -158,11 +158,13 @@ def report(run: Path) -> str:
     results = {tuple(name.split("/")): value for name, value in summary.items() if name.startswith(("probe/", "finetune/"))}
     if results:
         columns = {"encoder": "pre-trained", "random": "untrained"} | {name: name for _, _, name in results if "features" in name}
-        lines += ["", f"{'test accuracy, %':<32}" + "".join(f"{title.replace('_', ' '):>18}" for title in columns.values())]
+        lines += ["", f"{'test accuracy, %':<38}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
         for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
-            name = f"{task}, {'frozen' if kind == 'probe' else 'fine-tuned, few labels'}"
+            first = next(column for column in columns if (kind, task, column) in results)
+            count = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")["train_utterances"]
+            name = f"{task}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {count:,} utterances"
             cells = [results.get((kind, task, column)) for column in columns]
-            lines.append(f"{name:<32}" + "".join(f"{100 * cell:18.1f}" if cell is not None else f"{'':>18}" for cell in cells))
+            lines.append(f"{name:<38}" + "".join(f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells))
     plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
     lines += [
         "",
