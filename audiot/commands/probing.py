@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
@@ -26,6 +27,7 @@ def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
             (folder / ".hydra").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(probe, folder / ".hydra" / "config.yaml")  # for `audiot evaluate`
             finetune(probe)
+            gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
         accuracies[str(name)] = read_json(folder / "metrics.json", "metrics")["test/accuracy"]
     return accuracies
 
