@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import audiot.cli
+import audiot.launch
 from audiot.commands.common import plain
 from audiot.commands.pretrain import build
 

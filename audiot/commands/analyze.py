@@ -61,6 +61,6 @@ def utterance(data: SpeechDataModule, name: str | None) -> Batch:
 
 
 if __name__ == "__main__":
-    from audiot.cli import run as run_command
+    from audiot.launch import run as run_command
 
     run_command("analyze", sys.argv[1:])

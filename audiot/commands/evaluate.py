@@ -81,6 +81,6 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) ->
 
 
 if __name__ == "__main__":
-    from audiot.cli import run as run_command
+    from audiot.launch import run as run_command
 
     run_command("evaluate", sys.argv[1:])

@@ -122,6 +122,6 @@ def describe(metrics: dict[str, Any], run: Path) -> str:
 
 
 if __name__ == "__main__":
-    from audiot.cli import run as run_command
+    from audiot.launch import run as run_command
 
     run_command("finetune", sys.argv[1:])

@@ -21,6 +21,6 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     import sys
 
-    from audiot.cli import run
+    from audiot.launch import run
 
     run("prepare", sys.argv[1:])

@@ -176,6 +176,6 @@ def report(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    from audiot.cli import run as run_command
+    from audiot.launch import run as run_command
 
     run_command("pretrain", sys.argv[1:])

@@ -1,0 +1,270 @@
+"""Running a command: its config composed and checked, its errors told in one line."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from audiot.callbacks import Interrupted
+from audiot.cli import groups, nearest
+from audiot.sweep import failure_noted
+
+SWEEP_FLAGS = ("-m", "--multirun")
+
+
+def frames(duration_s: float | None, features: DictConfig) -> int:
+    """Encoder frames of so many seconds, at least one; what is wrong with the features is for them to say."""
+    if duration_s is None:
+        raise ValueError("data.crop_s=null leaves the longest input open: set model.max_frames")
+    if "hop_length" in features:
+        window, hop = features.win_length, features.hop_length
+    else:  # Kaldi's
+        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
+
+
+OmegaConf.register_new_resolver("frames", frames, replace=True)
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead."""
+    module = importlib.import_module(f"audiot.commands.{command}")
+    from audiot.commands.common import check_fresh
+
+    task: Callable[[DictConfig], object] = module.main
+    debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
+    overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
+    # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
+    sys.argv = [str(Path(module.__file__ or command)), *sweep, *overrides]
+    with one_line_errors(debug):
+        resumed = next((override.split("=", 1)[1] for override in overrides if override.startswith("resume=")), "null")
+        if resumed != "null":
+            if command != "pretrain":
+                raise ValueError(f"resume={resumed}: only pretrain resumes a run; {command} starts anew")
+            _quieten_libraries()
+            task(_resumed_config(Path(resumed), [override for override in overrides if not override.startswith("resume=")]))
+            return
+        if command == "pretrain":
+            for override in overrides:
+                if override.startswith("hydra.run.dir="):  # here, before Hydra writes its config there
+                    check_fresh(Path(override.split("=", 1)[1]))
+        if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
+            _check_overrides(command, overrides, bool(sweep))
+
+    def guarded(cfg: DictConfig) -> object:
+        _quieten_libraries()  # here, since a sweep may run it in a process of its own
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        with failure_noted() if in_sweep else nullcontext(), one_line_errors(debug), finished_wandb():
+            return task(cfg)
+        return None  # the failure was noted
+
+    hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
+
+
+def _resumed_config(folder: Path, overrides: list[str]) -> DictConfig:
+    """The config that a run was started with, on its own folder, and its log to go on with."""
+    path = folder / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume={folder}: no run there ({path} is missing)")
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    if "resume" not in cfg:
+        raise ValueError(f"resume={folder}: not a pre-training run; only those can be resumed")
+    cfg.merge_with({"resume": str(folder), "run_dir": str(folder)})
+    for override in overrides:
+        name = override.split("=", 1)[0]
+        if name not in _flat(cfg):
+            raise ValueError(f"resume={folder}: {name!r} is not a key of the run's config{nearest(name, [*_flat(cfg)])}")
+    changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist(overrides))
+    assert isinstance(changed, DictConfig)
+    for name in (override.split("=", 1)[0] for override in overrides):
+        _check_type(name, OmegaConf.select(cfg, name), OmegaConf.select(changed, name))
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")],
+        force=True,
+    )
+    return changed
+
+
+def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
+    """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        reason = [line for line in error.message.splitlines() if not line.startswith("See ")][-1]
+        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {reason}") from error
+    for override in parsed:
+        if override.is_sweep_override() and not sweep:
+            raise ValueError(f"{override.input_line} names several values: add -m to run them all, or [brackets] for a list")
+    choices = [values for values in map(_choices, parsed) if values]
+    first = [values[0] for values in choices]
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        _check_run(command, first)
+        for place, values in enumerate(choices):
+            for value in values[1:]:
+                _check_run(command, [*first[:place], value, *first[place + 1 :]])
+
+
+def _choices(override: Override) -> list[str]:
+    """The single overrides that a sweep over ``override`` stands for; none of an interval or a glob."""
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    if override.is_interval_sweep() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _check_run(command: str, overrides: list[str]) -> None:
+    """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
+    names = [override.split("=", 1)[0] for override in overrides]
+    chooses = {*groups(), "hydra.searchpath"}
+    chosen = [override for override, name in zip(overrides, names, strict=True) if name.split("@")[0] in chooses]
+    try:
+        before = compose(command, chosen)  # what the other overrides change
+        keys = _flat(before)
+        known = [*keys, *groups()]
+        for name in names:
+            if name.split("@")[0] not in known and not name.startswith(("+", "~", "hydra.", "hydra/")):
+                raise ValueError(f"no config key {name!r}{nearest(name, known) or f'; +{name}=… adds it'}")
+        after = compose(command, overrides)
+    except MissingConfigException as error:
+        group, _, found = (error.missing_cfg_file or "").rpartition("/")
+        there = list(error.options or [])
+        raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
+    for name in names:
+        if name in keys:
+            _check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
+    for name, value in _flat(after).items():
+        if value == "???":
+            raise ValueError(f"{name} has no value: set {name}=…")
+
+
+def _check_type(name: str, before: object, after: object) -> None:
+    """Refuse a word in place of a number or a truth value; whoever uses the value says what else is wrong with it."""
+    wanted: dict[type | tuple[type, ...], str] = {
+        bool: "true or false",
+        int: f"a whole number, such as {before}",
+        (int, float): f"a number, such as {before}",
+        ListConfig: f"a list, such as {before}",
+        DictConfig: f"its single keys, as in {name}.key=value",
+    }
+    for kind, what in wanted.items():
+        if isinstance(before, kind):
+            fits = isinstance(after, kind) and (kind is bool or not isinstance(after, bool))
+            if not fits and after is not None and name != "trainer.devices":  # a number, a list or auto
+                raise ValueError(f"{name}={after}: expected {what}")
+            return
+
+
+def _flat(cfg: DictConfig) -> dict[str, object]:
+    """Full names of all keys with what they hold, interpolations as they are written."""
+
+    def walk(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{name}", value
+            yield from walk(value, f"{prefix}{name}.")
+
+    return dict(walk(OmegaConf.to_container(cfg), ""))
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn what a user can cause into one line and exit code 1; ``debug`` shows the traceback."""
+    try:
+        yield
+    except Interrupted as stop:
+        GlobalHydra.instance().clear()
+        sys.stderr.write(f"\naudiot: {stop}")
+        if stop.checkpoint is not None:
+            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  audiot pretrain resume={stop.checkpoint.parent.parent}")
+        sys.stderr.write("\n")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.stderr.write("\naudiot: interrupted\n")
+        sys.exit(130)
+    except _user_errors() as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(f"audiot: error: {describe(error)}")
+
+
+@contextmanager
+def finished_wandb() -> Iterator[None]:
+    """End a run's W&B run with it: the next run of a sweep would go on in it."""
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user can cause."""
+    from lhotse.audio.utils import AudioLoadingError
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from torch import OutOfMemoryError
+
+    ours = (ValueError, OSError, ImportError, OutOfMemoryError)
+    return (*ours, AudioLoadingError, MisconfigurationException, HydraException, OmegaConfBaseException)
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error: the first cause's own words."""
+    key = ""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        place = re.search("full_key: (.+)", str(error)) or re.search(r"target '(?:.*\.)?(\w+)'", str(error))
+        key = place[1] if place else key
+        error = error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: set {error.full_key}=…"
+    words = str(error)
+    if " in DataLoader worker process " in words:  # the worker's traceback follows, its error's words at the end
+        words = re.split(rf"\n[\w.]*{type(error).__name__}: ", words)[-1]
+    if type(error).__name__ == "AudioLoadingError":
+        words = f"{words.split(' failed. Details:')[0]} failed: was it moved? Put it back, or delete the prepared corpus"
+    if isinstance(error, OmegaConfBaseException):
+        words = re.sub(r"^\w+ raised while resolving interpolation: ", "", words.split("\n")[0])
+    words = " ".join(words.split()) or type(error).__name__
+    return f"{key}: {words}" if key and not isinstance(error, (ValueError, OSError)) else words
+
+
+def _quieten_libraries() -> None:
+    """Keep notices that call for nothing out of a user's sight; errors and unknown warnings stay."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Experiment logs directory.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*Consider setting `persistent_workers=True`.*",
+        ".*GPU available but not used.*",
+        ".*Your `IterableDataset` has `__len__` defined.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*The dirpath has changed from.*",  # a run that was moved is resumed where it is
+        ".*Found .* module\\(s\\) in eval mode at the start of training.*",  # a frozen encoder
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
