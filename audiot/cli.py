@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             sys.exit(f"audiot: error: {error}")
     elif command in COMMANDS:
-        # Threads that wait for each other spin a little and then sleep. Endless spinning (the default) is ruinous on cores that data
-        # workers or other programs share; sleeping at once costs 40% where they don't. Read when torch loads its OpenMP.
+        # Threads that wait for each other spin a little and then sleep. Endless spinning (the default) is ruinous on cores that
+        # data workers or other programs share; sleeping at once costs 40% where they don't. Read when torch loads its OpenMP.
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         from audiot.launch import run
 
