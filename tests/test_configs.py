@@ -14,9 +14,10 @@ from audiot.commands.common import plain
 from audiot.commands.pretrain import build
 
 CONF = Path(__file__).parent.parent / "conf"
-BASES = {"data/loading", "downstream/common"}  # parts of the others, not to be chosen
 CHOICES = sorted(
-    f"{path.parent.name}/{path.stem}" for path in CONF.glob("*/*.yaml") if f"{path.parent.name}/{path.stem}" not in BASES
+    f"{path.parent.name}/{path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.name[0] != "_"  # _… is a part of others
 )
 ATTENTION = sorted(path.stem for path in (CONF / "attention").glob("*.yaml"))
 POSITIONS = sorted(path.stem for path in (CONF / "positions").glob("*.yaml"))
