@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
-
-
-class Head(Protocol):
-    """Maps hidden states (B, T, d) and lengths (B,) to scores; one row a frame or one an utterance."""
-
-    def __call__(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (B, frames, classes) or (B, classes)."""
 
 
 class FrameClassifier(nn.Module):
