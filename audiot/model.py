@@ -38,14 +38,14 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """Map (B, T, d) to (B, T, d); ``valid`` is bool (B, T) or None where nothing is padded."""
         if self.pre_norm:
-            hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), valid))
+            hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
             return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
         hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, valid)))
         return self.ffn_norm(hidden + self.dropout(self.ffn(hidden)))
 
-    def attention_weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The weights (B, H, T, T) that this layer's attention has for its input (B, T, d)."""
-        return self.attention.weights(self.attention_norm(hidden) if self.pre_norm else hidden, valid)
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """What the attention sees of the layer's input (B, T, d)."""
+        return self.attention_norm(hidden) if self.pre_norm else hidden
 
 
 class Encoder(nn.Module):
@@ -96,6 +96,7 @@ class Encoder(nn.Module):
         shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers
+        self.max_frames = max_frames
         self.input = nn.Linear(input_dim, embed_dim)
         self.positions: Positions = instantiate(positions, **shape)
         self.input_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
@@ -143,10 +144,15 @@ class Encoder(nn.Module):
         hidden[-1] = self.output_norm(hidden[-1])
         return hidden
 
+    def attention_inputs(self, features: Tensor, valid: Tensor | None = None) -> list[tuple[SelfAttention, Tensor]]:
+        """Every layer's attention and its input (B, T, d) for features (B, T, C)."""
+        hidden = self(features, valid)
+        layers = [self.layer(index) for index in range(self.num_layers)]
+        return [(layer.attention, layer.attention_input(state)) for layer, state in zip(layers, hidden, strict=False)]
+
     def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""
-        hidden = self(features, valid)
-        return [self.layer(index).attention_weights(hidden[index], valid) for index in range(self.num_layers)]
+        return [attention.weights(hidden, valid) for attention, hidden in self.attention_inputs(features, valid)]
 
 
 class ReconstructionHead(nn.Module):

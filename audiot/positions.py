@@ -1,6 +1,7 @@
 """Positions: how a model learns where in the sequence a frame is.
 
-Two ways in: `forward` adds them to the encoder's input, `rotate` turns queries and keys inside each attention layer.
+Three ways in: `forward` adds them to the encoder's input; inside each attention layer `rotate` turns queries and keys, or
+`bias` is added to their scores.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ class Positions(nn.Module):
     no_weight_decay: frozenset[str] = frozenset()
     """Names of own parameters that the optimiser must not decay."""
 
+    has_bias = False
+    """Whether `bias` adds anything to the scores."""
+
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -31,9 +35,24 @@ class Positions(nn.Module):
         """Add positions to the encoder's input: (B, T, d) → (B, T, d)."""
         return hidden
 
+    def layer_part(self) -> Positions | None:
+        """What one attention layer keeps of the positions; None where they act on the encoder's input alone."""
+        return None
+
     def rotate(self, heads: Tensor) -> Tensor:
         """Turn queries or keys: (B, H, T, D) → (B, H, T, D)."""
         return heads
+
+    def bias(self, offset: Tensor) -> Tensor:
+        """What is added to the scores of queries with keys that lie `offset` frames after them.
+
+        Args:
+            offset: Integers (…, I, J), or (…, H or 1, I, J) where there are more than two dimensions.
+
+        Returns:
+            (…, H, I, J).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no bias")
 
 
 class NoPositions(Positions):
@@ -131,6 +150,10 @@ class Rotary(Positions):
         self.head_dim = embed_dim // num_heads
         self.base = base
 
+    def layer_part(self) -> Rotary:
+        """These positions, which have no state."""
+        return self
+
     def rotate(self, heads: Tensor) -> Tensor:
         """Turn queries or keys by their positions: (B, H, T, D) → (B, H, T, D)."""
         # Angles from integers, in float32 at least: a bfloat16 model would otherwise confuse positions beyond 256.
@@ -141,3 +164,90 @@ class Rotary(Positions):
         cos, sin = angle.cos(), angle.sin()
         even, odd = heads.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(heads.dtype)
+
+
+class ALiBi(Positions):
+    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409, section 3), any length.
+
+    −m·|j − i| is added to the score of frame i with frame j. The slopes m of the heads fall geometrically, from 2^(−8/H)
+    to 2^(−8); where H is no power of two, as in the paper's code, slopes of the next power of two fill up.
+
+    Differs from the paper: both directions, |j − i| where a language model looks back only.
+    """
+
+    has_bias = True
+    slopes: Tensor
+
+    def __init__(self, embed_dim: int, num_heads: int, max_frames: int) -> None:
+        super().__init__(embed_dim, num_heads, max_frames)
+        power = 1 << (num_heads.bit_length() - 1)
+        exponents = [8 * (head + 1) / power for head in range(power)]
+        exponents += [8 * (head + 1) / (2 * power) for head in range(0, 2 * power, 2)]
+        self.register_buffer("slopes", 2.0 ** -torch.tensor(exponents[:num_heads]), persistent=False)
+
+    def layer_part(self) -> ALiBi:
+        """These positions, which have no trained state."""
+        return self
+
+    def bias(self, offset: Tensor) -> Tensor:
+        """−m·|offset|; see `Positions.bias`."""
+        return -self.slopes[:, None, None] * offset.abs()
+
+
+class RelativeBias(Positions):
+    """A trained bias a head and offset, in each layer its own (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    b(j − i) is added to the score of frame i with frame j; offsets beyond ±`max_offset` take the value there, as in Shaw
+    et al. 2018 (arXiv:1803.02155). Zero at the start of training.
+
+    Differs from Raffel et al.: one value an offset instead of logarithmic buckets, and layers do not share.
+
+    Args:
+        embed_dim: See `Positions`.
+        num_heads: See `Positions`.
+        max_frames: Ignored.
+        max_offset: Largest offset with a value of its own, in frames.
+
+    Raises:
+        ValueError: `max_offset` is not positive.
+    """
+
+    has_bias = True
+
+    def __init__(self, embed_dim: int, num_heads: int, max_frames: int, max_offset: int = 128) -> None:
+        super().__init__(embed_dim, num_heads, max_frames)
+        if max_offset < 1:
+            raise ValueError(f"max_offset is {max_offset}: set it to 1 or more")
+        self.max_offset = max_offset
+
+    def layer_part(self) -> RelativeBiasTable:
+        """A new table."""
+        return RelativeBiasTable(self.num_heads, self.max_offset)
+
+
+class RelativeBiasTable(Positions):
+    """The trained biases of one layer; see `RelativeBias`."""
+
+    has_bias = True
+    no_weight_decay = frozenset({"table"})
+
+    def __init__(self, num_heads: int, max_offset: int) -> None:
+        super().__init__(num_heads, num_heads, max_offset)
+        self.max_offset = max_offset
+        self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_offset + 1))
+
+    def reset_parameters(self) -> None:
+        """Set the biases to zero."""
+        nn.init.zeros_(self.table)
+
+    def bias(self, offset: Tensor) -> Tensor:
+        """The heads' values at `offset`; see `Positions.bias`."""
+        index = offset.clamp(-self.max_offset, self.max_offset) + self.max_offset
+        if index.dim() == 2:
+            return self.table[:, index]
+        heads = torch.arange(self.num_heads, device=index.device)[:, None, None]
+        return self.table[heads, index]
+
+
+NO_POSITIONS = NoPositions(1, 1, 1)
+"""What a layer without positions hands to its mechanism."""

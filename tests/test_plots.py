@@ -124,6 +124,15 @@ def test_attention_has_a_map_of_every_head_and_layer(tmp_path, drawn):
     np.testing.assert_allclose(drawn[0].axes[4].images[0].get_array() ** 2, weights[1][1], rtol=1e-5)
 
 
+def test_attention_takes_names_and_masks(tmp_path, drawn):
+    chosen = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    plot_attention([chosen] * 3, "Keys", tmp_path / "keys.png", rows=["before", "one", "two"], columns=["left", "right"])
+    axes = np.reshape(drawn[0].axes, (3, 2))
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["before", "one", "two"]
+    assert [axis.get_title() for axis in axes[0]] == ["left", "right"]
+    np.testing.assert_array_equal(axes[2, 1].images[0].get_array(), chosen[1])
+
+
 def test_confusion_shows_shares_of_the_true_class(tmp_path, drawn):
     counts = torch.tensor([[3, 1, 0], [0, 5, 5], [0, 0, 0]])
     plot_confusion(counts, ["A", "B", "C"], "phone", tmp_path / "confusion.png")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from audiot.positions import Learned, NoPositions, Rotary, Sinusoid
+from audiot.positions import ALiBi, Learned, NoPositions, RelativeBias, Rotary, Sinusoid
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -84,7 +84,7 @@ def test_odd_heads_of_rotary_positions_are_refused():
         Rotary(9, 3, 12)
 
 
-@pytest.mark.parametrize("positions", [NoPositions, Sinusoid, Learned])
+@pytest.mark.parametrize("positions", [NoPositions, Sinusoid, Learned, ALiBi, RelativeBias])
 def test_only_rotary_positions_turn_queries_and_keys(positions):
     heads = randn(2, 2, 5, 4)
     assert positions(8, 2, 12).rotate(heads) is heads
@@ -95,8 +95,48 @@ def test_no_positions_do_nothing():
     assert NoPositions(8, 2, 12)(hidden) is hidden
 
 
-@pytest.mark.parametrize("positions", [NoPositions, Sinusoid, Learned, Rotary])
+@pytest.mark.parametrize("positions", [NoPositions, Sinusoid, Learned, Rotary, ALiBi, RelativeBias])
 def test_positions_keep_the_precision_of_their_input(positions):
     module = positions(8, 2, 12)
     assert module(torch.zeros(1, 5, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert module.rotate(torch.zeros(1, 2, 5, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# Slopes as the paper's section 3 and appendix give them: 1/2 … 1/256 for eight heads; twelve heads add every second of sixteen.
+SLOPES = {
+    1: [2**-8],
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    8: [2**-1, 2**-2, 2**-3, 2**-4, 2**-5, 2**-6, 2**-7, 2**-8],
+    12: [*(2**-n for n in range(1, 9)), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],
+}
+
+
+@pytest.mark.parametrize(("num_heads", "slopes"), SLOPES.items())
+def test_alibi_falls_with_the_distance_by_the_published_slopes(num_heads, slopes):
+    bias = ALiBi(num_heads, num_heads, 10).bias(torch.tensor([[0, 1, 5], [-1, 0, 4]]))
+    distance = torch.tensor([[0.0, 1, 5], [1, 0, 4]])
+    torch.testing.assert_close(bias, -torch.tensor(slopes)[:, None, None] * distance)
+
+
+def test_relative_bias_takes_each_heads_value_and_the_end_value_beyond_the_table():
+    part = RelativeBias(4, 2, 10, max_offset=2).layer_part()
+    with torch.no_grad():
+        part.table.copy_(torch.tensor([[-2.0, -1, 0, 1, 2], [10, 11, 12, 13, 14]]))
+    offset = torch.tensor([[0, 1, 5], [-1, 0, -7]])
+    expected = torch.tensor([[[0.0, 1, 2], [-1, 0, -2]], [[12, 13, 14], [11, 12, 10]]])
+    torch.testing.assert_close(part.bias(offset), expected)
+    by_head = torch.stack([offset, offset.flip(1)])[None]  # heads may ask for different offsets
+    torch.testing.assert_close(part.bias(by_head)[0], torch.stack([expected[0], expected[1].flip(1)]))
+
+
+def test_relative_bias_starts_at_zero_and_every_layer_has_its_own():
+    positions = RelativeBias(8, 2, 12)
+    one, other = positions.layer_part(), positions.layer_part()
+    assert not list(positions.parameters())
+    assert (one.table == 0).all()
+    assert one.table is not other.table
+
+
+def test_relative_bias_without_reach_is_refused():
+    with pytest.raises(ValueError, match="max_offset is 0: set it to 1 or more"):
+        RelativeBias(8, 2, 12, max_offset=0)

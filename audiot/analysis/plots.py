@@ -117,15 +117,25 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
     _save(figure, path)
 
 
-def plot_attention(weights: Sequence[Tensor], title: str, path: str | Path) -> None:
-    """Attention weights of one utterance, layers down, heads across.
+def plot_attention(
+    weights: Sequence[Tensor],
+    title: str,
+    path: str | Path,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> None:
+    """Matrices of attending by attended frames, layers down, heads across.
 
     Args:
-        weights: One (H, T, T) a layer.
+        weights: One (H, T, T) a layer: weights, or bool for the keys that may be attended to.
         title: Of the figure.
         path: PNG.
+        rows: Names of the rows; default: layer 1, layer 2, …
+        columns: Names of the columns; default: head 1, head 2, …
     """
     heads = weights[0].shape[0]
+    rows = rows or [f"layer {layer + 1}" for layer in range(len(weights))]
+    columns = columns or [f"head {head + 1}" for head in range(heads)]
     figure = Figure(figsize=(1.7 * heads + 0.6, 1.8 * len(weights) + 0.7), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(len(weights), heads, squeeze=False)
@@ -136,9 +146,9 @@ def plot_attention(weights: Sequence[Tensor], title: str, path: str | Path) -> N
             axis.imshow(np.sqrt(matrix), cmap="viridis", interpolation="nearest", vmin=0)
             axis.set(xticks=[], yticks=[])
             if layer == 0:
-                axis.set_title(f"head {head + 1}", fontsize=9)
+                axis.set_title(columns[head], fontsize=9)
             if head == 0:
-                axis.set_ylabel(f"layer {layer + 1}", fontsize=9)
+                axis.set_ylabel(rows[layer], fontsize=9)
     figure.supxlabel("attended frame", fontsize=9)
     figure.supylabel("attending frame", fontsize=9)
     _save(figure, path)

@@ -1,4 +1,4 @@
-"""The contract of an attention mechanism, and the three computations that most mechanisms share.
+"""The contract of an attention mechanism, and the computations that most mechanisms share.
 
 Shape legend: B sequences, T frames, d = `embed_dim`, H heads, D = d / H.
 """
@@ -6,10 +6,13 @@ Shape legend: B sequences, T frames, d = `embed_dim`, H heads, D = d / H.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from audiot.positions import NO_POSITIONS, Positions
 
 
 class AttentionMechanism(nn.Module, ABC):
@@ -17,6 +20,9 @@ class AttentionMechanism(nn.Module, ABC):
 
     `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never
     influences a real one; the rows of padded frames are finite; a sequence without any real frame gives zeros.
+
+    A subclass writes `attend`, the fast form, and `dense_weights`, the obvious one. Both get the tensors of `inputs` by
+    name, and `valid`.
 
     Args:
         embed_dim: Width d of the model.
@@ -37,11 +43,12 @@ class AttentionMechanism(nn.Module, ABC):
     max_frames: int | None = None
     """Hard limit on the number of frames; None where there is none."""
 
+    no_bias: str | None = "has no scores of queries and keys to add it to"
+    """Why the mechanism can't carry a position bias (ALiBi, relative); None where it can."""
+
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int, dropout: float = 0.0) -> None:
         super().__init__()
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("max_frames", max_frames)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}: set it to 1 or more")
+        at_least_one(embed_dim=embed_dim, num_heads=num_heads, max_frames=max_frames)
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one of them, "
@@ -54,7 +61,6 @@ class AttentionMechanism(nn.Module, ABC):
         self.head_dim = embed_dim // num_heads
         self.dropout = dropout
 
-    @abstractmethod
     def forward(
         self,
         *,
@@ -63,21 +69,27 @@ class AttentionMechanism(nn.Module, ABC):
         key: Tensor | None = None,
         value: Tensor | None = None,
         valid: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             hidden: Input of the layer (B, T, d).
-            query: Queries (B, H, T, D).
-            key: Keys (B, H, T, D).
+            query: Queries (B, H, T, D), not yet turned by rotary positions.
+            key: Keys (B, H, T, D), likewise.
             value: Values (B, H, T, D).
             valid: bool (B, T), True = real frame; None when nothing is padded, the fast path.
+            positions: Rotary positions, or a bias of the scores.
 
         Returns:
             The context (B, H, T, D).
-        """
 
-    @abstractmethod
+        Raises:
+            ValueError: an input that the mechanism needs is missing, or T is beyond its limit.
+        """
+        given = {"hidden": hidden, "query": query, "key": key, "value": value}
+        return self.attend(**self._arguments(self.inputs, given, positions), valid=valid)
+
     def weights(
         self,
         *,
@@ -85,11 +97,48 @@ class AttentionMechanism(nn.Module, ABC):
         query: Tensor | None = None,
         key: Tensor | None = None,
         valid: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """The plain dense computation of the attention weights (B, H, T, T), without dropout.
 
-        What plots show, and what `forward` must agree with. Arguments as in `forward`.
+        What plots show, and what `forward` must agree with. Arguments as in `forward`, without the values; a mechanism
+        that needs nothing else gets `hidden`, for the shape of the batch.
         """
+        given = {"hidden": hidden, "query": query, "key": key}
+        return self.dense_weights(**self._arguments(self.weight_inputs, given, positions), valid=valid)
+
+    def chosen_keys(
+        self,
+        *,
+        hidden: Tensor | None = None,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        valid: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> Tensor | None:
+        """Which keys each query may attend to, bool (B, H, T, T); None where a mechanism chooses none: all real ones."""
+        given = {"hidden": hidden, "query": query, "key": key}
+        return self.dense_choice(**self._arguments(self.weight_inputs, given, positions), valid=valid)
+
+    @abstractmethod
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The fast form: the tensors of `inputs` and `valid` → the context (B, H, T, D)."""
+
+    @abstractmethod
+    def dense_weights(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The obvious form: the tensors of `weight_inputs` and `valid` → the weights (B, H, T, T)."""
+
+    def dense_choice(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """See `chosen_keys`; arguments as `dense_weights`."""
+        return None
+
+    def after_step(self) -> None:
+        """Update state that isn't trained by gradients. Called once after each step of the optimiser, on every rank."""
+
+    @property
+    def weight_inputs(self) -> frozenset[str]:
+        """What `weights` needs."""
+        return self.inputs - {"value"} or frozenset({"hidden"})
 
     @property
     def dropout_now(self) -> float:
@@ -109,16 +158,23 @@ class AttentionMechanism(nn.Module, ABC):
         limit = "" if self.max_frames is None else f", max_frames={self.max_frames}"
         return f"{self.embed_dim}, num_heads={self.num_heads}{limit}, dropout={self.dropout}"
 
-    def given(self, name: str, tensor: Tensor | None) -> Tensor:
-        """Return `tensor`; raise ValueError if the caller left out the input `name`."""
-        if tensor is None:
-            names = ", ".join(sorted(self.inputs))
-            raise ValueError(f"{type(self).__name__} needs {name} but got None: pass {names}")
-        return tensor
+    def _arguments(self, names: frozenset[str], given: dict[str, Tensor | None], positions: Positions | None) -> dict[str, Any]:
+        """The tensors called `names`, each of which must be given, of no more frames than the mechanism supports."""
+        arguments: dict[str, Any] = {}
+        for name in sorted(names):
+            tensor = given[name]
+            if tensor is None:
+                raise ValueError(f"{type(self).__name__} needs {name} but got None: pass {', '.join(sorted(names))}")
+            self.check_length(tensor.shape[-2])
+            arguments[name] = tensor
+        return arguments
 
 
 class QueryKeyMechanism(AttentionMechanism):
     """Base of the mechanisms that compare queries with keys.
+
+    `attend` and `dense_weights` get `query`, `key` (the queries again if they are shared), both turned by rotary
+    positions unless `rotates_itself`, and `positions`, whose `bias` they add to the scores.
 
     Args:
         embed_dim: See `AttentionMechanism`.
@@ -129,6 +185,9 @@ class QueryKeyMechanism(AttentionMechanism):
     """
 
     inputs = frozenset({"query", "key", "value"})
+    no_bias = None
+    rotates_itself = False
+    """Whether `attend` and `dense_weights` call `positions.rotate` themselves."""
 
     def __init__(
         self, embed_dim: int, num_heads: int, max_frames: int, dropout: float = 0.0, share_query_key: bool = False
@@ -138,55 +197,94 @@ class QueryKeyMechanism(AttentionMechanism):
         if share_query_key:
             self.inputs = self.inputs - {"key"}
 
-    def pair(self, query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The queries and keys to compare: the queries twice if they are shared."""
-        query = self.given("query", query)
-        return query, query if self.share_query_key else self.given("key", key)
+    def _arguments(self, names: frozenset[str], given: dict[str, Tensor | None], positions: Positions | None) -> dict[str, Any]:
+        arguments = super()._arguments(names, given, positions)
+        positions = arguments["positions"] = NO_POSITIONS if positions is None else positions
+        if not self.rotates_itself:
+            for name in ("query", "key"):
+                if name in arguments:
+                    arguments[name] = positions.rotate(arguments[name])
+        return arguments if "key" in arguments else arguments | {"key": arguments["query"]}
 
 
 def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    valid: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(QKᵀ·scale)V over the real keys by PyTorch's fused kernels; zeros where a sequence has no real frame.
+    """softmax(QKᵀ·scale + bias)V over the keys that `mask` allows, by PyTorch's fused kernels; zeros where it allows none.
 
     Args:
         query: (B, H, T, D).
         key: (B, H, S, D).
         value: (B, H, S, D).
-        valid: bool (B, S), True = real key, or None.
+        mask: bool, broadcast to (B, H, T, S); True = the query may attend to the key. None: all.
         dropout: Probability of dropping a weight.
-        scale: Factor of the scores; None = 1/√D.
+        scale: Factor of the products; None = 1/√D.
+        bias: Added to the scores, (H, T, S) or (B, H, T, S).
 
     Returns:
         (B, H, T, D).
     """
-    if valid is None:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
-    some = valid.any(dim=-1)[:, None, None, None]
-    # A softmax over no key at all is NaN in some kernels: such a sequence attends everywhere and is then blanked.
-    mask = valid[:, None, None, :] | ~some  # B, 1, 1, S
+    if bias is not None:
+        bias = (bias if bias.dim() == 4 else bias[None]).to(query.dtype)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+    some = mask.any(dim=-1, keepdim=True)
+    # A softmax over no key at all is NaN in some kernels: such a row attends everywhere and is then blanked.
+    mask = mask | ~some
+    if bias is not None:
+        mask = bias.masked_fill(~mask, -torch.inf)
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return context.masked_fill(~some, 0)
 
 
-def masked_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Softmax over the real keys; rows of zeros, also in the gradients, where a sequence has no real frame.
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the keys that `mask` allows; rows of zeros, also in the gradients, where it allows none.
 
     Args:
         scores: (B or 1, H, T, S).
-        valid: bool (B, S), True = real key, or None.
+        mask: bool, broadcast to (B, H, T, S), or None.
 
     Returns:
         (B, H, T, S).
     """
-    if valid is None:
+    if mask is None:
         return scores.softmax(dim=-1)
-    padded = ~valid[:, None, None, :]  # B, 1, 1, S
     # The lowest finite number, not -inf: a row that is -inf throughout would be NaN, and so would its gradient.
     lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(padded, lowest).softmax(dim=-1).masked_fill(padded, 0)
+    return scores.masked_fill(~mask, lowest).softmax(dim=-1).masked_fill(~mask, 0)
+
+
+def query_key_scores(query: Tensor, key: Tensor, positions: Positions, scale: float | None = None) -> Tensor:
+    """QKᵀ·scale plus the bias of the positions, (B, H, T, T); scale 1/√D unless given."""
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    bias = position_bias(positions, query.shape[-2], query.device)
+    return scores if bias is None else scores + bias
+
+
+def position_bias(positions: Positions, num_frames: int, device: torch.device) -> Tensor | None:
+    """Bias of the scores of all frames with all frames (H, T, T); None where the positions have none."""
+    return positions.bias(offsets(num_frames, device)) if positions.has_bias else None
+
+
+def offsets(num_frames: int, device: torch.device) -> Tensor:
+    """j − i for query frame i and key frame j: int64 (T, T)."""
+    position = torch.arange(num_frames, device=device)
+    return position - position[:, None]
+
+
+def key_mask(valid: Tensor | None) -> Tensor | None:
+    """Mask of the real keys (B, 1, 1, T), or None, of `valid` (B, T) or None."""
+    return None if valid is None else valid[:, None, None, :]
+
+
+def at_least_one(**sizes: int | None) -> None:
+    """Raise ValueError, naming the argument, if a size is given and below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: set it to 1 or more")

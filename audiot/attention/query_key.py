@@ -1,39 +1,69 @@
-"""Query-key attention, the baseline of every comparison."""
+"""Query-key attention, the baseline of every comparison, and its form with one projection for both."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from audiot.attention.mechanism import QueryKeyMechanism, fused_attention, masked_softmax
+from audiot.attention.mechanism import (
+    QueryKeyMechanism,
+    fused_attention,
+    key_mask,
+    masked_softmax,
+    offsets,
+    position_bias,
+    query_key_scores,
+)
+from audiot.positions import Positions
 
 
 class QueryKey(QueryKeyMechanism):
     """Scaled dot-product attention, softmax(QKᵀ/√D)V (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
 
     Works at any length: `max_frames` is ignored. Differs from the paper on request only: `share_query_key`.
+
+    Cost: O(T²d) time, O(Td) memory (O(T²) with a position bias), no parameters beside the projections.
     """
 
-    def forward(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """Attend with PyTorch's fused attention; see `AttentionMechanism.forward`."""
-        query, key = self.pair(query, key)
-        return fused_attention(query, key, self.given("value", value), valid, dropout=self.dropout_now)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """Attend with PyTorch's fused attention."""
+        bias = position_bias(positions, query.shape[-2], query.device)
+        return fused_attention(query, key, value, key_mask(valid), self.dropout_now, bias=bias)
 
-    def weights(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
+    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """softmax(QKᵀ/√D), (B, H, T, T)."""
-        query, key = self.pair(query, key)
-        return masked_softmax(query @ key.transpose(-2, -1) * self.head_dim**-0.5, valid)
+        return masked_softmax(query_key_scores(query, key, positions), key_mask(valid))
+
+
+class SharedQueryKey(QueryKeyMechanism):
+    """Attention with one projection for queries and keys, as in Reformer (Kitaev et al. 2020, arXiv:2001.04451, section 2).
+
+    The keys are the queries scaled to unit length, k = q/‖q‖, and a frame attends to itself only where no other real
+    frame is left: its own score is the largest by construction and would drown the rest. Not hashed: see `lsh_simple`.
+
+    Works at any length: `max_frames` is ignored.
+
+    Cost: O(T²d) time, a T×T mask of one bit of information that the whole batch shares, no key projection.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, max_frames: int, dropout: float = 0.0) -> None:
+        super().__init__(embed_dim, num_heads, max_frames, dropout, share_query_key=True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """Attend with PyTorch's fused attention."""
+        bias = position_bias(positions, query.shape[-2], query.device)
+        mask = self._others_first(query, valid)
+        return fused_attention(query, F.normalize(key, dim=-1), value, mask, self.dropout_now, bias=bias)
+
+    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """softmax(Qk̂ᵀ/√D) without the diagonal, (B, H, T, T)."""
+        scores = query_key_scores(query, F.normalize(key, dim=-1), positions)
+        return masked_softmax(scores, self._others_first(query, valid))
+
+    def _others_first(self, query: Tensor, valid: Tensor | None) -> Tensor:
+        """Real keys other than the query's own frame; the own one where it is the only real frame: (B or 1, 1, T, T)."""
+        own = offsets(query.shape[-2], query.device) == 0  # T, T
+        if valid is None:
+            return (own if query.shape[-2] == 1 else ~own)[None, None]
+        alone = valid.sum(dim=-1)[:, None, None, None] == 1
+        return valid[:, None, None, :] & (~own | alone)

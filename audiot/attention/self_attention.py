@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
@@ -19,13 +21,14 @@ class SelfAttention(nn.Module):
         embed_dim: Width d of the model.
         num_heads: Number of heads H.
         mechanism: How frames exchange information; built for the same `embed_dim` and `num_heads`.
-        positions: The model's positions. Rotary ones turn queries and keys here; all others act on the encoder's input
-            and are ignored here.
+        positions: The model's positions. Rotary ones turn queries and keys here, biases are added to their scores here;
+            all others act on the encoder's input and are ignored here.
         dropout: Probability of dropping an element of the layer's output. Attention dropout belongs to the mechanism.
         bias: Give the projections a bias.
 
     Raises:
-        ValueError: the mechanism was built for other sizes, or has no queries and keys for rotary positions to turn.
+        ValueError: the mechanism was built for other sizes, or has no queries and keys for rotary positions to turn, or
+            can't carry the positions' bias.
     """
 
     def __init__(
@@ -44,17 +47,21 @@ class SelfAttention(nn.Module):
                 f"{type(mechanism).__name__} was built for embed_dim {built[0]} and num_heads {built[1]}, but the "
                 f"layer has embed_dim {embed_dim} and num_heads {num_heads}: pass the same to both"
             )
+        kind = type(mechanism).__name__
         if isinstance(positions, Rotary) and "query" not in mechanism.inputs:
+            raise ValueError(f"rotary positions turn queries and keys but {kind} has none: set positions=sinusoid")
+        if positions is not None and positions.has_bias and mechanism.no_bias:
             raise ValueError(
-                f"rotary positions turn queries and keys but {type(mechanism).__name__} has none: set positions=sinusoid"
+                f"{type(positions).__name__} positions add a bias to scores but {kind} {mechanism.no_bias}: "
+                "set positions=sinusoid"
             )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         for name in PROJECTIONS:
             if name in mechanism.inputs:
                 self.add_module(name, nn.Linear(embed_dim, embed_dim, bias=bias))
-        # Only rotary positions are kept: a table shared by all layers would otherwise belong to each of them.
-        self.rotary = positions if isinstance(positions, Rotary) else None
+        # Only what acts here is kept: a table shared by all layers would otherwise belong to each of them.
+        self.positions = None if positions is None else positions.layer_part()
         self.mechanism = mechanism
         self.output = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
@@ -72,23 +79,27 @@ class SelfAttention(nn.Module):
         Raises:
             ValueError: T is beyond the mechanism's limit.
         """
-        context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs), valid=valid)  # B, H, T, D
+        context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs, valid))  # B, H, T, D
         output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))
         return output if valid is None else output * valid[:, :, None]
 
     def weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention weights (B, H, T, T) by the plain dense computation, no dropout; padded frames have zero rows."""
-        # The mechanism gets the hidden frames even if it doesn't need them: they tell the shape of the batch.
-        names = self.mechanism.inputs - {"value"} | {"hidden"}
-        weights = self.mechanism.weights(**self._inputs(hidden, names), valid=valid)
+        weights = self.mechanism.weights(**self._inputs(hidden, self.mechanism.weight_inputs, valid))
         return weights if valid is None else weights * valid[:, None, :, None]
 
-    def _inputs(self, hidden: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+    def chosen_keys(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor | None:
+        """Which keys each query may attend to, bool (B, H, T, T); None where the mechanism chooses none."""
+        chosen = self.mechanism.chosen_keys(**self._inputs(hidden, self.mechanism.weight_inputs, valid))
+        return chosen if valid is None or chosen is None else chosen & valid[:, None, :, None]
+
+    def _inputs(self, hidden: Tensor, names: frozenset[str], valid: Tensor | None) -> dict[str, Any]:
         """What the mechanism asks for: the layer's input, and projections split into heads (B, H, T, D)."""
         self.mechanism.check_length(hidden.shape[1])
-        inputs = {"hidden": hidden} if "hidden" in names else {}
+        inputs: dict[str, Any] = {"valid": valid, "positions": self.positions}
+        if "hidden" in names:
+            inputs["hidden"] = hidden
         for name in PROJECTIONS:
             if name in names:
-                heads = getattr(self, name)(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                inputs[name] = heads if self.rotary is None or name == "value" else self.rotary.rotate(heads)
+                inputs[name] = getattr(self, name)(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return inputs

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiot.attention.mechanism import AttentionMechanism, fused_attention, masked_softmax
+from audiot.attention.mechanism import AttentionMechanism, at_least_one, fused_attention, key_mask, masked_softmax
 
 
 class SynthesizerDense(AttentionMechanism):
@@ -45,8 +45,7 @@ class SynthesizerDense(AttentionMechanism):
         per_head: bool = True,
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout)
-        if bottleneck_dim < 1:
-            raise ValueError(f"bottleneck_dim is {bottleneck_dim}: set it to 1 or more")
+        at_least_one(bottleneck_dim=bottleneck_dim)
         self.max_frames = max_frames
         self.bottleneck_dim = bottleneck_dim
         self.per_head = per_head
@@ -67,17 +66,8 @@ class SynthesizerDense(AttentionMechanism):
         ):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
-    def forward(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; see `AttentionMechanism.forward`."""
-        hidden, value = self.given("hidden", hidden), self.given("value", value)
+    def attend(self, hidden: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend with PyTorch's fused attention."""
         num_sequences, num_frames, _ = hidden.shape
         # Kernels are fused only where queries, keys and values have one size, and fast where it is a multiple of 8:
         # zeros fill the three up, which leaves scores and context as they are.
@@ -87,24 +77,17 @@ class SynthesizerDense(AttentionMechanism):
         key = torch.cat([self.w2[:, :, :num_frames].transpose(1, 2), self.b2[:, :num_frames, None]], dim=-1)
         key = F.pad(key, (0, size - needed)).expand(num_sequences, self.num_heads, -1, -1)  # B, H, T, size
         value = F.pad(value, (0, size - self.head_dim))
-        context = fused_attention(query, key, value, valid, dropout=self.dropout_now, scale=1.0)
+        context = fused_attention(query, key, value, key_mask(valid), self.dropout_now, scale=1.0)
         return context[..., : self.head_dim]
 
-    def weights(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
+    def dense_weights(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
         """softmax(W₂ReLU(W₁x + b₁) + b₂), (B, H, T, T)."""
-        frames = self.given("hidden", hidden)[:, None]  # B, 1, T, d
+        frames = hidden[:, None]  # B, 1, T, d
         if not self.per_head:
             frames = frames.unflatten(-1, (self.num_heads, self.head_dim)).squeeze(1).transpose(1, 2)  # B, H, T, D
         num_frames = frames.shape[2]
         middle = (frames @ self.w1 + self.b1[:, None]).relu()  # B, H, T, b
-        return masked_softmax(middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames], valid)
+        return masked_softmax(middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames], key_mask(valid))
 
     def _middle(self, hidden: Tensor) -> Tensor:
         """ReLU(W₁x + b₁) as one matrix product: (B, T, d) → (B, H, T, b)."""

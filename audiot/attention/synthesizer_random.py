@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiot.attention.mechanism import AttentionMechanism, masked_softmax
+from audiot.attention.mechanism import AttentionMechanism, key_mask, masked_softmax
 from audiot.attention.patterns import NAMES, legacy_patterns, patterns
 
 INITS = ("handcrafted", "normal", "legacy")
@@ -100,47 +100,27 @@ class SynthesizerRandom(AttentionMechanism):
             values = legacy_patterns(self.max_frames)[: self.num_heads]
             self.logits[: len(values)] = values.to(self.logits)
 
-    def forward(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; see `AttentionMechanism.forward`. With `anchor: length`, the rows of padded frames are zero."""
-        value = self.given("value", value)
+    def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend. With `anchor: length`, the rows of padded frames are zero."""
         # Not in float16, which ends at exp(-17), even under autocast (which meta tensors do not know).
         dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
         attend = self._attend_by_length if self.anchor == "length" else self._attend
         with nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False):
             return attend(value.to(dtype), valid).to(value.dtype)
 
-    def weights(
-        self,
-        *,
-        hidden: Tensor | None = None,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """softmax(R), (B, H, T, T), cropped to T frames; `hidden` or `valid` tells B and T."""
-        if valid is None:
-            hidden = self.given("hidden (or valid, for the shape of the batch)", hidden)
-            num_sequences, num_frames = hidden.shape[:2]
-        else:
-            num_sequences, num_frames = valid.shape
+    def dense_weights(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """softmax(R), (B, H, T, T), cropped to T frames."""
+        num_sequences, num_frames, _ = hidden.shape
         logits = self.table[:, :num_frames, :num_frames].expand(num_sequences, -1, -1, -1)
         if self.anchor == "max_frames":
-            return masked_softmax(logits, valid)
+            return masked_softmax(logits, key_mask(valid))
         if valid is None:
             valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=logits.device)
         start = torch.zeros_like(logits)
         for row, length in zip(start, valid.sum(dim=-1).tolist(), strict=True):
             for head, pattern in zip(row, patterns(length, self.num_heads).values(), strict=False):
                 head[:length, :length] = self._floored(pattern).log()
-        return masked_softmax(start + logits, valid) * valid[:, None, :, None]
+        return masked_softmax(start + logits, key_mask(valid)) * valid[:, None, :, None]
 
     def _floored(self, pattern: Tensor) -> Tensor:
         """(1 − ρ)·pattern + ρ/T."""

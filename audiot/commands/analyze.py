@@ -7,19 +7,23 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstruction, plot_training
+from audiot.attention.patterns import NAMES
+from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.commands.common import data_options, open_corpus, say
 from audiot.commands.evaluate import load_pretraining, run_config
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json
+from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Draw curves, probes, one utterance's reconstruction, and its attention before and after training."""
+    """Draw curves, probes, one utterance's reconstruction, its attention and keys before and after training, and tables."""
     run = Path(cfg.run)
     settings = run_config(run)
     if "downstream" in settings:
@@ -31,13 +35,14 @@ def main(cfg: DictConfig) -> None:
     name = batch["ids"][0]
     plot_reconstruction(module.reconstruct(batch), f"{name}, step {module.trained_steps}", plots / "reconstruction.png")
     tokens, _ = module.model.features(batch["waveforms"], batch["lengths"])
-    trained = [layer[0] for layer in module.model.encoder.attention_weights(tokens)]
-    plot_attention(trained, f"Attention after training, {name}", plots / "attention.png")
     torch.manual_seed(settings.seed)
     fresh = MaskedAcousticModel(**module.hparams).eval()
     fresh.model.features.load_state_dict(module.model.features.state_dict())
-    untrained = [layer[0] for layer in fresh.model.encoder.attention_weights(tokens)]
-    plot_attention(untrained, f"Attention before training, {name}", plots / "attention-untrained.png")
+    before, after = fresh.model.encoder, module.model.encoder
+    draw_attention(after, tokens, f"after training, {name}", plots / "attention.png")
+    draw_attention(before, tokens, f"before training, {name}", plots / "attention-untrained.png")
+    if isinstance(after.layer(0).attention.mechanism, SynthesizerRandom):
+        draw_tables(before, after, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
         plot_training(run / "metrics.csv", plots / "training.png")
     summary = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
@@ -47,6 +52,31 @@ def main(cfg: DictConfig) -> None:
         if "step" not in path.name:
             say(str(path))
     say(f"next:   audiot evaluate run={run}")
+
+
+def draw_attention(encoder: Encoder, tokens: Tensor, title: str, path: Path) -> None:
+    """Draw an utterance's attention weights, and beside them, in ``…-keys.png``, the keys where the mechanism chooses some."""
+    layers = encoder.attention_inputs(tokens)
+    plot_attention([attention.weights(hidden)[0] for attention, hidden in layers], f"Attention {title}", path)
+    chosen = [keys[0] for attention, hidden in layers if (keys := attention.chosen_keys(hidden)) is not None]
+    if chosen:
+        share = torch.stack(chosen).float().mean()
+        heading = f"Keys that each frame may attend to (bright, {share:.0%} of all pairs) {title}"
+        plot_attention(chosen, heading, path.with_name(f"{path.stem}-keys.png"))
+
+
+def draw_tables(before: Encoder, after: Encoder, path: Path) -> None:
+    """Draw the tables of a random synthesizer, which no utterance changes, as they were first and as they are trained."""
+    start = before.layer(0).attention.mechanism
+    assert isinstance(start, SynthesizerRandom)
+    num_frames = after.max_frames
+    frames = torch.zeros(1, num_frames, after.embed_dim)
+    trained = [after.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(after.num_layers)]
+    rows = ["before training", *(f"layer {index + 1}" for index in range(after.num_layers))]
+    known = NAMES if start.init == "handcrafted" else ()
+    columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]
+    heading = f"Attention tables of {num_frames} frames, the same for every utterance"
+    plot_attention([start.weights(hidden=frames)[0], *trained], heading, path, rows, columns)
 
 
 def utterance(data: SpeechDataModule, name: str | None) -> Batch:

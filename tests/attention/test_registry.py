@@ -26,7 +26,7 @@ def composed(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "positions"),
-    [("query_key", "Rotary"), ("synthesizer_dense", "Sinusoid"), ("synthesizer_random", "Sinusoid")],
+    [("query_key", "Rotary"), ("lsh_simple", "Rotary"), ("synthesizer_dense", "Sinusoid"), ("synthesizer_random", "Sinusoid")],
 )
 def test_a_mechanism_brings_its_best_positions(composed, name, positions):
     config = composed(f"attention={name}")
@@ -40,7 +40,10 @@ def test_positions_on_the_command_line_win(composed, name):
 
 def test_names_are_sorted_and_complete():
     assert names() == sorted(names())
-    assert {"query_key", "synthesizer_dense", "synthesizer_random"} <= set(names())
+    hashing = {"lsh_simple", "alsh_simple", "alsh_xbox", "alsh_xbox_qnf", "alsh_sign", "alsh_sign_qnf"}
+    sparse = {"sparse_strided", "sparse_fixed", "local"}
+    synthesizers = {"synthesizer_dense", "synthesizer_random", "synthesizer_mixture", "local_dense_synthesizer"}
+    assert set(names()) >= hashing | sparse | synthesizers | {"query_key", "shared_query_key", "routing", "none", "uniform"}
 
 
 def test_unknown_name_suggests_the_nearest():

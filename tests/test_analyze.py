@@ -1,0 +1,73 @@
+"""Pictures of attention: weights, chosen keys, tables before and after training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import get_class
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+import audiot.attention
+from audiot.commands.analyze import draw_attention, draw_tables
+from audiot.model import Encoder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures by the name of their file."""
+    figures = {}
+    monkeypatch.setattr("audiot.analysis.plots._save", lambda figure, path: figures.update({path.name: figure}))
+    return figures
+
+
+def encoder(name, seed=0, **overrides):
+    torch.manual_seed(seed)
+    options = OmegaConf.to_container(OmegaConf.load(audiot.attention._group() / f"{name}.yaml"), resolve=True)
+    options.pop("defaults")
+    assert get_class(options["_target_"])
+    positions = {"_target_": "audiot.positions.NoPositions"}
+    sizes = {"embed_dim": 24, "num_layers": 2, "num_heads": 4, "ffn_dim": 24, "max_frames": 12}
+    return Encoder(6, attention=options | overrides, positions=positions, **sizes).eval()
+
+
+def images(figure: Figure, columns: int):
+    return [[axis.images[0].get_array() for axis in row] for row in np.reshape(figure.axes, (-1, columns))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lsh_simple", "routing"])
+def test_chosen_keys_are_drawn_beside_the_weights(tmp_path, drawn, name):
+    small = {"attended_keys": 3} if name == "lsh_simple" else {"num_clusters": 3, "cluster_size": 4}
+    model, tokens = encoder(name, **small), torch.randn(1, 10, 6)
+    draw_attention(model, tokens, "x", tmp_path / "attention.png")
+    weights, keys = images(drawn["attention.png"], 4), images(drawn["attention-keys.png"], 4)
+    assert len(keys) == 2
+    for shown, chosen in zip(weights, keys, strict=True):
+        for matrix, mask in zip(shown, chosen, strict=True):
+            assert 0 < mask.mean() < 1
+            assert (matrix[mask == 0] == 0).all()
+            if name == "lsh_simple":
+                assert (mask.sum(1) == 3).all()
+
+
+@torch.no_grad()
+def test_mechanisms_that_choose_nothing_have_no_picture_of_keys(tmp_path, drawn):
+    draw_attention(encoder("query_key"), torch.randn(1, 10, 6), "x", tmp_path / "attention.png")
+    assert set(drawn) == {"attention.png"}
+
+
+@torch.no_grad()
+def test_tables_are_drawn_before_and_after_training_under_the_names_of_their_patterns(tmp_path, drawn):
+    before, after = encoder("synthesizer_random"), encoder("synthesizer_random")
+    after.layer(1).attention.mechanism.logits[2, 5, 7] += 3
+    draw_tables(before, after, tmp_path / "patterns.png")
+    start, first, second = images(drawn["patterns.png"], 4)
+    pattern = audiot.attention.patterns(12)
+    for image, name in zip(start, ("current", "previous", "next", "left"), strict=True):
+        np.testing.assert_allclose(image**2, 0.9 * pattern[name] + 0.1 / 12, rtol=1e-5)
+    np.testing.assert_allclose(first, start)
+    assert second[2][5, 7] > start[2][5, 7]
+    titles = [axis.get_title() for axis in drawn["patterns.png"].axes[:4]]
+    assert titles == ["head 1: current", "head 2: previous", "head 3: next", "head 4: left"]
