@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from audiot.attention import after_step
+
 
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportion: float = 0.07) -> LambdaLR:
     """Linear warm-up to the learning rate, then linear decay to 0 at ``total_steps`` (Devlin et al. 2019, as in Mockingjay)."""
@@ -65,5 +67,7 @@ def configure(
     if total_steps in (-1, float("inf")):
         raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
     built = optimizer(parameter_groups(module, weight_decay))
+    # State of attention mechanisms that no gradient trains, such as centroids.
+    built.register_step_post_hook(lambda *_: after_step(module))
     schedule = scheduler(built, total_steps=int(total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

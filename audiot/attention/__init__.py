@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from torch import nn
 
 from audiot.attention.mechanism import AttentionMechanism
 from audiot.attention.patterns import patterns
 from audiot.attention.self_attention import SelfAttention
 from audiot.positions import Positions
 
-__all__ = ["AttentionMechanism", "SelfAttention", "build", "names", "patterns"]
+__all__ = ["AttentionMechanism", "SelfAttention", "after_step", "build", "build_mechanism", "names", "parameters", "patterns"]
 
 
 def names() -> list[str]:
@@ -43,18 +43,42 @@ def build(
     Raises:
         ValueError: an unknown mechanism or parameter, or one with an impossible value.
     """
-    if name not in names():
-        raise ValueError(f"unknown attention {name!r}: {_suggestion(name, names())}")
-    config = OmegaConf.create((_group() / f"{name}.yaml").read_text(encoding="utf-8"))
-    options: Any = OmegaConf.to_container(config, resolve=True)
-    options.pop("defaults", None)  # choices of other groups: Hydra's affair
-    mechanism = get_class(options.pop("_target_"))
-    known = list(inspect.signature(mechanism).parameters)[3:]  # after embed_dim, num_heads, max_frames
+    mechanism = build_mechanism(name, embed_dim, num_heads, max_frames, **overrides)
+    return SelfAttention(embed_dim, num_heads, mechanism, positions)
+
+
+def build_mechanism(name: str, embed_dim: int, num_heads: int, max_frames: int, **overrides: Any) -> AttentionMechanism:
+    """Build a mechanism alone, without projections around it; arguments and errors as `build`."""
+    known = parameters(name)
     for override in overrides:
         if override not in known:
             raise ValueError(f"attention {name!r} has no parameter {override!r}: {_suggestion(override, known)}")
-    options.update(overrides)
-    return SelfAttention(embed_dim, num_heads, mechanism(embed_dim, num_heads, max_frames, **options), positions)
+    return get_class(_config(name)["_target_"])(embed_dim, num_heads, max_frames, **{**known, **overrides})
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """The own parameters of a mechanism, with the values of its YAML file.
+
+    Raises:
+        ValueError: an unknown mechanism.
+    """
+    config = _config(name)
+    # The defaults are choices of other groups: Hydra's affair.
+    return {key: value for key, value in config.items() if key not in ("_target_", "defaults")}
+
+
+def after_step(model: nn.Module) -> None:
+    """Call `after_step` of each mechanism in a model: once after each step of the optimiser, on every rank."""
+    for module in model.modules():
+        if isinstance(module, AttentionMechanism):
+            module.after_step()
+
+
+def _config(name: str) -> dict[str, Any]:
+    if name not in names():
+        raise ValueError(f"unknown attention {name!r}: {_suggestion(name, names())}")
+    config: Any = OmegaConf.to_container(OmegaConf.create((_group() / f"{name}.yaml").read_text(encoding="utf-8")), resolve=True)
+    return config
 
 
 def _group() -> Any:

@@ -1,0 +1,136 @@
+"""Attention inside groups of frames: what windowed, strided, hashed and routed attention have in common.
+
+A mechanism says which frames form a group as queries and which as keys, as lists of frame numbers; `grouped_attention`
+computes softmax attention inside each group. The plain form gathers the frames of every group; on CUDA devices, in
+half precision, kernels read them in place (`audiot.attention.grouped_kernels`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from audiot.attention.mechanism import fused_attention
+from audiot.positions import NO_POSITIONS, Positions
+
+try:
+    from audiot.attention import grouped_kernels
+except ImportError:  # Triton comes with PyTorch's builds for CUDA only
+    grouped_kernels = None  # type: ignore[assignment]
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    radius: int | None = None,
+    partition: bool = False,
+    transposed: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    positions: Positions = NO_POSITIONS,
+) -> Tensor:
+    """softmax(QKᵀ/√D)V inside each of G groups of frames.
+
+    A query in several groups gets the mean of its results, one in no group, or in groups without keys, zeros.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, H, S, D).
+        value: (B, H, S, D).
+        queries: The groups' queries, frame numbers (B or 1, H or 1, G, N); −1 = an empty place.
+        keys: The groups' keys (B or 1, H or 1, G, M), likewise; a key is in a group once.
+        radius: Leave out pairs whose numbers are further apart than this.
+        partition: Every frame is a query of one group at most.
+        transposed: `queries` and `keys` in another grouping of the same pairs, where every frame is a key of one group
+            at most; the kernels then need no atomic sums. Takes `partition`.
+        dropout: Probability of dropping a weight.
+        positions: Whose bias, if any, is added to the scores.
+
+    Returns:
+        (B, H, T, D).
+    """
+    if has_kernel(query) and not positions.has_bias:
+        return grouped_kernels.attend(query, key, value, queries, keys, radius, partition, transposed, dropout)
+    places = queries.shape[-2:]
+    shape = (*query.shape[:2], *places)
+    scattered = queries.expand(shape).flatten(2)  # B, H, G·N
+    context = _groups_attend(query, key, value, queries, keys, radius, dropout, positions)
+    number = scattered.clamp_min(0)[..., None].expand(-1, -1, -1, query.shape[-1])
+    real = (scattered >= 0)[..., None]
+    total = torch.zeros_like(query).scatter_add(2, number, context.flatten(2, 3) * real)
+    if partition:
+        return total
+    count = torch.zeros_like(query[..., :1]).scatter_add(2, number[..., :1], real.to(query.dtype))
+    return total / count.clamp_min(1)
+
+
+def _groups_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    radius: int | None,
+    dropout: float,
+    positions: Positions,
+) -> Tensor:
+    """Each group's context, (B, H, G, N, D)."""
+    mask = (keys >= 0)[..., None, :]  # B, H, G, 1, M
+    offset = keys[..., None, :] - queries[..., :, None]  # B, H, G, N, M
+    if radius is not None:
+        mask = mask & (offset.abs() <= radius)
+    bias = None
+    if positions.has_bias:
+        # The bias wants the head third from last.
+        bias = positions.bias(offset.transpose(1, 2)).transpose(1, 2)
+    num_sequences, num_heads, _, head_dim = query.shape
+    num_groups = queries.shape[2]
+    by_group = (num_sequences * num_heads, num_groups)
+
+    def batched(tensor: Tensor) -> Tensor:  # B or 1, H or 1, G, …, … → B·H, G, …, …
+        return tensor.expand(num_sequences, num_heads, -1, -1, -1).flatten(0, 1)
+
+    context = fused_attention(
+        gather(query, queries).flatten(0, 1),
+        gather(key, keys).flatten(0, 1),
+        gather(value, keys).flatten(0, 1),
+        mask=batched(mask),
+        dropout=dropout,
+        bias=None if bias is None else batched(bias),
+    )
+    return context.view(*by_group, -1, head_dim).unflatten(0, (num_sequences, num_heads))
+
+
+def gather(frames: Tensor, index: Tensor) -> Tensor:
+    """Frames (B, H, T, D) by their numbers (B or 1, H or 1, G, N) → (B, H, G, N, D); number −1 gives frame 0."""
+    shape = (*frames.shape[:2], *index.shape[-2:])
+    number = index.clamp_min(0).expand(shape).flatten(2)[..., None].expand(-1, -1, -1, frames.shape[-1])
+    return frames.gather(2, number).unflatten(2, index.shape[-2:])
+
+
+def mark_empty(numbers: Tensor, valid: Tensor | None, num_frames: int) -> Tensor:
+    """A list of groups for `grouped_attention` of numbers (G, N), where those outside a sequence and padded frames are −1.
+
+    Args:
+        numbers: Integers (G, N), the same for all sequences and heads.
+        valid: bool (B, T), True = real frame; None: all.
+        num_frames: T.
+
+    Returns:
+        int32 (B or 1, 1, G, N).
+    """
+    inside = (numbers >= 0) & (numbers < num_frames)
+    if valid is None:
+        return numbers.masked_fill(~inside, -1).to(torch.int32)[None, None]
+    real = valid[:, numbers.clamp(0, num_frames - 1)] & inside  # B, G, N
+    return torch.where(real, numbers, -1).to(torch.int32)[:, None]
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether `grouped_attention` would take its kernels."""
+    if grouped_kernels is None or not query.is_cuda:
+        return False
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= grouped_kernels.MAX_HEAD_DIM

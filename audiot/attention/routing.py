@@ -1,0 +1,200 @@
+"""Routing attention: k-means centroids decide which frames meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from audiot.attention.grouped import grouped_attention
+from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, masked_softmax, query_key_scores
+from audiot.positions import Positions
+
+try:
+    from audiot.attention import routing_kernels
+except ImportError:  # Triton comes with PyTorch's builds for CUDA only
+    routing_kernels = None  # type: ignore[assignment]
+
+SCORE_RESOLUTION = 2**10  # steps a unit, so that a score is a 15-bit number
+MAX_SCORE = 16
+# Score and number of a frame share a 32-bit rank.
+MAX_RANKED_FRAMES = 2**17
+
+
+class Routing(QueryKeyMechanism):
+    """Routing Transformer's attention (Roy et al. 2021, arXiv:2003.05997, section 4.1 and algorithm 1).
+
+    Every head has C centroids. Queries and keys are normalised (LayerNorm without parameters); each centroid takes the w
+    real queries and the w real keys that have the largest product with it, and the queries attend to the keys of their
+    cluster, softmax(QKᵀ/√D)V. Clusters are balanced, and no sequence depends on its companions in the batch. A frame
+    that several centroids take gets the mean of its results, one that none takes zeros (the residual connection carries it
+    on). With C·w = 2T that happens to 13% of the frames of a formless cloud (e⁻²), and to less than 1% where the frames
+    lie in clusters and the centroids in these.
+
+    The centroids are state, not parameters. Each training step moves them towards the mean of the queries and keys whose
+    nearest centroid they are, as an exponential moving average that is scaled back to unit length; a centroid that is
+    nearest to none stays. `forward` only sums up what it saw; `after_step` makes the update, once a step of the optimiser,
+    with the sums of all ranks.
+
+    Works at any length: `max_frames` only sets the defaults.
+
+    Cost: O(C·T·d) time to choose and O(C·w²·d) to attend, hence O(T√T·d) with the defaults at T = `max_frames`; memory
+    O(C·T); no parameters beside the projections, C·d numbers of state.
+
+    Differs from the paper: queries and keys are chosen apart also where they are shared; no causal mask; no heads of
+    other kinds beside; updates use the mean of a step where the paper adds vector by vector. Products with centroids are
+    compared at a resolution of 2⁻¹⁰, then the earlier frame wins, on every device and whatever the padding. Rotary
+    positions turn queries and keys after the choice, which depends on content alone.
+
+    Args:
+        embed_dim: See `AttentionMechanism`.
+        num_heads: See `AttentionMechanism`.
+        max_frames: See `AttentionMechanism`.
+        dropout: See `AttentionMechanism`.
+        share_query_key: See `QueryKeyMechanism`.
+        num_clusters: C; None = √`max_frames`.
+        cluster_size: w, where sequences have as many frames; None = 2·`max_frames`/C, up to a multiple of 8.
+        ema_decay: λ: a centroid becomes λ·centroid + (1 − λ)·mean, at unit length.
+
+    Raises:
+        ValueError: a size is not positive, `ema_decay` is outside [0, 1], or the head size is above 256.
+    """
+
+    rotates_itself = True
+    centroids: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        max_frames: int,
+        dropout: float = 0.0,
+        share_query_key: bool = False,
+        num_clusters: int | None = None,
+        cluster_size: int | None = None,
+        ema_decay: float = 0.999,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, max_frames, dropout, share_query_key)
+        at_least_one(num_clusters=num_clusters, cluster_size=cluster_size)
+        if not 0 <= ema_decay <= 1:
+            raise ValueError(f"ema_decay is {ema_decay}: set it within 0 and 1")
+        if self.head_dim > MAX_SCORE**2:
+            raise ValueError(f"routing needs heads of at most 256 elements but embed_dim / num_heads is {self.head_dim}")
+        self.num_clusters = num_clusters or round(math.sqrt(max_frames))
+        self.cluster_size = cluster_size or -(-2 * max_frames // self.num_clusters // 8) * 8
+        self.ema_decay = ema_decay
+        centroids = F.normalize(torch.randn(num_heads, self.num_clusters, self.head_dim), dim=-1)
+        self.register_buffer("centroids", centroids)
+        # What the forwards since the last step have seen. No buffers: DistributedDataParallel would overwrite the ranks'
+        # own with rank 0's, and a checkpoint has no use for them.
+        self._sums = torch.zeros(num_heads, self.num_clusters, self.head_dim)
+        self._counts = torch.zeros(num_heads, self.num_clusters)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """Attend inside the clusters. Sums over clusters may be taken in any order on a GPU, and its kernels drop a pair of
+        frames in all of their clusters or in none."""
+        query, key = self._normalised(query, key)
+        queries, keys = self._clusters(query, valid), self._clusters(key, valid)
+        query, key = positions.rotate(query), positions.rotate(key)
+        return grouped_attention(query, key, value, queries, keys, dropout=self.dropout_now, positions=positions)
+
+    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """The mean over a query's clusters of the softmax over the cluster's keys, (B, H, T, T)."""
+        query, key = self._normalised(query, key)
+        queries, keys = self._members(query, valid), self._members(key, valid)  # B, H, C, T
+        scores = query_key_scores(positions.rotate(query), positions.rotate(key), positions)
+        weights, count = torch.zeros_like(scores), torch.zeros_like(scores[..., :1])
+        for cluster in range(self.num_clusters):
+            chosen = queries[:, :, cluster, :, None]
+            weights = weights + masked_softmax(scores, chosen & keys[:, :, cluster, None, :])
+            count = count + chosen
+        return weights / count.clamp_min(1)
+
+    def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """The keys that share a cluster with the query, bool (B, H, T, T)."""
+        query, key = self._normalised(query, key)
+        queries, keys = self._members(query, valid).double(), self._members(key, valid).double()
+        return queries.transpose(-2, -1) @ keys > 0
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the centroids by what the forwards since the last step have seen, on all ranks together."""
+        sums, counts = self._sums, self._counts
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        centroids = self.centroids.float()
+        mean = sums / counts.clamp_min(1)[..., None]
+        moved = F.normalize(self.ema_decay * centroids + (1 - self.ema_decay) * mean, dim=-1)
+        self.centroids.copy_(torch.where(counts[..., None] > 0, moved, centroids))
+        sums.zero_()
+        counts.zero_()
+
+    def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """LayerNorm without parameters, in the precision of the input."""
+        shape = (self.head_dim,)
+        normalised = F.layer_norm(query, shape).to(query.dtype)
+        return normalised, normalised if key is query else F.layer_norm(key, shape).to(key.dtype)
+
+    @torch.no_grad()
+    def _scores(self, frames: Tensor) -> Tensor:
+        """Products of the centroids with normalised frames (B, H, T, D): (B, H, C, T), in float32 or better."""
+        with torch.autocast(frames.device.type, enabled=False):
+            dtype = torch.promote_types(frames.dtype, torch.float32)
+            return self.centroids.to(dtype) @ frames.to(dtype).transpose(-2, -1)
+
+    @torch.no_grad()
+    def _clusters(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        """Each centroid's frames: numbers (B, H, C, min(w, T)), −1 where there are fewer real frames.
+
+        In training, what the centroids see is recorded for `after_step`.
+        """
+        num_frames = frames.shape[-2]
+        if num_frames > MAX_RANKED_FRAMES:
+            raise ValueError(f"sequence has {num_frames} frames but routing ranks {MAX_RANKED_FRAMES}: take shorter audio")
+        scores = self._scores(frames)
+        if self.training:
+            self._record(frames, scores, valid)
+        limit = MAX_SCORE * SCORE_RESOLUTION - 1
+        steps = (scores * SCORE_RESOLUTION).floor().clamp(-limit, limit).to(torch.int16)
+        size = min(self.cluster_size, num_frames)
+        if frames.is_cuda and routing_kernels is not None and num_frames <= routing_kernels.MAX_FRAMES:
+            return routing_kernels.largest(steps, valid, size, -limit)
+        # One integer ranks by score, then by number: equal frames (digital silence) fall to the same side everywhere.
+        number = torch.arange(num_frames, device=frames.device, dtype=torch.int32)
+        rank = steps.to(torch.int32) * MAX_RANKED_FRAMES + (MAX_RANKED_FRAMES - 1 - number)
+        padded = torch.iinfo(torch.int32).min
+        if valid is not None:
+            rank = rank.masked_fill(~valid[:, None, None, :], padded)
+        best, chosen = rank.topk(size, dim=-1, sorted=False)
+        return chosen.to(torch.int32) if valid is None else chosen.to(torch.int32).masked_fill(best == padded, -1)
+
+    def _members(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        """Which frames each centroid takes, bool (B, H, C, T)."""
+        chosen = self._clusters(frames, valid).long()
+        members = torch.zeros((*chosen.shape[:3], frames.shape[-2] + 1), dtype=torch.bool, device=frames.device)
+        return members.scatter(-1, chosen.remainder(frames.shape[-2] + 1), True)[..., :-1]
+
+    def _record(self, frames: Tensor, scores: Tensor, valid: Tensor | None) -> None:
+        """Add real frames to the sums of the centroids that are nearest by their scores (B, H, C, T).
+
+        A second forward of the same step, as activation checkpointing makes, adds the same again to sums and counts, which
+        leaves their ratio as it is.
+        """
+        cluster = torch.arange(self.num_clusters, device=frames.device)[:, None]
+        nearest = scores.argmax(dim=-2, keepdim=True) == cluster  # B, H, C, T
+        if valid is not None:
+            nearest = nearest & valid[:, None, None, :]
+        self._counts.add_(nearest.sum(dim=(0, 3)))
+        with torch.autocast(frames.device.type, enabled=False):
+            self._sums.add_((nearest.to(frames.dtype) @ frames).sum(dim=0, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Routing:
+        super()._apply(fn, recurse)
+        self._sums = fn(self._sums).float()
+        self._counts = fn(self._counts).float()
+        return self

@@ -1,0 +1,291 @@
+"""Sparse Transformer attention: half of the heads see nearby frames, the other half a regular sample of all frames."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audiot.attention.grouped import grouped_attention, has_kernel, mark_empty
+from audiot.attention.local import banded_attention
+from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, key_mask, masked_softmax, offsets, query_key_scores
+from audiot.positions import Positions
+
+GROUP = 1024
+"""Queries that a kernel treats together where all attend to the same keys."""
+
+Bias = Callable[[Tensor], Tensor] | None
+"""Integer offsets key − query (I, J) → what is added to the scores of some heads (H, I, J)."""
+
+
+class SparseMechanism(QueryKeyMechanism):
+    """Base: the first heads, half of them rounded up, are local, the others global; each sees a fixed pattern of frames.
+
+    Of the three ways in which the paper combines two patterns this is the one by heads (Child et al. 2019,
+    arXiv:1904.10509, section 5.1). A frame none of whose keys is real gets zeros.
+
+    Args:
+        embed_dim: See `AttentionMechanism`.
+        num_heads: See `AttentionMechanism`; a single head is local.
+        max_frames: Ignored.
+        dropout: See `AttentionMechanism`.
+        block_size: Frames l of a block, the unit of the patterns.
+        share_query_key: See `QueryKeyMechanism`.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, max_frames: int, dropout: float, block_size: int, share_query_key: bool
+    ) -> None:
+        super().__init__(embed_dim, num_heads, max_frames, dropout, share_query_key)
+        self.block_size = block_size
+        self.num_local_heads = (num_heads + 1) // 2
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """Attend in blocks of frames (B, T/l, l, H, D), which are views: projections write frames before heads."""
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        num_frames = query.shape[1]
+        # Padded frames have no value: rows that see no real frame may then attend to anything, and give zeros.
+        if valid is not None:
+            value = value * valid[:, :, None, None]
+        missing = -num_frames % self.block_size
+        if missing:
+            query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
+            valid = torch.ones(1, num_frames, dtype=torch.bool, device=query.device) if valid is None else valid
+            valid = F.pad(valid, (0, missing), value=False)
+        real = None if valid is None else valid.expand(len(query), -1).unflatten(1, (-1, self.block_size))
+
+        sizes = [self.num_local_heads, self.num_heads - self.num_local_heads]
+        (q1, q2), (k1, k2), (v1, v2) = (
+            frames.unflatten(1, (-1, self.block_size)).split(sizes, dim=3) for frames in (query, key, value)
+        )
+        context = self.attend_near(q1, k1, v1, real, _bias_of_heads(positions, slice(self.num_local_heads)))
+        if self.num_heads > self.num_local_heads:
+            far = self.attend_far(q2, k2, v2, real, _bias_of_heads(positions, slice(self.num_local_heads, None)))
+            context = torch.cat([context, far], dim=3)
+        return context.flatten(1, 2)[:, :num_frames].transpose(1, 2)
+
+    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """softmax(QKᵀ/√D) over the pattern, (B, H, T, T)."""
+        return masked_softmax(query_key_scores(query, key, positions), self.dense_choice(query, key, valid, positions))
+
+    def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """The real frames of each head's pattern, bool (B, H, T, T)."""
+        position = torch.arange(query.shape[2], device=query.device)
+        near, far = self.patterns(position[:, None], position)
+        local = torch.arange(self.num_heads, device=query.device) < self.num_local_heads
+        choice = torch.where(local[:, None, None], near, far).expand(len(query), -1, -1, -1)
+        mask = key_mask(valid)
+        return choice if mask is None else choice & mask
+
+    @abstractmethod
+    def patterns(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether local, and whether global heads let frame `i` see frame `j`, bool, of integers (T, 1) and (T)."""
+
+    @abstractmethod
+    def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """Context (B, T/l, l, H, D) of local heads, of tensors of that shape and the real frames (B, T/l, l)."""
+
+    @abstractmethod
+    def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """Context of global heads; arguments as `attend_near`."""
+
+    def _in_groups(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        transposed: bool,
+    ) -> Tensor:
+        """Attention of blocks (B, T/l, l, H, D) by kernels, in groups of frames; see `grouped_attention`."""
+        query, key, value = (blocks.flatten(1, 2).transpose(1, 2) for blocks in (query, key, value))
+        by_key = (queries, keys) if transposed else None
+        context = grouped_attention(query, key, value, queries, keys, partition=True, transposed=by_key, dropout=self.dropout_now)
+        return context.transpose(1, 2).unflatten(1, (-1, self.block_size))
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Fused attention in N groups of frames: (N, I, H, D) to the real ones of (N, J, H, D).
+
+        Args:
+            query: (N, I, H, D).
+            key: (N, J, H, D).
+            value: (N, J, H, D), zero where not `real`.
+            real: bool (N, J); None: all.
+            bias: Added to the scores, (H, I, J).
+
+        Returns:
+            (N, I, H, D).
+        """
+        mask = None
+        if real is not None:
+            # A softmax over no key at all is NaN in some kernels.
+            mask = (real | ~real.any(dim=-1, keepdim=True))[:, None, None]  # N, 1, 1, J
+        if bias is not None:
+            bias = bias.to(query.dtype)[None]
+            mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+        context = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, dropout_p=self.dropout_now
+        )
+        return context.transpose(1, 2)
+
+
+class SparseStrided(SparseMechanism):
+    """Strided sparse attention (Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3).
+
+    Local heads see the frames with |i − j| ≤ l, global heads those a multiple of l away, (i − j) mod l = 0.
+
+    Works at any length: `max_frames` is ignored, and where T ≤ l a global head sees the frame itself alone. Differs from
+    the paper: attention goes in both directions; l does not follow the length, so that padding changes nothing; no
+    custom kernels.
+
+    Cost: O(T·(l + T/l)·d) time, O(T·d + T·l) memory, no parameters beside the projections. A position bias that differs
+    from head to head adds O(T·(l + T/l)·H).
+
+    Args:
+        embed_dim: See `AttentionMechanism`.
+        num_heads: See `AttentionMechanism`; the first half, rounded up, is local.
+        max_frames: Ignored.
+        dropout: See `AttentionMechanism`.
+        stride: The stride l in frames.
+        share_query_key: See `QueryKeyMechanism`.
+
+    Raises:
+        ValueError: `stride` is not positive.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        max_frames: int,
+        dropout: float = 0.0,
+        stride: int = 64,
+        share_query_key: bool = False,
+    ) -> None:
+        at_least_one(stride=stride)
+        super().__init__(embed_dim, num_heads, max_frames, dropout, stride, share_query_key)
+
+    def patterns(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """|i − j| ≤ l, and (i − j) mod l = 0."""
+        return (i - j).abs() <= self.block_size, (i - j) % self.block_size == 0
+
+    def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """Attention within a band."""
+        query, key, value = (blocks.flatten(1, 2) for blocks in (query, key, value))  # B, T, H, D
+        valid = None if real is None else real.flatten(1)
+        context = banded_attention(query, key, value, self.block_size, valid, self.dropout_now, bias)
+        return context.unflatten(1, (-1, self.block_size))
+
+    def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """Frames at the same place of their blocks attend to each other: l independent full attentions."""
+        num_sequences, num_blocks = query.shape[:2]
+        if bias is None and has_kernel(query):
+            together = _by_block(query).T  # l, T/l
+            frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
+            return self._in_groups(query, key, value, frames, frames, transposed=True)
+        query, key, value = (blocks.transpose(1, 2).flatten(0, 1) for blocks in (query, key, value))  # B·l, T/l, H, D
+        real = None if real is None else real.transpose(1, 2).flatten(0, 1)
+        scores = None if bias is None else bias(self.block_size * offsets(num_blocks, query.device))
+        context = self._attention(query, key, value, real, scores)
+        return context.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+
+
+class SparseFixed(SparseMechanism):
+    """Fixed sparse attention (Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3).
+
+    Local heads see the frames of their own block of l frames, ⌊i/l⌋ = ⌊j/l⌋, global heads the last c frames of every
+    block, j mod l ≥ l − c. Where none of these summary frames is real, as in sequences of at most l − c frames, the
+    global heads give zeros.
+
+    Works at any length: `max_frames` is ignored. Differs from the paper: attention goes in both directions; l does not
+    follow the length, so that padding changes nothing; all heads share their summary frames; no custom kernels.
+
+    Cost: O(T·(l + T·c/l)·d) time, O(T·d) memory, no parameters beside the projections. A position bias that differs from
+    head to head adds O(T·(l + T·c/l)·H).
+
+    Args:
+        embed_dim: See `AttentionMechanism`.
+        num_heads: See `AttentionMechanism`; the first half, rounded up, is local.
+        max_frames: Ignored.
+        dropout: See `AttentionMechanism`.
+        block_size: Frames l of a block.
+        num_summary: Summary frames c of a block.
+        share_query_key: See `QueryKeyMechanism`.
+
+    Raises:
+        ValueError: `block_size` or `num_summary` is not positive, or a block has fewer frames than `num_summary`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        max_frames: int,
+        dropout: float = 0.0,
+        block_size: int = 64,
+        num_summary: int = 1,
+        share_query_key: bool = False,
+    ) -> None:
+        at_least_one(block_size=block_size, num_summary=num_summary)
+        if num_summary > block_size:
+            raise ValueError(
+                f"num_summary is {num_summary} but a block has block_size = {block_size} frames: "
+                f"set num_summary to {block_size} or less, or raise block_size"
+            )
+        super().__init__(embed_dim, num_heads, max_frames, dropout, block_size, share_query_key)
+        self.num_summary = num_summary
+
+    def patterns(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """⌊i/l⌋ = ⌊j/l⌋, and j mod l ≥ l − c."""
+        return i // self.block_size == j // self.block_size, j % self.block_size >= self.block_size - self.num_summary
+
+    def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """Each block attends to itself."""
+        num_sequences = len(query)
+        if bias is None and has_kernel(query):
+            together = _by_block(query)
+            frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
+            return self._in_groups(query, key, value, frames, frames, transposed=True)
+        query, key, value = (blocks.flatten(0, 1) for blocks in (query, key, value))  # B·T/l, l, H, D
+        real = None if real is None else real.flatten(0, 1)
+        scores = None if bias is None else bias(offsets(self.block_size, query.device))
+        return self._attention(query, key, value, real, scores).unflatten(0, (num_sequences, -1))
+
+    def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
+        """All frames attend to the summary frames."""
+        scores = None
+        if bias is not None:
+            position = torch.arange(query.shape[1] * self.block_size, device=query.device)
+            scores = bias(self._summary(position.view(1, -1, self.block_size)) - position[:, None])  # H, T, T·c/l
+        summary_real = None if real is None else self._summary(real)
+        if bias is None and has_kernel(query):
+            # In groups of some queries and all summary frames, enough work is independent in the backward pass too.
+            num_frames = query.shape[1] * self.block_size
+            numbers = torch.arange(-(-num_frames // GROUP) * GROUP, device=query.device).view(-1, GROUP)
+            queries = mark_empty(numbers, None if real is None else real.flatten(1), num_frames)
+            num_keys = query.shape[1] * self.num_summary
+            keys = mark_empty(torch.arange(num_keys, device=query.device)[None], summary_real, num_keys)
+            key, value = (blocks[:, :, self.block_size - self.num_summary :] for blocks in (key, value))
+            return self._in_groups(query, key, value, queries, keys.expand(-1, -1, len(numbers), -1), transposed=False)
+        key, value = self._summary(key), self._summary(value)  # B, T·c/l, H, D
+        context = self._attention(query.flatten(1, 2), key, value, summary_real, scores)
+        return context.unflatten(1, (-1, self.block_size))
+
+    def _summary(self, blocks: Tensor) -> Tensor:
+        """The last c frames of every block: (B, T/l, l, …) → (B, T·c/l, …)."""
+        return blocks[:, :, self.block_size - self.num_summary :].flatten(1, 2)
+
+
+def _by_block(blocks: Tensor) -> Tensor:
+    """Numbers of frames, (T/l, l), of (B, T/l, l, H, D)."""
+    num_blocks, block_size = blocks.shape[1:3]
+    return torch.arange(num_blocks * block_size, device=blocks.device).view(num_blocks, block_size)
+
+
+def _bias_of_heads(positions: Positions, heads: slice) -> Bias:
+    """The part of the position bias that concerns `heads`; None where the positions have none."""
+    return (lambda offset: positions.bias(offset)[heads]) if positions.has_bias else None
