@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "measure a finished run again",
     "analyze": "draw a run: curves, reconstructions, attention",
     "prepare": "make a corpus ready for training",
+    "benchmark": "measure the speed and memory of attention mechanisms",
 }
 USAGE = """usage: audiot COMMAND [group=option …] [key=value …]
        audiot list [GROUP]      options of a config group: attention, data, features, model, …

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import audiot.cli
+from audiot.attention.synthesizer_random import SynthesizerRandom
 
 DATA = [
     "data.hours=0.01",
@@ -121,7 +123,7 @@ def last_line(text):
 def test_help_names_every_command():
     out = succeed("--help")
     assert out == succeed()
-    for command in ("pretrain", "finetune", "evaluate", "analyze", "prepare", "list"):
+    for command in ("pretrain", "finetune", "evaluate", "analyze", "prepare", "benchmark", "list"):
         assert command in out
 
 
@@ -141,7 +143,7 @@ def test_list_names_the_groups_and_their_options():
 @pytest.mark.parametrize("command", ["pretrain", "evaluate"])
 def test_help_of_a_command_shows_groups_and_keys(command):
     out = succeed(command, "--help")
-    assert "attention: query_key, synthesizer_dense, synthesizer_random" in out
+    assert f"attention: {', '.join(names())}" in out.replace("\n", " ")
     assert "seed: 0" in out
 
 
@@ -326,6 +328,69 @@ def test_scripts_are_the_commands(tmp_path):
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert done.stderr == "audiot: error: no config key 'upstream.paht' (did you mean upstream.path?)\n"
+
+
+# The benchmark
+
+
+BENCHMARK = [
+    "benchmark.mechanisms=[synthesizer_random,{name: query_key,label: shared,overrides: {share_query_key: true},max_length: 8}]",
+    "benchmark.lengths=[8,12]",
+    "benchmark.frames=24",
+    "benchmark.embed_dim=12",
+    "benchmark.num_heads=2",
+    "benchmark.rounds=1",
+    "benchmark.seconds=0",
+    "benchmark.device=cpu",
+]
+
+
+def test_benchmark_writes_a_table_a_picture_and_what_it_ran_on(tmp_path):
+    out = succeed("benchmark", *BENCHMARK, f"hydra.run.dir={tmp_path / 'run'}")
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
+    assert len(rows) == 3 * 2 * 2 * 2  # mechanisms, lengths, scopes, directions
+    assert all(bool(row["median_ms"]) != bool(row["note"]) for row in rows)
+    assert {(row["mechanism"], row["length"]) for row in rows if row["note"]} == {("shared", "12")}
+    assert (tmp_path / "run" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    machine = read(tmp_path / "run" / "machine.json")
+    assert shlex.split(machine["command"]) == ["audiot", "benchmark", *BENCHMARK]
+    assert {"device", "torch", "cpus", "threads", "wall_s"} <= set(machine)
+    report = (tmp_path / "run" / "table.md").read_text()
+    printed = out[out.index("layer, training, fp32: ms") :].splitlines()
+    for name in ("query_key", "synthesizer_random", "shared"):
+        (line,) = (line for line in printed if re.match(rf"{name}  ", line))
+        assert f"| {' | '.join(re.split('  +', line))} |" in report
+    assert any(re.match("synthesizer_random (passes|falls behind|is faster|never passes|and) ", line) for line in printed)
+    assert "shared, T = 12: skipped: longer than max_length 8" in printed
+    assert f"run     {tmp_path / 'run'}" in printed
+    assert printed[-1] in [f"next:   audiot pretrain attention={name}" for name in ("query_key", "synthesizer_random")]
+
+
+def test_a_wrong_mechanism_fails_the_benchmark_after_the_others_were_measured(tmp_path, monkeypatch):
+    attend = SynthesizerRandom.attend
+    monkeypatch.setattr(SynthesizerRandom, "attend", lambda self, value, valid: attend(self, value, valid) + 1)
+    result = run("benchmark", *BENCHMARK, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 1
+    (error,) = result.err.strip().splitlines()
+    assert error.startswith(f"audiot: error: 8 of 24 measurements failed, see {tmp_path / 'run' / 'table.md'}; the first: ")
+    assert (
+        ": synthesizer_random, operator, inference, fp32, T = 8: wrong: its output in fp32 differs from weights() @ value"
+        in error
+    )
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
+    assert [row["mechanism"] for row in rows if row["note"].startswith("wrong")] == ["synthesizer_random"] * 8
+    assert (tmp_path / "run" / "benchmark.png").is_file()
+
+
+def test_a_benchmark_that_cannot_run_says_why_in_one_line():
+    result = run("benchmark", "benchmark.mechanisms=[query_kye]")
+    assert result.code == 1
+    assert result.err.startswith(
+        "audiot: error: benchmark.mechanisms: no attention 'query_kye' (did you mean query_key?); there are"
+    )
+    assert run("benchmark", "benchmark.compile=true").err == (
+        "audiot: error: benchmark.compile=True: expected a list, such as [False]\n"
+    )
 
 
 # Sweeps

@@ -33,6 +33,8 @@ def hydra_started():
 
 def command_of(group, option):
     """A command that has the group."""
+    if group == "benchmark":
+        return "benchmark"
     if group in ("downstream", "upstream") or (group, option) == ("callbacks", "downstream"):
         return "finetune"
     return "pretrain"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from audiot.files import replacing
@@ -173,4 +174,52 @@ def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str
     axis.set_yticks(range(len(classes)), classes, fontsize=small)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, shrink=0.6, label="share of the true class")
+    _save(figure, path)
+
+
+def plot_benchmark(
+    panels: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]], baseline: str, title: str, path: str | Path
+) -> None:
+    """Curves against the length of the sequence, both axes logarithmic; rings where a mechanism passes the baseline.
+
+    Args:
+        panels: Title, name of the values, and for each mechanism its ``lengths``, ``values``, ``crossings`` with the baseline
+            and ``label`` in the legend.
+        baseline: Mechanism drawn in black.
+        title: Of the figure.
+        path: PNG.
+    """
+    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines if name != baseline))
+    colours = ["#2266aa", "#dd7722", "#338855", "#aa3377", "#66bbdd", "#bbaa22", "#884400", "#7755bb"]
+    styles = {name: (colours[place % 8], ("-", "--", ":")[place // 8 % 3]) for place, name in enumerate(names)}
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(10 * columns, 4.2 * rows + 0.5), layout="constrained")
+    figure.suptitle(f"{title}; rings: where a mechanism passes {baseline}")
+    for axis, (name, unit, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        base = lines[baseline]
+        ticks = sorted({length for line in lines.values() for length in line["lengths"]})
+        # The legend's order is that of the curves at the right.
+        order = sorted(lines, key=lambda mechanism: -lines[mechanism]["values"][-1] if lines[mechanism]["values"] else 0)
+        for mechanism in order:
+            line = lines[mechanism]
+            colour, style = styles.get(mechanism, ("black", "-"))
+            front = mechanism == baseline
+            look = {"color": colour, "linestyle": style, "linewidth": 2.5 if front else 1.3, "zorder": 5 if front else 3}
+            axis.plot(line["lengths"], line["values"], marker="o", markersize=3, label=line["label"], **look)
+            for at in line["crossings"]:
+                level = np.exp(np.interp(np.log(at), np.log(base["lengths"]), np.log(base["values"])))
+                axis.plot(at, level, "o", markersize=10, fillstyle="none", color=colour, markeredgewidth=1.8, zorder=6)
+        axis.set(xscale="log", yscale="log", xlabel="frames a sequence", ylabel=unit)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.minorticks_off()
+        if base["values"]:  # what does next to nothing would squeeze all other curves together
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], min(base["values"]) / 50))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
+    for axis in figure.axes[len(panels) :]:
+        axis.set_visible(False)
     _save(figure, path)

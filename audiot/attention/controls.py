@@ -12,20 +12,13 @@ class PositionWise(AttentionMechanism):
     """No exchange between frames: every frame attends to itself alone, the context is the value.
 
     The lower control of every comparison: the layer is a linear map of each frame. Works at any length: `max_frames` is
-    ignored. There is no dropout of attention weights, as there is nothing to choose among.
+    ignored. `dropout` is taken, so that a comparison can set it for all mechanisms alike, and drops nothing: the only weight
+    of a row is 1.
 
     Cost: none; no query and key projections.
-
-    Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: Ignored.
     """
 
     inputs = frozenset({"value"})
-
-    def __init__(self, embed_dim: int, num_heads: int, max_frames: int) -> None:
-        super().__init__(embed_dim, num_heads, max_frames)
 
     def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
         """The values of the real frames."""

@@ -115,7 +115,8 @@ def _forward_kernel(
 def _query_gradient_kernel(
     query, key, value, queries, keys, share, grad, rows, logsum, seed, grad_query, grad_key, grad_value, delta,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, grad_b, grad_h, grad_t,
-    rows_b, rows_h, rows_t, out_b, out_h, out_t, by_key_b, by_key_h, by_key_t, queries_b, queries_h, queries_g, keys_b, keys_h, keys_g,
+    rows_b, rows_h, rows_t, out_b, out_h, out_t, by_key_b, by_key_h, by_key_t,
+    queries_b, queries_h, queries_g, keys_b, keys_h, keys_g,
     num_heads, num_frames, num_rows, N, M, scale, dropout, radius,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_RADIUS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PARTITION: tl.constexpr, WITH_KEYS: tl.constexpr,
@@ -260,7 +261,7 @@ def _forward(
         query, key, value, queries, keys, share, context, rows, logsum, seed,
         *_strides(query, key, value, context, queries, keys),
         *_sizes(query, queries, keys, partition, dropout, radius),
-        BLOCK_N=tile, BLOCK_M=_tile(keys), **_constants(query, tile, dropout, radius, partition),
+        BLOCK_N=tile, BLOCK_M=_tile(keys), **_constants(query, dropout, radius, partition),
     )  # fmt: skip
     return context.to(query.dtype), rows, logsum
 
@@ -283,7 +284,7 @@ def _backward(
         query, key, value, queries, keys, share, grad, rows, logsum, seed, grad_query, grad_key, grad_value, delta,
         *_strides(query, key, value, grad, rows, grad_query, grad_key, queries, keys),
         *_sizes(query, queries, keys, partition, dropout, radius),
-        BLOCK_N=tile, BLOCK_M=_tile(keys), WITH_KEYS=together, **_constants(query, tile, dropout, radius, partition),
+        BLOCK_N=tile, BLOCK_M=_tile(keys), WITH_KEYS=together, **_constants(query, dropout, radius, partition),
     )  # fmt: skip
     if not together:
         if queries_by_key is not None and keys_by_key is not None:
@@ -294,7 +295,7 @@ def _backward(
             *_strides(query, key, value, grad, grad_key, queries, keys),
             *_sizes(query, queries, keys, partition, dropout, radius),
             BLOCK_N=_tile(queries), BLOCK_M=tile, ADD=not by_key,
-            **_constants(query, tile, dropout, radius, partition),
+            **_constants(query, dropout, radius, partition),
         )  # fmt: skip
     return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
@@ -367,20 +368,14 @@ def _rows_in_one_piece(tensor: Tensor) -> Tensor:
 
 
 def _tile(index: Tensor) -> int:
-    """Frames of a list that are read at a time."""
+    """Frames of a list that a program treats at a time."""
     places = index.shape[-1]
     return 16 if places <= 16 else 32 if places <= 32 else 64
 
 
-def _own_tile(index: Tensor) -> int:
-    """Frames of a list that a program owns: more of them read the other list less often, fewer leave less of a tile empty."""
-    places = index.shape[-1]
-    return 128 if places > 64 and -(-places // 128) * 128 <= 1.15 * (-(-places // 64) * 64) else _tile(index)
-
-
 def _tiles(index: Tensor, query: Tensor) -> tuple[int, tuple[int, int]]:
     """The tile of the list that programs own, and the grid: tiles of all groups × heads of all sequences."""
-    tile = _own_tile(index)
+    tile = _tile(index)
     return tile, (index.shape[2] * -(-index.shape[3] // tile), query.shape[0] * query.shape[1])
 
 
@@ -395,7 +390,7 @@ def _sizes(query: Tensor, queries: Tensor, keys: Tensor, partition: bool, dropou
     return [num_heads, num_frames, rows, queries.shape[-1], keys.shape[-1], head_dim**-0.5 * LOG2_E, dropout, radius]
 
 
-def _constants(query: Tensor, tile: int, dropout: float, radius: int, partition: bool) -> dict[str, int | bool]:
+def _constants(query: Tensor, dropout: float, radius: int, partition: bool) -> dict[str, int | bool]:
     head_dim = query.shape[-1]
     return {
         "D": head_dim,
@@ -403,6 +398,6 @@ def _constants(query: Tensor, tile: int, dropout: float, radius: int, partition:
         "HAS_RADIUS": radius >= 0,
         "HAS_DROPOUT": dropout > 0,
         "PARTITION": partition,
-        "num_warps": 8 if tile > 64 else 4,
+        "num_warps": 4,
         "num_stages": 2,
     }

@@ -103,7 +103,8 @@ def banded_attention(
     chunk = CHUNK if 2 * halo <= CHUNK else halo
     if num_frames <= chunk + 2 * halo:  # all frames are no more than the keys of one chunk
         chunk, halo = num_frames, 0
-    missing = -num_frames % chunk
+    num_chunks = -(-num_frames // chunk)
+    missing = num_chunks * chunk - num_frames
     if missing:
         query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
 
@@ -111,7 +112,7 @@ def banded_attention(
     offset = place - torch.arange(chunk, device=query.device)[:, None]  # chunk, S
     scores = torch.zeros_like(offset, dtype=query.dtype) if bias is None else bias(offset).to(query.dtype)
     scores = scores.masked_fill(offset.abs() > radius, -torch.inf)  # chunk, S or H, chunk, S
-    frame = torch.arange(0, num_frames, chunk, device=query.device)[:, None] + place  # chunks, S
+    frame = chunk * torch.arange(num_chunks, device=query.device)[:, None] + place  # chunks, S
     real = (frame >= 0) & (frame < num_frames)
     if valid is not None:
         real = real & valid[:, frame.clamp(0, num_frames - 1)]  # B or 1, chunks, S
@@ -119,12 +120,12 @@ def banded_attention(
     seen = real[..., None, None, :] | (offset == 0)  # (B or 1,) chunks, 1, chunk, S
     mask = torch.where(seen.expand(num_sequences, -1, -1, -1, -1), scores, -torch.inf).flatten(0, 1)
 
-    query = query.unflatten(1, (-1, chunk)).flatten(0, 1)  # B·chunks, chunk, H, D
-    key, value = _with_halo(key, chunk, halo), _with_halo(value, chunk, halo)  # B·chunks, S, H, D
+    query, key, value = (frames.unflatten(1, (num_chunks, chunk)).flatten(0, 1) for frames in (query, key, value))
+    key, value = _with_halo(key, halo), _with_halo(value, halo)  # B·chunks, S, H, D
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, dropout_p=dropout
     )
-    return context.transpose(1, 2).unflatten(0, (num_sequences, -1)).flatten(1, 2)[:, :num_frames]
+    return context.transpose(1, 2).unflatten(0, (num_sequences, num_chunks)).flatten(1, 2)[:, :num_frames]
 
 
 def _banded_groups(query: Tensor, key: Tensor, value: Tensor, radius: int, valid: Tensor | None, dropout: float) -> Tensor:
@@ -149,20 +150,15 @@ def _banded_groups(query: Tensor, key: Tensor, value: Tensor, radius: int, valid
     return context.transpose(1, 2)
 
 
-def _with_halo(frames: Tensor, chunk: int, halo: int) -> Tensor:
-    """Chunks of frames between their neighbours: (B, T, H, D) → (B·T/chunk, chunk + 2·halo, H, D).
+def _with_halo(chunks: Tensor, halo: int) -> Tensor:
+    """Put chunks between the frames before and after them: (N, C, H, D) → (N, C + 2·halo, H, D).
 
-    Before the first and after the last chunk of a sequence come frames of others, which the caller must mask: the batch is
-    treated as one ring of chunks.
-
-    Args:
-        frames: (B, T, H, D), T a multiple of `chunk`.
-        chunk: Frames of a chunk: `halo`, or 2·`halo` and more.
-        halo: Frames added on either side.
+    The N chunks of the batch are treated as one ring: before the first and after the last chunk of a sequence come frames
+    of others, which the caller must mask. C is `halo`, or 2·`halo` and more.
     """
-    chunks = frames.unflatten(1, (-1, chunk)).flatten(0, 1)
     if not halo:
         return chunks
+    length = chunks.shape[1]
     # Disjoint parts: the gradient of a split is one concatenation, that of overlapping slices several sums with zeros.
-    parts = (chunks,) if chunk == halo else chunks.split([halo, chunk - 2 * halo, halo], dim=1)
+    parts = (chunks,) if length == halo else chunks.split([halo, length - 2 * halo, halo], dim=1)
     return torch.cat([parts[-1].roll(1, 0), *parts, parts[0].roll(-1, 0)], dim=1)

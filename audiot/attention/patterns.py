@@ -39,6 +39,31 @@ def patterns(num_frames: int, num_heads: int = len(NAMES)) -> dict[str, Tensor]:
     return {name: _normalised(mass[name], fallback=mass["current"]) for name in NAMES[:num_heads]}
 
 
+def offset_patterns(num_frames: int) -> dict[str, Tensor]:
+    """The handcrafted patterns as functions of the offset j − i, which `start` and `end` are not.
+
+    `current`, `previous` and `next` are those of `patterns` away from the ends of the sequence. `left` and `right`, which
+    `patterns` defines by the position j, become decays with the distance: ∝ (T − |j − i|)³ for j ≤ i − 2, or j ≥ i + 2.
+    They equal `patterns` in the row that sees most: the last row of `left`, the first of `right`.
+
+    Args:
+        num_frames: Length T of the sequence.
+
+    Returns:
+        Name → float64 (2T − 1,), which sums to 1: entry j − i + T − 1 is the attention of frame i to frame j.
+    """
+    offset = torch.arange(1 - num_frames, num_frames, dtype=torch.float64)
+    decay = (num_frames - offset.abs()) ** 3
+    mass = {
+        "current": (offset == 0).double(),
+        "previous": (offset == -1).double(),
+        "next": (offset == 1).double(),
+        "left": torch.where(offset <= -2, decay, 0.0),
+        "right": torch.where(offset >= 2, decay, 0.0),
+    }
+    return {name: _normalised(mass[name], fallback=mass["current"]) for name in mass}
+
+
 def legacy_patterns(num_frames: int) -> Tensor:
     """Initial values of the first seven heads in the code that accompanies arXiv:2006.05174, float64 (7, T, T).
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from audiot.attention.grouped import grouped_attention
+from audiot.attention.grouped import grouped_attention, has_kernel
 from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, masked_softmax, query_key_scores
 from audiot.positions import Positions
 
@@ -141,13 +141,6 @@ class Routing(QueryKeyMechanism):
         return normalised, normalised if key is query else F.layer_norm(key, shape).to(key.dtype)
 
     @torch.no_grad()
-    def _scores(self, frames: Tensor) -> Tensor:
-        """Products of the centroids with normalised frames (B, H, T, D): (B, H, C, T), in float32 or better."""
-        with torch.autocast(frames.device.type, enabled=False):
-            dtype = torch.promote_types(frames.dtype, torch.float32)
-            return self.centroids.to(dtype) @ frames.to(dtype).transpose(-2, -1)
-
-    @torch.no_grad()
     def _clusters(self, frames: Tensor, valid: Tensor | None) -> Tensor:
         """Each centroid's frames: numbers (B, H, C, min(w, T)), −1 where there are fewer real frames.
 
@@ -156,22 +149,24 @@ class Routing(QueryKeyMechanism):
         num_frames = frames.shape[-2]
         if num_frames > MAX_RANKED_FRAMES:
             raise ValueError(f"sequence has {num_frames} frames but routing ranks {MAX_RANKED_FRAMES}: take shorter audio")
-        scores = self._scores(frames)
-        if self.training:
-            self._record(frames, scores, valid)
-        limit = MAX_SCORE * SCORE_RESOLUTION - 1
-        steps = (scores * SCORE_RESOLUTION).floor().clamp(-limit, limit).to(torch.int16)
         size = min(self.cluster_size, num_frames)
-        if frames.is_cuda and routing_kernels is not None and num_frames <= routing_kernels.MAX_FRAMES:
-            return routing_kernels.largest(steps, valid, size, -limit)
-        # One integer ranks by score, then by number: equal frames (digital silence) fall to the same side everywhere.
-        number = torch.arange(num_frames, device=frames.device, dtype=torch.int32)
-        rank = steps.to(torch.int32) * MAX_RANKED_FRAMES + (MAX_RANKED_FRAMES - 1 - number)
-        padded = torch.iinfo(torch.int32).min
-        if valid is not None:
-            rank = rank.masked_fill(~valid[:, None, None, :], padded)
-        best, chosen = rank.topk(size, dim=-1, sorted=False)
-        return chosen.to(torch.int32) if valid is None else chosen.to(torch.int32).masked_fill(best == padded, -1)
+        limit = MAX_SCORE * SCORE_RESOLUTION - 1
+        if has_kernel(frames) and num_frames <= routing_kernels.MAX_FRAMES:
+            steps, nearest = routing_kernels.centroid_scores(frames, self.centroids, SCORE_RESOLUTION, limit)
+            chosen = routing_kernels.largest(steps, valid, size, limit)
+        else:
+            scores = self._scores(frames)
+            steps, nearest = (scores * SCORE_RESOLUTION).floor().clamp(-limit, limit), scores.argmax(dim=-2)
+            chosen = _largest(steps, valid, size)
+        if self.training:
+            self._record(frames, nearest, valid)
+        return chosen
+
+    def _scores(self, frames: Tensor) -> Tensor:
+        """Products of the centroids with normalised frames (B, H, T, D): (B, H, C, T), in float32 or better."""
+        with torch.autocast(frames.device.type, enabled=False):
+            dtype = torch.promote_types(frames.dtype, torch.float32)
+            return self.centroids.to(dtype) @ frames.to(dtype).transpose(-2, -1)
 
     def _members(self, frames: Tensor, valid: Tensor | None) -> Tensor:
         """Which frames each centroid takes, bool (B, H, C, T)."""
@@ -179,22 +174,34 @@ class Routing(QueryKeyMechanism):
         members = torch.zeros((*chosen.shape[:3], frames.shape[-2] + 1), dtype=torch.bool, device=frames.device)
         return members.scatter(-1, chosen.remainder(frames.shape[-2] + 1), True)[..., :-1]
 
-    def _record(self, frames: Tensor, scores: Tensor, valid: Tensor | None) -> None:
-        """Add real frames to the sums of the centroids that are nearest by their scores (B, H, C, T).
+    def _record(self, frames: Tensor, nearest: Tensor, valid: Tensor | None) -> None:
+        """Add real frames to the sums of their nearest centroids, whose numbers are given (B, H, T).
 
         A second forward of the same step, as activation checkpointing makes, adds the same again to sums and counts, which
         leaves their ratio as it is.
         """
         cluster = torch.arange(self.num_clusters, device=frames.device)[:, None]
-        nearest = scores.argmax(dim=-2, keepdim=True) == cluster  # B, H, C, T
+        member = nearest[:, :, None] == cluster  # B, H, C, T
         if valid is not None:
-            nearest = nearest & valid[:, None, None, :]
-        self._counts.add_(nearest.sum(dim=(0, 3)))
+            member = member & valid[:, None, None, :]
+        self._counts.add_(member.sum(dim=(0, 3)))
         with torch.autocast(frames.device.type, enabled=False):
-            self._sums.add_((nearest.to(frames.dtype) @ frames).sum(dim=0, dtype=torch.float32))
+            self._sums.add_((member.to(frames.dtype) @ frames).sum(dim=0, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Routing:
         super()._apply(fn, recurse)
         self._sums = fn(self._sums).float()
         self._counts = fn(self._counts).float()
         return self
+
+
+def _largest(steps: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """The `size` real frames with the largest whole numbers (B, H, C, T) of each row, of equal ones the earlier, or −1."""
+    number = torch.arange(steps.shape[-1], device=steps.device, dtype=torch.int32)
+    # One integer ranks by score, then by number: equal frames (digital silence) fall to the same side everywhere.
+    rank = steps.to(torch.int32) * MAX_RANKED_FRAMES + (MAX_RANKED_FRAMES - 1 - number)
+    padded = torch.iinfo(torch.int32).min
+    if valid is not None:
+        rank = rank.masked_fill(~valid[:, None, None, :], padded)
+    best, chosen = rank.topk(size, dim=-1, sorted=False)
+    return chosen.to(torch.int32) if valid is None else chosen.to(torch.int32).masked_fill(best == padded, -1)

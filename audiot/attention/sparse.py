@@ -50,17 +50,17 @@ class SparseMechanism(QueryKeyMechanism):
         # Padded frames have no value: rows that see no real frame may then attend to anything, and give zeros.
         if valid is not None:
             value = value * valid[:, :, None, None]
-        missing = -num_frames % self.block_size
+        num_blocks = -(-num_frames // self.block_size)
+        missing = num_blocks * self.block_size - num_frames
         if missing:
             query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
             valid = torch.ones(1, num_frames, dtype=torch.bool, device=query.device) if valid is None else valid
             valid = F.pad(valid, (0, missing), value=False)
-        real = None if valid is None else valid.expand(len(query), -1).unflatten(1, (-1, self.block_size))
+        shape = (num_blocks, self.block_size)
+        real = None if valid is None else valid.expand(len(query), -1).unflatten(1, shape)
 
         sizes = [self.num_local_heads, self.num_heads - self.num_local_heads]
-        (q1, q2), (k1, k2), (v1, v2) = (
-            frames.unflatten(1, (-1, self.block_size)).split(sizes, dim=3) for frames in (query, key, value)
-        )
+        (q1, q2), (k1, k2), (v1, v2) = (frames.unflatten(1, shape).split(sizes, dim=3) for frames in (query, key, value))
         context = self.attend_near(q1, k1, v1, real, _bias_of_heads(positions, slice(self.num_local_heads)))
         if self.num_heads > self.num_local_heads:
             far = self.attend_far(q2, k2, v2, real, _bias_of_heads(positions, slice(self.num_local_heads, None)))
@@ -175,10 +175,11 @@ class SparseStrided(SparseMechanism):
 
     def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Attention within a band."""
+        num_blocks = query.shape[1]
         query, key, value = (blocks.flatten(1, 2) for blocks in (query, key, value))  # B, T, H, D
         valid = None if real is None else real.flatten(1)
         context = banded_attention(query, key, value, self.block_size, valid, self.dropout_now, bias)
-        return context.unflatten(1, (-1, self.block_size))
+        return context.unflatten(1, (num_blocks, self.block_size))
 
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Frames at the same place of their blocks attend to each other: l independent full attentions."""
@@ -191,7 +192,7 @@ class SparseStrided(SparseMechanism):
         real = None if real is None else real.transpose(1, 2).flatten(0, 1)
         scores = None if bias is None else bias(self.block_size * offsets(num_blocks, query.device))
         context = self._attention(query, key, value, real, scores)
-        return context.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+        return context.unflatten(0, (num_sequences, self.block_size)).transpose(1, 2)
 
 
 class SparseFixed(SparseMechanism):
@@ -245,7 +246,7 @@ class SparseFixed(SparseMechanism):
 
     def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Each block attends to itself."""
-        num_sequences = len(query)
+        shape = query.shape[:2]  # B, T/l
         if bias is None and has_kernel(query):
             together = _by_block(query)
             frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
@@ -253,14 +254,16 @@ class SparseFixed(SparseMechanism):
         query, key, value = (blocks.flatten(0, 1) for blocks in (query, key, value))  # B·T/l, l, H, D
         real = None if real is None else real.flatten(0, 1)
         scores = None if bias is None else bias(offsets(self.block_size, query.device))
-        return self._attention(query, key, value, real, scores).unflatten(0, (num_sequences, -1))
+        return self._attention(query, key, value, real, scores).unflatten(0, shape)
 
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """All frames attend to the summary frames."""
+        num_blocks = query.shape[1]
         scores = None
         if bias is not None:
-            position = torch.arange(query.shape[1] * self.block_size, device=query.device)
-            scores = bias(self._summary(position.view(1, -1, self.block_size)) - position[:, None])  # H, T, T·c/l
+            position = torch.arange(num_blocks * self.block_size, device=query.device)
+            summary = self._summary(position.view(1, num_blocks, self.block_size))
+            scores = bias(summary - position[:, None])  # H, T, T·c/l
         summary_real = None if real is None else self._summary(real)
         if bias is None and has_kernel(query):
             # In groups of some queries and all summary frames, enough work is independent in the backward pass too.
@@ -273,7 +276,7 @@ class SparseFixed(SparseMechanism):
             return self._in_groups(query, key, value, queries, keys.expand(-1, -1, len(numbers), -1), transposed=False)
         key, value = self._summary(key), self._summary(value)  # B, T·c/l, H, D
         context = self._attention(query.flatten(1, 2), key, value, summary_real, scores)
-        return context.unflatten(1, (-1, self.block_size))
+        return context.unflatten(1, (num_blocks, self.block_size))
 
     def _summary(self, blocks: Tensor) -> Tensor:
         """The last c frames of every block: (B, T/l, l, …) → (B, T·c/l, …)."""

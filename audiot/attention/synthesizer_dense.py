@@ -1,4 +1,4 @@
-"""Dense Synthesizer."""
+"""Dense Synthesizer, and what its relatives share with it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ class SynthesizerDense(AttentionMechanism):
 
     Each frame predicts its own row of attention from itself alone; no frame is compared with another. Computed as fused
     attention of the queries [ReLU(W₁x + b₁), 1] and the keys [W₂, b₂], which the whole batch shares: the same exactly.
+
+    Cost: O(T²d + THdb) time, O(Td) memory, H(d + L + 1)b + HL parameters (`per_head: false`: (D + L + 1)b + L), for b =
+    `bottleneck_dim` and L = `max_frames`. No query and key projections.
 
     Differs from the paper: rows are cropped to the current length, and the two layers have the narrow middle
     `bottleneck_dim`.
@@ -58,42 +61,77 @@ class SynthesizerDense(AttentionMechanism):
 
     def reset_parameters(self) -> None:
         """Draw the parameters as nn.Linear does: uniform within ±1/√fan_in."""
-        for parameter, fan_in in (
-            (self.w1, self.w1.shape[1]),
-            (self.b1, self.w1.shape[1]),
-            (self.w2, self.bottleneck_dim),
-            (self.b2, self.bottleneck_dim),
-        ):
-            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+        draw_layer(self.w1, self.b1)
+        draw_layer(self.w2, self.b2)
 
     def attend(self, hidden: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
         """Attend with PyTorch's fused attention."""
-        num_sequences, num_frames, _ = hidden.shape
-        # Kernels are fused only where queries, keys and values have one size, and fast where it is a multiple of 8:
-        # zeros fill the three up, which leaves scores and context as they are.
         needed = self.bottleneck_dim + 1
-        size = max(self.head_dim, -(-needed // 8) * 8)
-        query = F.pad(F.pad(self._middle(hidden), (0, 1), value=1.0), (0, size - needed))  # B, H, T, size
-        key = torch.cat([self.w2[:, :, :num_frames].transpose(1, 2), self.b2[:, :num_frames, None]], dim=-1)
-        key = F.pad(key, (0, size - needed)).expand(num_sequences, self.num_heads, -1, -1)  # B, H, T, size
-        value = F.pad(value, (0, size - self.head_dim))
-        context = fused_attention(query, key, value, key_mask(valid), self.dropout_now, scale=1.0)
+        size = common_size(self.head_dim, needed)
+        # Ones beyond the first meet zeros of the keys, which is cheaper than to fill up with zeros.
+        query = F.pad(self.middle(hidden), (0, size - self.bottleneck_dim), value=1.0)  # B, H, T, size
+        # Cast before it is expanded to the batch: autocast would make a copy for every sequence.
+        key = widen(self.last_layer(hidden.shape[1]).to(query.dtype), size).expand(len(hidden), self.num_heads, -1, -1)
+        context = fused_attention(query, key, widen(value, size), key_mask(valid), self.dropout_now, scale=1.0)
         return context[..., : self.head_dim]
 
     def dense_weights(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
         """softmax(W₂ReLU(W₁x + b₁) + b₂), (B, H, T, T)."""
+        return masked_softmax(self.scores(hidden), key_mask(valid))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """W₂ReLU(W₁x + b₁) + b₂, (B, H, T, T)."""
         frames = hidden[:, None]  # B, 1, T, d
         if not self.per_head:
             frames = frames.unflatten(-1, (self.num_heads, self.head_dim)).squeeze(1).transpose(1, 2)  # B, H, T, D
         num_frames = frames.shape[2]
         middle = (frames @ self.w1 + self.b1[:, None]).relu()  # B, H, T, b
-        return masked_softmax(middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames], key_mask(valid))
+        return middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames]
 
-    def _middle(self, hidden: Tensor) -> Tensor:
+    def middle(self, hidden: Tensor) -> Tensor:
         """ReLU(W₁x + b₁) as one matrix product: (B, T, d) → (B, H, T, b)."""
         if self.per_head:
-            middle = F.linear(hidden, self.w1.transpose(1, 2).flatten(0, 1), self.b1.flatten())
-            middle = middle.unflatten(-1, (self.num_heads, self.bottleneck_dim))
-        else:
-            middle = F.linear(hidden.unflatten(-1, (self.num_heads, self.head_dim)), self.w1[0].T, self.b1[0])
-        return middle.transpose(1, 2).relu()
+            return middle_of_heads(hidden, self.w1, self.b1)
+        slices = hidden.unflatten(-1, (self.num_heads, self.head_dim))
+        return F.linear(slices, self.w1[0].T, self.b1[0]).relu().transpose(1, 2)
+
+    def last_layer(self, num_frames: int) -> Tensor:
+        """[W₂, b₂] of the first frames, (H or 1, T, b + 1)."""
+        return torch.cat([self.w2[:, :, :num_frames].transpose(1, 2), self.b2[:, :num_frames, None]], dim=-1)
+
+
+def middle_of_heads(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(Wx + b) of every head, as one matrix product.
+
+    Args:
+        hidden: x, (B, T, d).
+        weight: W, (H, d, b).
+        bias: b, (H, b).
+
+    Returns:
+        (B, H, T, b).
+    """
+    middle = F.linear(hidden, weight.transpose(1, 2).flatten(0, 1), bias.flatten()).relu()
+    return middle.unflatten(-1, bias.shape).transpose(1, 2)
+
+
+def draw_layer(weight: Tensor, bias: Tensor) -> None:
+    """Draw the layers of all heads, weights (H, fan_in, fan_out), as nn.Linear does: uniform within ±1/√fan_in."""
+    bound = weight.shape[1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.uniform_(bias, -bound, bound)
+
+
+def common_size(head_dim: int, needed: int) -> int:
+    """One size for queries and keys of `needed` elements and values of `head_dim`.
+
+    Kernels are fused only where the three have one size, and fast where it is a multiple of 8. Filled up with zeros,
+    queries and keys keep their scores, and values are cut off again.
+    """
+    return max(head_dim, -(-needed // 8) * 8)
+
+
+def widen(tensor: Tensor, size: int) -> Tensor:
+    """Fill the last dimension up with zeros."""
+    # F.pad by nothing would copy.
+    return tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))

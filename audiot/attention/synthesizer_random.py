@@ -1,4 +1,4 @@
-"""Random Synthesizer and its handcrafted initialisation."""
+"""Random Synthesizer, its three forms and its handcrafted initialisation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiot.attention.mechanism import AttentionMechanism, key_mask, masked_softmax
-from audiot.attention.patterns import NAMES, legacy_patterns, patterns
+from audiot.attention import folding
+from audiot.attention.mechanism import AttentionMechanism, at_least_one, fused_attention, key_mask, masked_softmax
+from audiot.attention.patterns import NAMES, legacy_patterns, offset_patterns, patterns
+from audiot.attention.synthesizer_dense import common_size, widen
 
+FORMS = ("full", "relative", "factorized")
 INITS = ("handcrafted", "normal", "legacy")
 ANCHORS = ("max_frames", "length")
-LOWEST = -80.0  # exp(-80) is still a normal number in float32 and bfloat16
-LEFT, RIGHT, START = (NAMES.index(name) for name in ("left", "right", "start"))
+LEAST = 1e-16  # large enough for the square of its reciprocal, in the gradients, to be finite in float32 and bfloat16
 
 
 class SynthesizerRandom(AttentionMechanism):
@@ -23,33 +25,55 @@ class SynthesizerRandom(AttentionMechanism):
 
     (Tay et al. 2020, arXiv:2005.00743, section 3.2; handcrafted initialisation: Wu et al. 2020, arXiv:2006.05174.)
 
-    Because all sequences share R, the batch is folded into the columns of one matrix product, and padding is exact in
-    the same product: E = exp(R − row maximum) times the columns [V·m | m], m = 1 on real frames, gives numerators and
-    denominators. Logits more than 80 below their row's maximum count as 80 below it.
+    `form` says what is trained, for L = `max_frames`:
+
+    - `full`: R (`logits`), or with `anchor: length` what is added to the patterns (`delta`). HL² parameters.
+    - `relative`: R_ij = o(j − i) + c(j), one logit an offset and one a frame (`offsets`, `columns`), at their end values
+      beyond L, so that there is no limit on T. H(3L − 1) parameters.
+    - `factorized`: R = R₁R₂ᵀ of rank `rank` (`left`, `right`; the paper's Factorized Random Synthesizer). 2HL·`rank` parameters.
+
+    Because all sequences share R, `full` and `relative` fold the batch into the columns of one matrix product (see
+    `audiot.attention.folding`); evaluation keeps softmax(R) until a parameter changes. Where a sequence's real frames
+    have all but no weight beside padded ones, 1e-16 is added to weights. `factorized` is fused attention of R₁ and R₂.
+
+    Cost: O(T²d) time, half of query-key attention's products (with `anchor: length`, one more for two heads), O(Td) memory
+    a sequence and O(HT²) once a batch. `factorized`: time and memory of query-key attention. No query and key projections.
 
     Differs from the papers: R holds *logits* of the patterns (arXiv:2006.05174 puts probabilities through the softmax,
-    which all but erases them; `init: legacy` does so, defects included), and a floor ρ keeps every logit trainable.
+    which all but erases them; `init: legacy` does so, defects included), and a floor ρ keeps every logit trainable. Tables
+    are cropped to the current length. `relative` is in neither paper.
 
     Args:
         embed_dim: See `AttentionMechanism`.
         num_heads: See `AttentionMechanism`.
-        max_frames: Longest sequence supported, L: R has L² entries a head.
-        dropout: See `AttentionMechanism`; one mask serves the whole batch.
-        init: `handcrafted`: the patterns of `audiot.attention.patterns` on the first seven heads, N(0, 1) on the rest;
-            `normal`: N(0, 1) on all; `legacy`: the initial values of the code that accompanies arXiv:2006.05174.
+        max_frames: L: the longest sequence supported, or of `relative` the longest with trained values of its own.
+        dropout: See `AttentionMechanism`; of `full` and `relative`, one mask serves the whole batch.
+        form: `full`, `relative` or `factorized`.
+        rank: Rank of R in the form `factorized`; others ignore it.
+        init: `handcrafted`: the patterns of `audiot.attention.patterns` on the first seven heads, N(0, 1) on the rest. The
+            form `relative` starts from `offset_patterns`, and from `start` and `end` by their columns; near the ends of
+            the sequence, rows whose offset leads outside are uniform. `normal`: N(0, 1) on all heads, of `relative` the
+            offsets; entries of R₁R₂ᵀ have variance 1. `legacy` (`full` only): the initial values of the code that
+            accompanies arXiv:2006.05174.
         init_floor: ρ in (0, 1]: a handcrafted head starts from (1 − ρ)·pattern + ρ/L.
         anchor: `max_frames`: the patterns are those of L frames, cropped to shorter sequences, where `right`, `start`
-            and `end` fade. `length` (handcrafted only): the patterns follow the length of each sequence, and what is
-            trained is Δ = 0 (`delta`) in logits = log((1 − ρ)·pattern + ρ/length) + Δ; real frames must come first.
+            and `end` fade. `length` (`full` and handcrafted only): the patterns follow the length of each sequence, and
+            what is trained is Δ = 0 (`delta`) in logits = log((1 − ρ)·pattern + ρ/length) + Δ; real frames must come first.
 
     Raises:
-        ValueError: an unknown `init` or `anchor`, `init_floor` outside (0, 1], or `anchor: length` without
-            `init: handcrafted`.
+        ValueError: an unknown `form`, `init` or `anchor`, two of them that exclude each other, `init_floor` outside (0, 1],
+            or `rank` not positive.
     """
 
     inputs = frozenset({"value"})
-    no_weight_decay = frozenset({"logits", "delta"})
-    max_frames: int
+    no_weight_decay = frozenset({"logits", "delta", "offsets", "columns", "left", "right"})
+
+    logits: nn.Parameter
+    delta: nn.Parameter
+    offsets: nn.Parameter
+    columns: nn.Parameter
+    left: nn.Parameter
+    right: nn.Parameter
 
     def __init__(
         self,
@@ -57,178 +81,163 @@ class SynthesizerRandom(AttentionMechanism):
         num_heads: int,
         max_frames: int,
         dropout: float = 0.0,
+        form: str = "full",
+        rank: int = 8,
         init: str = "handcrafted",
         init_floor: float = 0.1,
         anchor: str = "max_frames",
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout)
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}: set it to one of {', '.join(INITS)}")
-        if anchor not in ANCHORS:
-            raise ValueError(f"anchor is {anchor!r}: set it to one of {', '.join(ANCHORS)}")
-        if not 0 < init_floor <= 1:
-            raise ValueError(f"init_floor is {init_floor}: set it above 0 (which would freeze the head) and to at most 1")
-        if anchor == "length" and init != "handcrafted":
-            raise ValueError(f"anchor=length needs init=handcrafted, but init is {init}: set anchor=max_frames")
-        self.max_frames = max_frames
+        at_least_one(rank=rank)
+        _check(form, init, init_floor, anchor)
+        self.max_frames = None if form == "relative" else max_frames
+        self.table_frames = max_frames  # L
+        self.form = form
+        self.rank = rank
         self.init = init
         self.init_floor = init_floor
         self.anchor = anchor
-        table = nn.Parameter(torch.empty(num_heads, max_frames, max_frames))
-        if anchor == "length":
-            self.delta = table
-        else:
-            self.logits = table
+        shapes: dict[str, tuple[int, ...]] = {"delta" if anchor == "length" else "logits": (max_frames, max_frames)}
+        if form == "relative":
+            shapes = {"offsets": (2 * max_frames - 1,), "columns": (max_frames,)}
+        elif form == "factorized":
+            shapes = {"left": (max_frames, rank), "right": (max_frames, rank)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape)))
         self._cache: _Cache | None = None
         self.reset_parameters()
 
-    @property
-    def table(self) -> nn.Parameter:
-        """The trained table (H, L, L): R, or Δ with `anchor: length`."""
-        return self.delta if self.anchor == "length" else self.logits
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the table to its initial values; see `init`."""
-        nn.init.normal_(self.table)
-        if self.anchor == "length":
+        """Set the parameters to their initial values; see `init`."""
+        if self.form == "factorized":
+            for factor in (self.left, self.right):
+                nn.init.normal_(factor, std=self.rank**-0.25)
+        elif self.form == "relative":
+            self._reset_relative()
+        elif self.anchor == "length":
+            nn.init.normal_(self.delta)
             self.delta[: len(NAMES)] = 0
-        elif self.init == "handcrafted":
-            for logits, pattern in zip(self.logits, patterns(self.max_frames, self.num_heads).values(), strict=False):
-                logits.copy_(self._floored(pattern).log())
+        else:
+            self._reset_full()
+
+    def _reset_full(self) -> None:
+        nn.init.normal_(self.logits)
+        if self.init == "handcrafted":
+            for logits, pattern in zip(self.logits, patterns(self.table_frames, self.num_heads).values(), strict=False):
+                logits.copy_(self._floored(pattern, self.table_frames).log())
         elif self.init == "legacy":
-            values = legacy_patterns(self.max_frames)[: self.num_heads]
+            values = legacy_patterns(self.table_frames)[: self.num_heads]
             self.logits[: len(values)] = values.to(self.logits)
+
+    def _reset_relative(self) -> None:
+        nn.init.normal_(self.offsets)
+        nn.init.zeros_(self.columns)
+        if self.init == "handcrafted":
+            by_offset = offset_patterns(self.table_frames)
+            for head, (name, pattern) in enumerate(patterns(self.table_frames, self.num_heads).items()):
+                if name in by_offset:
+                    self.offsets[head] = self._floored(by_offset[name], self.table_frames).log()
+                else:  # start and end: all rows are alike
+                    self.offsets[head] = 0
+                    self.columns[head] = self._floored(pattern[0], self.table_frames).log()
+
+    def _floored(self, pattern: Tensor, num_frames: int) -> Tensor:
+        """(1 − ρ)·pattern + ρ/T."""
+        return (1 - self.init_floor) * pattern + self.init_floor / max(num_frames, 1)
+
+    def scores(self, num_frames: int) -> Tensor:
+        """The table for sequences of T frames, R or Δ, (H, T, T)."""
+        if self.form == "factorized":
+            return self.left[:, :num_frames] @ self.right[:, :num_frames].transpose(1, 2)
+        if self.form == "relative":
+            return self._relative_scores(num_frames)
+        table = self.delta if self.anchor == "length" else self.logits
+        return table[:, :num_frames, :num_frames]
+
+    def _relative_scores(self, num_frames: int) -> Tensor:
+        """R_ij = o(j − i) + c(j)."""
+        furthest = self.table_frames - 1
+        offset = torch.arange(1 - num_frames, num_frames, device=self.offsets.device).clamp(-furthest, furthest)
+        columns = self.columns.index_select(1, offset[num_frames - 1 :])  # H, T
+        return _Toeplitz.apply(self.offsets.index_select(1, offset + furthest)) + columns[:, None]
 
     def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
         """Attend. With `anchor: length`, the rows of padded frames are zero."""
+        if self.form == "factorized":
+            return self._attend_factorized(value, valid)
         # Not in float16, which ends at exp(-17), even under autocast (which meta tensors do not know).
         dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
-        attend = self._attend_by_length if self.anchor == "length" else self._attend
         with nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False):
-            return attend(value.to(dtype), valid).to(value.dtype)
+            return self._attend_folded(value.to(dtype), valid).to(value.dtype)
+
+    def _attend_folded(self, value: Tensor, valid: Tensor | None) -> Tensor:
+        num_sequences, _, num_frames, head_dim = value.shape
+        weights = self._weights(num_frames, value.dtype)
+        if valid is None and self.anchor == "max_frames" and self._frames_of_weights(num_frames) == num_frames:
+            context = self._dropped(weights) @ value.permute(1, 2, 0, 3).flatten(2)  # H, T, B·D
+            return context.unflatten(-1, (num_sequences, head_dim)).permute(2, 0, 1, 3)
+        whole = weights + LEAST
+        kept = self._dropped(whole)
+        if self.anchor == "length":
+            return folding.attend_by_length(kept, whole, value, valid, self.init_floor)
+        return folding.attend(kept, whole, value, valid)
+
+    def _attend_factorized(self, value: Tensor, valid: Tensor | None) -> Tensor:
+        num_sequences, _, num_frames, _ = value.shape
+        size = common_size(self.head_dim, self.rank)
+        query, key = (
+            # Cast before it is expanded to the batch: autocast would make a copy for every sequence.
+            widen(factor[:, :num_frames].to(value.dtype), size).expand(num_sequences, -1, -1, -1)
+            for factor in (self.left, self.right)
+        )
+        context = fused_attention(query, key, widen(value, size), key_mask(valid), self.dropout_now, scale=1.0)
+        return context[..., : self.head_dim]
 
     def dense_weights(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """softmax(R), (B, H, T, T), cropped to T frames."""
+        """softmax(R), (B, H, T, T)."""
         num_sequences, num_frames, _ = hidden.shape
-        logits = self.table[:, :num_frames, :num_frames].expand(num_sequences, -1, -1, -1)
+        scores = self.scores(num_frames).expand(num_sequences, -1, -1, -1)
         if self.anchor == "max_frames":
-            return masked_softmax(logits, key_mask(valid))
+            return masked_softmax(scores, key_mask(valid))
         if valid is None:
-            valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=logits.device)
-        start = torch.zeros_like(logits)
+            valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=scores.device)
+        start = torch.zeros_like(scores)
         for row, length in zip(start, valid.sum(dim=-1).tolist(), strict=True):
             for head, pattern in zip(row, patterns(length, self.num_heads).values(), strict=False):
-                head[:length, :length] = self._floored(pattern).log()
-        return masked_softmax(start + logits, key_mask(valid)) * valid[:, None, :, None]
-
-    def _floored(self, pattern: Tensor) -> Tensor:
-        """(1 − ρ)·pattern + ρ/T."""
-        return (1 - self.init_floor) * pattern + self.init_floor / max(len(pattern), 1)
-
-    def _attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
-        """softmax(R)V with the patterns of `max_frames`."""
-        num_sequences, _, num_frames, _ = value.shape
-        columns = value.permute(1, 2, 0, 3)  # H, T, B, D
-        if valid is None and not self._may_cache():
-            table = self.table[:, :num_frames, :num_frames]
-            rows = table.softmax(dim=-1, dtype=_at_least_float32(table)).to(value.dtype)
-            context = self._dropped(rows) @ columns.flatten(2)
-            return context.unflatten(-1, columns.shape[2:]).permute(2, 0, 1, 3)
-        if valid is None:
-            mass = columns.new_ones(num_frames, num_sequences)
-        else:
-            columns = columns.masked_fill(~valid.T[:, :, None], 0)
-            mass = valid.T.to(value.dtype)
-        whole = self._exponentials(num_frames, value.dtype)
-        kept = self._dropped(whole)
-        numerator, denominator = _fold(kept, whole, columns, mass.expand(self.num_heads, -1, -1))
-        return _divide(numerator, denominator).permute(2, 0, 1, 3)
-
-    def _attend_by_length(self, value: Tensor, valid: Tensor | None) -> Tensor:
-        """softmax(log((1 − ρ)P_b + ρ/T_b) + Δ)V, where P_b is the pattern of sequence b of T_b frames.
-
-        With E = exp(Δ − row maximum), a weight is proportional to E·((1 − ρ)P_b + ρ/T_b). The floor and the patterns
-        `start` and `end`, whose rows are all alike, depend on b and j alone: they scale the columns. `left` and `right`
-        are triangular with rows that differ in their sum only: one more product for these two heads. What remains (the
-        frame itself and its neighbours) is one entry a row.
-        """
-        num_sequences, num_heads, num_frames, _ = value.shape
-        dtype = _at_least_float32(value)
-        rho = self.init_floor
-        device = value.device
-        if valid is None:
-            valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=device)
-        real = valid.T  # T, B
-        length = real.sum(dim=0).clamp_min(1).to(dtype)  # B
-        position = torch.arange(num_frames, device=device)[:, None]  # T, 1
-        rising = ((position + 1) / length).pow(3)  # T, B: cubes within (0, 1], whose constant cancels
-        falling = ((length - position).clamp_min(0) / length).pow(3)
-        cubes = length * ((length + 1) / length / 2).square()  # B: the sum of either over the sequence
-
-        # Every frame's weight (H, T, B): for the floor, and for the patterns whose rows are all alike.
-        floor = (rho / length).expand(num_frames, -1)
-        every = torch.stack([floor] * START + [(1 - rho) * cube / cubes + floor for cube in (falling, rising)])
-        extra = max(0, num_heads - len(NAMES))
-        every = torch.cat([every, torch.ones_like(floor).expand(extra, -1, -1)])[:num_heads] * real
-
-        whole = self._exponentials(num_frames, value.dtype)
-        kept = self._dropped(whole)
-        columns = value.permute(1, 2, 0, 3).masked_fill(~real[:, :, None], 0)  # H, T, B, D
-        numerator, denominator = _fold(kept, whole, columns, every.to(value.dtype), scale=True)
-
-        # One frame's weight: frame i itself, i - 1 or i + 1; for left and right only where they allow no frame.
-        one = (1 - rho) * real.to(dtype)  # T, B
-        last = position + 1 >= length
-        itself = position.expand(-1, num_sequences)
-        targets = (
-            itself,
-            (itself - 1).clamp_min(0),
-            torch.where(last, itself, (itself + 1).clamp_max(num_frames - 1)),
-            itself,
-            itself,
-        )
-        factors = (one, one, one, one * (position < 2), one * (position + 2 >= length))
-        target, factor = torch.stack(targets[:num_heads]), torch.stack(factors[:num_heads])  # up to 5, T, B
-        single = len(target)
-        reached = columns[:single].gather(1, target[..., None].expand(-1, -1, -1, columns.shape[-1]))
-        numerator = _add_heads(numerator, 0, (factor * kept[:single].gather(2, target))[..., None] * reached)
-        denominator = _add_heads(denominator, 0, factor * whole[:single].gather(2, target))
-
-        if num_heads > LEFT:
-            # Row i sums the first n cubes, (n(n + 1)/2)², with n frames on its side: i - 1, or length - 2 - i.
-            sides = slice(LEFT, min(num_heads, RIGHT + 1))
-            count = torch.stack([itself - 1, length - 2 - position])[: num_heads - LEFT].clamp_min(0)
-            total = (count * (count + 1) / 2).square() / length.pow(3)
-            factor = torch.where((count > 0) & real, (1 - rho) / torch.where(count > 0, total, 1), 0)
-            cube = (torch.stack([rising, falling])[: num_heads - LEFT] * real).to(value.dtype)
-            side_whole = _sides(whole[sides])
-            side_kept = side_whole if kept is whole else _sides(kept[sides])
-            side_numerator, side_denominator = _fold(side_kept, side_whole, columns[sides], cube, scale=True)
-            numerator = _add_heads(numerator, LEFT, factor[..., None] * side_numerator)
-            denominator = _add_heads(denominator, LEFT, factor * side_denominator)
-
-        return _divide(numerator, denominator).masked_fill(~real[:, :, None], 0).permute(2, 0, 1, 3)
+                head[:length, :length] = self._floored(pattern, length).log()
+        return masked_softmax(start + scores, key_mask(valid)) * valid[:, None, :, None]
 
     def _dropped(self, weights: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout_now) if self.dropout_now else weights
 
-    def _exponentials(self, num_frames: int, dtype: torch.dtype) -> Tensor:
-        """E = exp(table − row maximum) of the first T frames (H, T, T); taken from the cache where there may be one."""
+    def _weights(self, num_frames: int, dtype: torch.dtype) -> Tensor:
+        """softmax(R) over `_frames_of_weights` frames, cropped to T frames (H, T, T): from the cache, if there may be one."""
         if not self._may_cache():
-            return _exponentials(self.table[:, :num_frames, :num_frames], dtype)
-        table, cache = self.table, self._cache
-        if cache is None or not cache.holds(table, dtype):
-            cache = self._cache = _Cache(table, table.detach(), table._version, _exponentials(table, dtype))
-        return cache.exponentials[:, :num_frames, :num_frames]
+            return _softmax(self.scores(num_frames), dtype)
+        parameters, cache = tuple(self.parameters()), self._cache
+        size = self._frames_of_weights(num_frames)
+        if cache is None or not cache.holds(parameters, size, dtype):
+            cache = self._cache = _Cache(
+                parameters,
+                tuple(parameter.detach() for parameter in parameters),
+                tuple(parameter._version for parameter in parameters),
+                _softmax(self.scores(size), dtype),
+            )
+        return cache.weights[:, :num_frames, :num_frames]
+
+    def _frames_of_weights(self, num_frames: int) -> int:
+        """How many frames the softmax is taken over: what is cached serves all lengths."""
+        return max(num_frames, self.table_frames) if self._may_cache() else num_frames
 
     def _may_cache(self) -> bool:
         # A tensor made in inference mode counts no versions, and a compiled graph can't ask for them.
-        fixed = not self.training and not torch.is_grad_enabled()
-        return fixed and not torch.compiler.is_compiling() and not self.table.is_inference()
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not any(parameter.is_inference() for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> SynthesizerRandom:
-        """Switch between training and evaluation; drops the cache of the exponentials."""
+        """Switch between training and evaluation; drops the cache."""
         self._cache = None
         return super().train(mode)
 
@@ -241,77 +250,81 @@ class SynthesizerRandom(AttentionMechanism):
         return {**self.__dict__, "_cache": None}
 
 
-class _Cache(NamedTuple):
-    """exp(table − row maximum) and the state of the table that it was computed from.
+class _Toeplitz(torch.autograd.Function):
+    """Values of the offsets 1 − T to T − 1, (H, 2T − 1) → the matrix of the values at j − i, (H, T, T).
 
-    Any in-place change counts the tensor's version up, and a replaced parameter is another object. Only a write through
+    Its gradient sums diagonals as columns of one copy; that of an index would be a scattered sum over all pairs of frames.
+    """
+
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        """Row i is the window of T values that begins at offset −i."""
+        num_heads, num_values = values.shape
+        num_frames = (num_values + 1) // 2
+        windows = values.contiguous().as_strided((num_heads, num_frames, num_frames), (num_values, 1, 1))
+        return windows.flip(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: the matrix is linear in the values."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Rows filled up to 2T − 1 and read as rows of 2T: entry (i, j) comes to lie in column j − i, modulo 2T."""
+        num_frames = gradient.shape[-1]
+        filled = F.pad(gradient, (0, num_frames - 1)).flatten(1)
+        rows, rest = filled.split([(num_frames - 1) * 2 * num_frames, num_frames], dim=1)
+        columns = rows.unflatten(1, (num_frames - 1, 2 * num_frames)).sum(dim=1)
+        return torch.cat([columns[:, num_frames + 1 :], columns[:, :num_frames] + rest], dim=1)
+
+
+class _Cache(NamedTuple):
+    """softmax(R) and the state of the parameters that it was computed from.
+
+    Any in-place change counts a tensor's version up, and a replaced parameter is another object. Only a write through
     `.data` leaves no trace: it is seen after the next `train()` or `eval()`.
     """
 
-    table: Tensor
-    storage: Tensor  # keeps the memory alive, so that its address can't be given to other values
-    version: int
-    exponentials: Tensor
+    parameters: tuple[Tensor, ...]
+    storages: tuple[Tensor, ...]  # keep the memory alive, so that its address can't be given to other values
+    versions: tuple[int, ...]
+    weights: Tensor
 
-    def holds(self, table: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the cached values are those of `table` now, in `dtype`."""
+    def holds(self, parameters: tuple[Tensor, ...], size: int, dtype: torch.dtype) -> bool:
+        """Whether the cached weights are those of `parameters` now, over `size` frames, in `dtype`."""
         return (
-            self.table is table
-            and self.storage.data_ptr() == table.data_ptr()
-            and self.version == table._version
-            and self.exponentials.dtype == dtype
+            self.weights.dtype == dtype
+            and self.weights.shape[-1] == size
+            and all(
+                cached is parameter and storage.data_ptr() == parameter.data_ptr() and version == parameter._version
+                for cached, storage, version, parameter in zip(
+                    self.parameters, self.storages, self.versions, parameters, strict=True
+                )
+            )
         )
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The softmax in float32 or better, returned in `dtype`."""
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
-def _exponentials(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(table − row maximum), at least exp(−80): computed in float32 or better, returned in `dtype`."""
-    table = table.to(_at_least_float32(table))
-    # The maximum cancels between numerator and denominator, hence has no gradient.
-    return (table - table.detach().amax(dim=-1, keepdim=True)).clamp_min(LOWEST).exp().to(dtype)
-
-
-def _sides(matrices: Tensor) -> Tensor:
-    """Keep j ≤ i − 2 of the left-context head's matrix and, if there are two, j ≥ i + 2 of the right-context head's."""
-    return torch.stack([matrix.tril(-2) if side == 0 else matrix.triu(2) for side, matrix in enumerate(matrices)])
-
-
-def _fold(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale: bool = False) -> tuple[Tensor, Tensor]:
-    """Numerators Σ_j kept·mass·V and denominators Σ_j whole·mass, with the batch folded into the columns.
-
-    Args:
-        kept: Matrices (H, T, T), after dropout.
-        whole: Matrices (H, T, T), before dropout; the same object if nothing is dropped, which needs one product only.
-        columns: Values (H, T, B, D), zero on padded frames.
-        mass: Weights of the frames (H, T, B), zero on padded frames.
-        scale: Multiply the values by `mass`; needless where it is 1 on real frames.
-
-    Returns:
-        (H, T, B, D) and (H, T, B), in float32 or better.
-    """
-    num_heads, num_frames, num_sequences, head_dim = columns.shape
-    if scale:
-        columns = columns * mass[..., None]
-    columns = columns.reshape(num_heads, num_frames, num_sequences * head_dim)
-    if kept is whole:
-        padding = columns.new_zeros(()).expand(num_heads, num_frames, -num_sequences * (head_dim + 1) % 8)
-        product = whole @ torch.cat([columns, mass, padding], dim=-1)
-        numerator, denominator, _ = product.split([columns.shape[-1], num_sequences, padding.shape[-1]], dim=-1)
-    else:
-        numerator, denominator = kept @ columns, whole @ mass
-    dtype = _at_least_float32(columns)
-    return numerator.unflatten(-1, (num_sequences, head_dim)).to(dtype), denominator.to(dtype)
-
-
-def _add_heads(total: Tensor, first: int, part: Tensor) -> Tensor:
-    """Add `part` to the heads of `total` (H, …) from `first` on."""
-    before, heads, after = total.split([first, len(part), len(total) - first - len(part)])
-    return torch.cat([before, heads + part, after])
-
-
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator (H, T, B, D) / denominator (H, T, B); zero, also in the gradients, where no real frame was summed."""
-    return numerator / torch.where(denominator > 0, denominator, 1)[..., None]
+def _check(form: str, init: str, init_floor: float, anchor: str) -> None:
+    """Raise ValueError for a value that is unknown, or excluded by another one."""
+    for name, choice, choices in (("form", form, FORMS), ("init", init, INITS), ("anchor", anchor, ANCHORS)):
+        if choice not in choices:
+            raise ValueError(f"{name} is {choice!r}: set it to one of {', '.join(choices)}")
+    if not 0 < init_floor <= 1:
+        raise ValueError(f"init_floor is {init_floor}: set it above 0 (which would freeze the head) and to at most 1")
+    if anchor == "length" and form != "full":
+        raise ValueError(
+            f"anchor=length needs a logit for every pair of frames, which form={form} lacks: set anchor=max_frames or form=full"
+        )
+    if anchor == "length" and init != "handcrafted":
+        raise ValueError(f"anchor=length needs init=handcrafted, but init is {init}: set anchor=max_frames")
+    if form == "factorized" and init == "handcrafted":
+        raise ValueError(
+            "init=handcrafted is not for form=factorized: of the patterns only start and end have a low rank; set init=normal"
+        )
+    if form != "full" and init == "legacy":
+        raise ValueError(f"init=legacy is a published table of all pairs of frames, but form is {form}: set init=normal")

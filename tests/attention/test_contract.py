@@ -209,7 +209,7 @@ def test_sequences_without_real_frames_give_zeros_and_finite_gradients(name, ove
 
 @every_mechanism
 def test_evaluation_is_deterministic_and_training_drops(name, overrides):
-    attention = layer(name, overrides if name == "none" else {**overrides, "dropout": 0.5})
+    attention = layer(name, {**overrides, "dropout": 0.5})
     hidden = frames(2, 9, EMBED_DIM)
     assert torch.equal(attention(hidden), attention(hidden)) == (name == "none")
     attention.eval()
@@ -309,8 +309,7 @@ def test_sequences_beyond_a_hard_limit_are_refused_in_one_line(name, overrides):
 @every_mechanism
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks_and_a_few_times_for_all_lengths(name, overrides, training):
-    overrides = overrides if name == "none" else {**overrides, "dropout": 0.0}
-    attention = layer(name, overrides, max_frames=80).train(training)
+    attention = layer(name, {**overrides, "dropout": 0.0}, max_frames=80).train(training)
     torch._dynamo.reset()
     compiled_frames = []
 
@@ -380,9 +379,8 @@ def test_a_mechanism_says_which_input_is_missing(name, overrides):
 def test_sizes_that_do_not_fit_are_refused(name):
     with pytest.raises(ValueError, match="embed_dim 10 is not a multiple of num_heads 3"):
         build(name, 10, 3, 8)
-    if name != "none":
-        with pytest.raises(ValueError, match=r"attention dropout is 1\.0"):
-            build(name, 12, 3, 8, dropout=1.0)
+    with pytest.raises(ValueError, match=r"attention dropout is 1\.0"):
+        build(name, 12, 3, 8, dropout=1.0)
     with pytest.raises(ValueError, match="max_frames is 0"):
         build(name, 12, 3, 0)
 

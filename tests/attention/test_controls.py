@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -27,8 +25,9 @@ def test_position_wise_gives_each_frame_its_own_value():
     assert torch.equal(mechanism.weights(hidden=torch.randn(3, 7, 8)), torch.eye(7).expand(3, 2, 7, 7))
 
 
-def test_position_wise_has_no_dropout_to_set():
-    assert "dropout" not in inspect.signature(PositionWise).parameters
+def test_position_wise_drops_nothing():
+    value = values()
+    assert torch.equal(PositionWise(8, 2, 10, dropout=0.9).train()(value=value), value)
 
 
 def test_uniform_gives_every_frame_the_mean_of_the_real_frames():

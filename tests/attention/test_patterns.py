@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from audiot.attention import patterns
-from audiot.attention.patterns import legacy_patterns
+from audiot.attention.patterns import legacy_patterns, offset_patterns
 
 
 def slow_pattern(name, num_frames):
@@ -44,6 +44,37 @@ def test_patterns_equal_the_slow_definition(num_frames):
 def test_fewer_heads_take_the_first_patterns_and_more_take_seven():
     assert list(patterns(5, 3)) == ["current", "previous", "next"]
     assert len(patterns(5, 12)) == 7
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 7, 24])
+def test_patterns_by_offset_equal_the_slow_definition(num_frames):
+    found = offset_patterns(num_frames)
+    assert list(found) == ["current", "previous", "next", "left", "right"]
+    for name, pattern in found.items():
+        row = []
+        for offset in range(1 - num_frames, num_frames):
+            cube = float((num_frames - abs(offset)) ** 3)
+            row.append(
+                {
+                    "current": float(offset == 0),
+                    "previous": float(offset == -1),
+                    "next": float(offset == 1),
+                    "left": cube if offset <= -2 else 0.0,
+                    "right": cube if offset >= 2 else 0.0,
+                }[name]
+            )
+        if sum(row) == 0:
+            row[num_frames - 1] = 1.0  # the frame itself
+        torch.testing.assert_close(pattern, torch.tensor(row, dtype=torch.float64) / sum(row))
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 7, 24])
+def test_patterns_by_offset_equal_the_absolute_ones_in_the_row_that_sees_most(num_frames):
+    absolute, by_offset = patterns(num_frames), offset_patterns(num_frames)
+    for name in ("previous", "left"):
+        torch.testing.assert_close(by_offset[name][:num_frames], absolute[name][-1])
+    for name in ("next", "right"):
+        torch.testing.assert_close(by_offset[name][num_frames - 1 :], absolute[name][0])
 
 
 @pytest.mark.parametrize("num_frames", [8, 24])

@@ -162,22 +162,31 @@ def test_few_frames_are_in_no_cluster_once_centroids_sit_in_the_data(load, clust
 
 KERNEL = """
 import torch
-from audiot.attention.routing_kernels import largest
+from audiot.attention.routing_kernels import centroid_scores, largest
 
 generator = torch.Generator().manual_seed(0)
 for num_frames, size in ((1, 1), (37, 5), (37, 37), (64, 9)):
-    steps = torch.randint(-4, 5, (2, 3, 4, num_frames), generator=generator, dtype=torch.int16)  # many equal ones
+    spread = 5 if size == 9 else 2**14  # many equal ones, or all the range
+    steps = torch.randint(1 - spread, spread, (2, 3, 4, num_frames), generator=generator, dtype=torch.int16)  # many equal ones
     for valid in (None, torch.arange(num_frames) < torch.tensor([[num_frames // 2], [0]])):
-        got = largest(steps, valid, size, -(2**14) + 1)
+        got = largest(steps, valid, size, 2**14 - 1)
         for b in range(2):
             real = [t for t in range(num_frames) if valid is None or valid[b, t]]
             for row, chosen in zip(steps[b].flatten(0, 1).tolist(), got[b].flatten(0, 1).tolist(), strict=True):
                 expected = sorted(sorted(real, key=lambda t: (-row[t], t))[:size])
                 assert chosen == expected + [-1] * (size - len(expected)), (chosen, expected)
+
+frames = torch.randn(2, 3, 70, 20, generator=generator)
+centroids = torch.nn.functional.normalize(torch.randn(3, 67, 20, generator=generator), dim=-1)
+steps, nearest = centroid_scores(frames, centroids, 1024, 1500)
+product = centroids.double() @ frames.double().transpose(-2, -1)
+assert (steps - (product * 1024).floor().clamp(-1500, 1500)).abs().max() <= 1  # rounding at the edge of a step
+assert (steps == (product * 1024).floor().clamp(-1500, 1500)).double().mean() > 0.99
+assert (product.gather(2, nearest[:, :, None].long())[:, :, 0] > product.amax(2) - 1e-5).all()
 """
 
 
-def test_the_kernel_takes_the_largest_scores_and_of_equal_ones_the_earlier():
+def test_kernels_score_frames_and_take_the_largest_and_of_equal_ones_the_earlier():
     pytest.importorskip("triton")
     run_interpreted(KERNEL)
 

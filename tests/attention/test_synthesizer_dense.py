@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiot.attention.synthesizer_dense import SynthesizerDense
 
@@ -40,6 +41,30 @@ def test_shared_network_is_smaller_by_the_number_of_heads():
     assert SynthesizerDense(24, 3, 11).w2.shape == (3, 16, 11)
     assert SynthesizerDense(24, 3, 11, per_head=False).w2.shape == (1, 16, 11)
     assert SynthesizerDense(24, 3, 11, per_head=False).w1.shape == (1, 8, 16)
+
+
+class Casts(TorchDispatchMode):
+    """Notes the sizes of tensors that are copied to another precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_autocast_makes_no_copy_of_the_keys_for_each_sequence(per_head):
+    synthesizer = SynthesizerDense(24, 3, 11, per_head=per_head)
+    hidden, value = torch.randn(20, 11, 24), torch.randn(20, 3, 11, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        synthesizer(hidden=hidden, value=value)
+    assert casts.sizes
+    assert max(casts.sizes) <= hidden.numel()  # the keys of all sequences would be three times that
 
 
 def test_impossible_bottleneck_is_refused():

@@ -1,4 +1,4 @@
-"""The random synthesizer: initial values, cropping, dropout, the cache."""
+"""The random synthesizer: initial values of its forms, cropping, dropout, precision, the cache."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiot.attention import build, patterns
-from audiot.attention.patterns import legacy_patterns
+from audiot.attention.patterns import legacy_patterns, offset_patterns
 from audiot.attention.synthesizer_random import SynthesizerRandom
+from audiot.optimization import parameter_groups
 
 RHO = 0.1
+FORMS = [{}, {"anchor": "length"}, {"form": "relative"}, {"form": "factorized", "init": "normal"}]
+FOLDED = FORMS[:3]  # the batch in the columns of one product
+every_form = pytest.mark.parametrize("options", FORMS, ids=str)
+folded_forms = pytest.mark.parametrize("options", FOLDED, ids=str)
 
 
 def mechanism(max_frames=24, num_heads=7, dropout=0.0, seed=0, **options):
     torch.manual_seed(seed)
     return SynthesizerRandom(4 * num_heads, num_heads, max_frames, dropout, **options)
+
+
+def table(synthesizer):
+    return synthesizer.delta if synthesizer.anchor == "length" else synthesizer.logits
 
 
 def values(num_sequences, num_frames, num_heads=7, seed=1, dtype=torch.float32):
@@ -85,35 +95,129 @@ def test_legacy_logits_are_the_reference_probabilities():
 
 @pytest.mark.parametrize("anchor", ["max_frames", "length"])
 def test_heads_beyond_the_patterns_start_from_a_normal_distribution(anchor):
-    table = mechanism(40, num_heads=10, anchor=anchor).table[7:]
-    assert abs(table.mean()) < 0.05
-    assert 0.95 < table.std() < 1.05
+    beyond = table(mechanism(40, num_heads=10, anchor=anchor))[7:]
+    assert abs(beyond.mean()) < 0.05
+    assert 0.95 < beyond.std() < 1.05
 
 
 def test_normal_init_ignores_the_patterns():
-    table = mechanism(40, init="normal").logits
-    assert abs(table.mean()) < 0.05
-    assert 0.95 < table.std() < 1.05
+    logits = mechanism(40, init="normal").logits
+    assert abs(logits.mean()) < 0.05
+    assert 0.95 < logits.std() < 1.05
 
 
-@pytest.mark.parametrize("anchor", ["max_frames", "length"])
+def relative_rows(by_offset, num_frames):
+    """Rows of a function of the offset (2T − 1,), floored and normalised over the frames that exist."""
+    rows = torch.stack([by_offset[num_frames - 1 - i : 2 * num_frames - 1 - i] for i in range(num_frames)])
+    rows = (1 - RHO) * rows + RHO / num_frames
+    return rows / rows.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("max_frames", [1, 2, 3, 24])
+def test_relative_form_starts_from_the_patterns_by_offset(max_frames):
+    found = attended(mechanism(max_frames, form="relative"), max_frames)[0]
+    for head, by_offset in enumerate(offset_patterns(max_frames).values()):
+        expected = relative_rows(by_offset, max_frames).float()
+        torch.testing.assert_close(found[head], expected, rtol=0, atol=1e-6)
+    for head, name in ((5, "start"), (6, "end")):
+        torch.testing.assert_close(found[head], floored(max_frames)[name].float(), rtol=0, atol=1e-6)
+
+
+def test_relative_form_is_exact_away_from_the_ends():
+    num_frames = 24
+    found, expected = attended(mechanism(num_frames, form="relative"), num_frames)[0], floored(num_frames)
+    for head, name, rows in (
+        (0, "current", slice(None)),
+        (1, "previous", slice(1, None)),
+        (2, "next", slice(-1)),
+        (3, "left", slice(-1, None)),
+        (4, "right", slice(1)),
+        (5, "start", slice(None)),
+        (6, "end", slice(None)),
+    ):
+        torch.testing.assert_close(found[head][rows], expected[name][rows].float(), rtol=0, atol=1e-6)
+    for head, row in ((1, 0), (2, -1)):
+        torch.testing.assert_close(found[head][row], torch.full((num_frames,), 1 / num_frames))
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 8, 9, 21])
+def test_relative_logits_equal_a_loop_at_any_length_with_gradients(num_frames):
+    synthesizer = mechanism(8, num_heads=2, form="relative", init="normal").double()
+    with torch.no_grad():
+        synthesizer.columns.normal_()
+    offsets, columns = synthesizer.offsets, synthesizer.columns
+    rows = [
+        [offsets[:, max(-7, min(7, j - i)) + 7] + columns[:, min(j, 7)] for j in range(num_frames)] for i in range(num_frames)
+    ]
+    expected = torch.stack([torch.stack(row, -1) for row in rows], -2).softmax(-1)  # H, T, T
+    value = values(3, num_frames, 2, dtype=torch.float64)
+    output = synthesizer(value=value)
+    torch.testing.assert_close(output, expected @ value)
+    torch.testing.assert_close(synthesizer.weights(hidden=torch.zeros(1, num_frames, 8))[0], expected)
+    direction = torch.randn_like(output)
+    found = torch.autograd.grad(output, [offsets, columns], direction)
+    for one, other in zip(found, torch.autograd.grad(expected @ value, [offsets, columns], direction), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_relative_heads_beyond_the_patterns_and_normal_init_draw_the_offsets():
+    for offsets, columns in (
+        (mechanism(200, num_heads=12, form="relative").offsets[7:], mechanism(200, num_heads=12, form="relative").columns[7:]),
+        (mechanism(200, form="relative", init="normal").offsets, mechanism(200, form="relative", init="normal").columns),
+    ):
+        assert abs(offsets.mean()) < 0.1
+        assert 0.95 < offsets.std() < 1.05
+        assert (columns == 0).all()
+
+
+@pytest.mark.parametrize(("rank", "num_frames"), [(1, 5), (8, 12), (11, 9)])  # below, at and beyond a multiple of 8
 @pytest.mark.parametrize("padded", [False, True])
-def test_dropout_leaves_the_mean_unbiased(anchor, padded):
-    synthesizer = mechanism(6, num_heads=8, dropout=0.4, anchor=anchor).double()
+def test_factorized_form_equals_the_explicit_product(rank, num_frames, padded):
+    synthesizer = mechanism(24, form="factorized", init="normal", rank=rank).double()
+    value = values(2, num_frames, dtype=torch.float64)
+    lengths = [num_frames, num_frames // 2] if padded else [num_frames] * 2
+    output = synthesizer(value=value, valid=valid_of(lengths, num_frames) if padded else None)
+    for sequence, length in enumerate(lengths):
+        for head in range(7):
+            for frame in range(length):
+                left, right = synthesizer.left[head, frame], synthesizer.right[head, :length]
+                row = torch.stack([sum(left[r] * other[r] for r in range(rank)) for other in right]).softmax(0)
+                torch.testing.assert_close(output[sequence, head, frame], row @ value[sequence, head, :length])
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_factorized_logits_start_with_variance_one(rank):
+    synthesizer = mechanism(60, num_heads=40, form="factorized", init="normal", rank=rank)
+    logits = synthesizer.left @ synthesizer.right.transpose(1, 2)
+    assert abs(logits.mean()) < 0.05
+    assert 0.9 < logits.var() < 1.1
+    assert synthesizer.left.shape == synthesizer.right.shape == (40, 60, rank)
+
+
+@every_form
+def test_no_parameter_decays(options):
+    (group,) = parameter_groups(mechanism(**options), weight_decay=0.1)
+    assert group["weight_decay"] == 0
+
+
+@every_form
+@pytest.mark.parametrize("padded", [False, True])
+def test_dropout_leaves_the_mean_unbiased(options, padded):
+    synthesizer = mechanism(6, num_heads=8, dropout=0.4, **options).double()
     value = values(2, 6, 8, dtype=torch.float64)
     valid = valid_of([6, 3], 6) if padded else None
     with torch.no_grad():
-        draws = torch.stack([synthesizer(value=value, valid=valid) for _ in range(3000)])
+        draws = torch.stack([synthesizer(value=value, valid=valid) for _ in range(1500)])
         expected = synthesizer.eval()(value=value, valid=valid)
     error = (draws.mean(0) - expected).abs()
     assert (error <= 5 * draws.std(0) / len(draws) ** 0.5 + 1e-12).all()
     assert draws.std(0).max() > 0.1
 
 
-@pytest.mark.parametrize("anchor", ["max_frames", "length"])
+@folded_forms
 @pytest.mark.parametrize("padded", [False, True])
-def test_one_dropout_mask_serves_the_whole_batch(anchor, padded):
-    synthesizer = mechanism(6, dropout=0.5, anchor=anchor)
+def test_one_dropout_mask_serves_the_whole_batch(options, padded):
+    synthesizer = mechanism(6, dropout=0.5, **options)
     value = values(1, 6).expand(3, -1, -1, -1)
     output = synthesizer(value=value, valid=valid_of([4, 4, 4], 6) if padded else None)
     torch.testing.assert_close(output[0], output[1])
@@ -124,28 +228,69 @@ def test_one_dropout_mask_serves_the_whole_batch(anchor, padded):
 def test_real_frames_whose_logits_vanish_beside_padding_still_get_attention(anchor):
     synthesizer = mechanism(6, anchor=anchor)
     with torch.no_grad():
-        synthesizer.table[:, :, 3:] = 1000.0
+        table(synthesizer)[:, :, 3:] = 1000.0
     value = values(1, 6)
     output = synthesizer(value=value, valid=valid_of([3], 6))
     assert output.isfinite().all()
     assert (output[:, :, :3].abs() > 0).all()
     output.sum().backward()
-    assert synthesizer.table.grad.isfinite().all()
+    assert table(synthesizer).grad.isfinite().all()
+
+
+@pytest.mark.parametrize("anchor", ["max_frames", "length"])
+def test_real_frames_far_below_padding_keep_their_proportions(anchor):
+    synthesizer = mechanism(6, anchor=anchor)
+    with torch.no_grad():
+        table(synthesizer)[:, :, 3:] += 15.0
+    value, valid = values(1, 6), valid_of([3], 6)
+    expected = synthesizer.weights(hidden=torch.zeros(1, 6, 28), valid=valid) @ value
+    torch.testing.assert_close(synthesizer(value=value, valid=valid)[:, :, :3], expected[:, :, :3])
 
 
 @pytest.mark.parametrize("anchor", ["max_frames", "length"])
 def test_half_precision_values_keep_small_exponentials(anchor):
     synthesizer = mechanism(6, anchor=anchor)
     with torch.no_grad():
-        synthesizer.table[:, :, 3:] += 30.0  # float16 would round the real frames' exp(-30) to 0
+        table(synthesizer)[:, :, 3:] += 30.0  # float16 would round the real frames' exp(-30) to 0
     value, valid = values(1, 6).half(), valid_of([3], 6)
     output = synthesizer(value=value, valid=valid)
     assert output.dtype == torch.float16
     torch.testing.assert_close(output.float(), synthesizer(value=value.float(), valid=valid), rtol=2e-3, atol=2e-3)
 
 
+class Shapes(TorchDispatchMode):
+    """Notes the sizes of the float32 tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.float32 = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.float32.append(tensor.numel())
+        return result
+
+
+@every_form
+@pytest.mark.parametrize("padded", [False, True])
+def test_training_in_bfloat16_makes_no_float32_copy_of_the_values(options, padded):
+    synthesizer = mechanism(12, num_heads=7, **options)
+    value = values(50, 12, dtype=torch.bfloat16).requires_grad_()
+    with Shapes() as made:
+        synthesizer(value=value, valid=valid_of([12] * 49 + [5], 12) if padded else None).sum().backward()
+    # Tables are float32; what the batch multiplies is not. On CPUs, fused attention of bfloat16 computes in float32 itself.
+    assert max(made.float32) < value.numel() / 2 or synthesizer.form == "factorized"
+
+
+def first(synthesizer):
+    return next(synthesizer.parameters())
+
+
 CHANGES = {
-    "in place": lambda synthesizer: synthesizer.table.mul_(0.5),
+    "in place": lambda synthesizer: first(synthesizer).mul_(0.5),
+    "in place, last": lambda synthesizer: list(synthesizer.parameters())[-1].add_(torch.randn(12)),
     "optimiser step": lambda synthesizer: step(synthesizer),
     "load_state_dict": lambda synthesizer: synthesizer.load_state_dict(mechanism_like(synthesizer).state_dict()),
     "load_state_dict assign": lambda synthesizer: synthesizer.load_state_dict(
@@ -154,31 +299,31 @@ CHANGES = {
     "dtype round trip": lambda synthesizer: synthesizer.bfloat16().float(),
     "reset": lambda synthesizer: synthesizer.reset_parameters(),
     "new parameter": lambda synthesizer: replace(synthesizer),
-    "new data": lambda synthesizer: setattr(synthesizer.table, "data", torch.randn_like(synthesizer.table)),
-    "write through data, then eval": lambda synthesizer: (synthesizer.table.data.mul_(0.5), synthesizer.eval()),
+    "new data": lambda synthesizer: setattr(first(synthesizer), "data", torch.randn_like(first(synthesizer))),
+    "write through data, then eval": lambda synthesizer: (first(synthesizer).data.mul_(0.5), synthesizer.eval()),
 }
 
 
 def mechanism_like(synthesizer):
-    return mechanism(12, num_heads=8, anchor=synthesizer.anchor, seed=5)
+    return mechanism(12, num_heads=8, form=synthesizer.form, anchor=synthesizer.anchor, seed=5)
 
 
 def step(synthesizer):
     with torch.enable_grad():
-        synthesizer.table.square().sum().backward()
+        sum(parameter.square().sum() for parameter in synthesizer.parameters()).backward()
     torch.optim.AdamW(synthesizer.parameters(), lr=0.1).step()
 
 
 def replace(synthesizer):
-    name = "delta" if synthesizer.anchor == "length" else "logits"
-    setattr(synthesizer, name, torch.nn.Parameter(torch.randn_like(synthesizer.table)))
+    name, parameter = next(synthesizer.named_parameters())
+    setattr(synthesizer, name, torch.nn.Parameter(torch.randn_like(parameter)))
 
 
-@pytest.mark.parametrize("anchor", ["max_frames", "length"])
+@folded_forms
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
-def test_the_cache_never_outlives_a_change_of_the_parameter(anchor, change):
-    synthesizer = mechanism(12, num_heads=8, anchor=anchor).eval()
+def test_the_cache_never_outlives_a_change_of_the_parameters(options, change):
+    synthesizer = mechanism(12, num_heads=8, **options).eval()
     value = values(2, 9, 8)
     before = synthesizer(value=value)
     change(synthesizer)
@@ -189,12 +334,13 @@ def test_the_cache_never_outlives_a_change_of_the_parameter(anchor, change):
     assert not torch.allclose(before, after, atol=1e-4)
 
 
+@folded_forms
 @torch.no_grad()
-def test_the_cache_is_used_across_lengths_in_evaluation_only(monkeypatch):
+def test_the_cache_is_used_across_lengths_in_evaluation_only(options, monkeypatch):
     calls = []
-    original = torch.Tensor.exp
-    monkeypatch.setattr(torch.Tensor, "exp", lambda tensor: (calls.append(tensor.shape), original(tensor))[1])
-    synthesizer = mechanism(12).eval()
+    original = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])
+    synthesizer = mechanism(12, **options).eval()
     for num_frames, valid in ((12, None), (9, None), (9, valid_of([9, 4], 9))):
         synthesizer(value=values(2, num_frames), valid=valid)
     assert len(calls) == 1
@@ -202,6 +348,15 @@ def test_the_cache_is_used_across_lengths_in_evaluation_only(monkeypatch):
     for _ in range(2):
         synthesizer(value=values(2, 9), valid=valid_of([9, 4], 9))
     assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_sequences_beyond_the_cached_length_renew_the_cache():
+    synthesizer = mechanism(12, form="relative", init="normal").eval()
+    for num_frames in (5, 20, 5, 15):
+        value = values(2, num_frames)
+        expected = synthesizer.weights(hidden=torch.zeros(2, num_frames, 28)) @ value
+        torch.testing.assert_close(synthesizer(value=value), expected)
 
 
 def test_a_cache_made_in_inference_mode_does_not_disturb_training():
@@ -245,6 +400,16 @@ def test_parameters_made_in_inference_mode_work():
         ({"anchor": "end"}, "anchor is 'end': set it to one of max_frames, length"),
         ({"init_floor": 0.0}, "init_floor is 0.0: set it above 0"),
         ({"anchor": "length", "init": "normal"}, "anchor=length needs init=handcrafted, but init is normal"),
+        ({"form": "sparse"}, "form is 'sparse': set it to one of full, relative, factorized"),
+        ({"rank": 0}, "rank is 0: set it to 1 or more"),
+        (
+            {"form": "relative", "anchor": "length"},
+            "anchor=length needs a logit for every pair.* form=relative lacks: set anchor=",
+        ),
+        ({"form": "factorized", "init": "normal", "anchor": "length"}, "anchor=length needs .* form=factorized lacks"),
+        ({"form": "factorized"}, "only start and end have a low rank; set init=normal"),
+        ({"form": "relative", "init": "legacy"}, "init=legacy is .* but form is relative: set init=normal"),
+        ({"form": "factorized", "init": "legacy"}, "init=legacy is .* but form is factorized: set init=normal"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
