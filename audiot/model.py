@@ -65,7 +65,9 @@ class Encoder(nn.Module):
         share_layers: One set of parameters for all layers (AudioALBERT, arXiv:2005.08575).
         init_std: Standard deviation of the linear layers' weights, N(0, init_std).
         input_init: ``xavier`` (uniform, Glorot and Bengio 2010) or ``normal`` (N(0, init_std), as published, where the positions
-            drown the features at first) for the input projection.
+            drown the features at first) for the input projection. Its bias starts from N(0, init_std), where the published
+            one is 0: a frame of zeros, as masks make them, would else be a zero vector wherever positions add nothing and
+            attention brings nothing, and gradients would explode in its LayerNorms.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.output_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if norm == "pre" else nn.Identity()
         initialise_linear(self, init_std)
+        nn.init.normal_(self.input.bias, std=init_std)
         if input_init == "xavier":
             nn.init.xavier_uniform_(self.input.weight)
 

@@ -138,11 +138,14 @@ def test_layers_share_no_parameter_and_start_differently(name, published_attenti
 
 
 @pytest.mark.parametrize("input_init", ["xavier", "normal"])
-def test_linear_layers_start_from_normal_weights_and_zero_biases(input_init):
+def test_linear_layers_start_from_normal_weights_and_zero_biases_but_the_input(input_init):
     model = encoder(input_dim=60, embed_dim=120, ffn_dim=240, input_init=input_init)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            assert not module.bias.any()
+            if name == "input":
+                assert module.bias.std().item() == pytest.approx(0.02, rel=0.2)
+            else:
+                assert not module.bias.any()
             if name != "input" or input_init == "normal":
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
                 assert module.weight.abs().max() > 0.05  # has tails
@@ -150,6 +153,16 @@ def test_linear_layers_start_from_normal_weights_and_zero_biases(input_init):
                 bound = math.sqrt(6 / (60 + 120))  # Glorot and Bengio 2010, equation 16
                 assert 0.99 * bound < module.weight.abs().max() <= bound
                 assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("attention", ["audiot.attention.controls.PositionWise", "audiot.attention.routing.Routing"])
+def test_frames_of_zeros_do_not_explode_gradients_where_attention_brings_them_nothing(attention):
+    options = {"num_clusters": 1, "cluster_size": 4} if "routing" in attention else {}
+    model = encoder(num_layers=4, attention={"_target_": attention, **options})
+    features = randn(1, 12, 10)
+    features[:, 3:9] = 0  # a masked span
+    (model(features)[-1] * randn(1, 12, 24)).sum().backward()
+    assert model.input.bias.grad.norm() < 1e4
 
 
 def test_init_std_and_equal_seeds_rule_the_start():

@@ -28,11 +28,16 @@ TRAINING = shlex.split(
     "data.batch_s=10 data.num_workers=0 trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto "
     "trainer.precision=32-true trainer.max_steps=2 trainer.val_check_interval=1"
 )
+BENCHMARK = shlex.split(
+    "benchmark.lengths=[8] benchmark.frames=16 benchmark.embed_dim=16 benchmark.num_heads=2 benchmark.rounds=1 benchmark.seconds=0"
+)
 
 
 def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[str]:
     """A command's arguments with everything small, in a folder of its own, ``RUN`` being the first run."""
     command, *rest = [argument.replace("RUN", str(run)) for argument in arguments]
+    if command == "benchmark":
+        return [command, *rest, *BENCHMARK]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]
     rest = [argument for argument in rest if not argument.startswith("trainer.max_steps")]

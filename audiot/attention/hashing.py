@@ -148,7 +148,8 @@ def l2_collisions(query: Tensor, key: Tensor, width: Tensor) -> Tensor:
     Returns:
         int32 (…, T, S).
     """
-    count = torch.zeros((*query.shape[:-1], key.shape[-2]), dtype=torch.int32, device=query.device)
+    # A start without the result's shape: given one, graphs compiled for any length fail at a second (PyTorch 2.11).
+    count = torch.zeros((), dtype=torch.int32, device=query.device)
     for q, k in zip(query.unbind(-1), key.unbind(-1), strict=True):
         count = count + ((q[..., :, None] - k[..., None, :]).abs() <= width / 2)
     return count

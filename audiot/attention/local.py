@@ -103,7 +103,7 @@ def banded_attention(
     chunk = CHUNK if 2 * halo <= CHUNK else halo
     if num_frames <= chunk + 2 * halo:  # all frames are no more than the keys of one chunk
         chunk, halo = num_frames, 0
-    num_chunks = -(-num_frames // chunk)
+    num_chunks = (num_frames + chunk - 1) // chunk
     missing = num_chunks * chunk - num_frames
     if missing:
         query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
@@ -120,12 +120,12 @@ def banded_attention(
     seen = real[..., None, None, :] | (offset == 0)  # (B or 1,) chunks, 1, chunk, S
     mask = torch.where(seen.expand(num_sequences, -1, -1, -1, -1), scores, -torch.inf).flatten(0, 1)
 
-    query, key, value = (frames.unflatten(1, (num_chunks, chunk)).flatten(0, 1) for frames in (query, key, value))
+    query, key, value = (frames.unflatten(1, (-1, chunk)).flatten(0, 1) for frames in (query, key, value))
     key, value = _with_halo(key, halo), _with_halo(value, halo)  # B·chunks, S, H, D
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, dropout_p=dropout
     )
-    return context.transpose(1, 2).unflatten(0, (num_sequences, num_chunks)).flatten(1, 2)[:, :num_frames]
+    return context.transpose(1, 2).unflatten(0, (num_sequences, -1)).flatten(1, 2)[:, :num_frames]
 
 
 def _banded_groups(query: Tensor, key: Tensor, value: Tensor, radius: int, valid: Tensor | None, dropout: float) -> Tensor:

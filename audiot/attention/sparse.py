@@ -50,13 +50,13 @@ class SparseMechanism(QueryKeyMechanism):
         # Padded frames have no value: rows that see no real frame may then attend to anything, and give zeros.
         if valid is not None:
             value = value * valid[:, :, None, None]
-        num_blocks = -(-num_frames // self.block_size)
+        num_blocks = (num_frames + self.block_size - 1) // self.block_size
         missing = num_blocks * self.block_size - num_frames
         if missing:
             query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
             valid = torch.ones(1, num_frames, dtype=torch.bool, device=query.device) if valid is None else valid
             valid = F.pad(valid, (0, missing), value=False)
-        shape = (num_blocks, self.block_size)
+        shape = (-1, self.block_size)
         real = None if valid is None else valid.expand(len(query), -1).unflatten(1, shape)
 
         sizes = [self.num_local_heads, self.num_heads - self.num_local_heads]
@@ -139,8 +139,7 @@ class SparseStrided(SparseMechanism):
     Local heads see the frames with |i − j| ≤ l, global heads those a multiple of l away, (i − j) mod l = 0.
 
     Works at any length: `max_frames` is ignored, and where T ≤ l a global head sees the frame itself alone. Differs from
-    the paper: attention goes in both directions; l does not follow the length, so that padding changes nothing; no
-    custom kernels.
+    the paper: attention goes in both directions; l does not follow the length, so that padding changes nothing.
 
     Cost: O(T·(l + T/l)·d) time, O(T·d + T·l) memory, no parameters beside the projections. A position bias that differs
     from head to head adds O(T·(l + T/l)·H).
@@ -175,11 +174,10 @@ class SparseStrided(SparseMechanism):
 
     def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Attention within a band."""
-        num_blocks = query.shape[1]
         query, key, value = (blocks.flatten(1, 2) for blocks in (query, key, value))  # B, T, H, D
         valid = None if real is None else real.flatten(1)
         context = banded_attention(query, key, value, self.block_size, valid, self.dropout_now, bias)
-        return context.unflatten(1, (num_blocks, self.block_size))
+        return context.unflatten(1, (-1, self.block_size))
 
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Frames at the same place of their blocks attend to each other: l independent full attentions."""
@@ -203,7 +201,7 @@ class SparseFixed(SparseMechanism):
     global heads give zeros.
 
     Works at any length: `max_frames` is ignored. Differs from the paper: attention goes in both directions; l does not
-    follow the length, so that padding changes nothing; all heads share their summary frames; no custom kernels.
+    follow the length, so that padding changes nothing; all heads share their summary frames.
 
     Cost: O(T·(l + T·c/l)·d) time, O(T·d) memory, no parameters beside the projections. A position bias that differs from
     head to head adds O(T·(l + T·c/l)·H).
@@ -246,7 +244,7 @@ class SparseFixed(SparseMechanism):
 
     def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Each block attends to itself."""
-        shape = query.shape[:2]  # B, T/l
+        num_sequences = len(query)
         if bias is None and has_kernel(query):
             together = _by_block(query)
             frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
@@ -254,7 +252,7 @@ class SparseFixed(SparseMechanism):
         query, key, value = (blocks.flatten(0, 1) for blocks in (query, key, value))  # B·T/l, l, H, D
         real = None if real is None else real.flatten(0, 1)
         scores = None if bias is None else bias(offsets(self.block_size, query.device))
-        return self._attention(query, key, value, real, scores).unflatten(0, shape)
+        return self._attention(query, key, value, real, scores).unflatten(0, (num_sequences, -1))
 
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """All frames attend to the summary frames."""
@@ -276,7 +274,7 @@ class SparseFixed(SparseMechanism):
             return self._in_groups(query, key, value, queries, keys.expand(-1, -1, len(numbers), -1), transposed=False)
         key, value = self._summary(key), self._summary(value)  # B, T·c/l, H, D
         context = self._attention(query.flatten(1, 2), key, value, summary_real, scores)
-        return context.unflatten(1, (num_blocks, self.block_size))
+        return context.unflatten(1, (-1, self.block_size))
 
     def _summary(self, blocks: Tensor) -> Tensor:
         """The last c frames of every block: (B, T/l, l, …) → (B, T·c/l, …)."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from interpreter import run_interpreted
+
+from audiot.attention import build, build_mechanism, names
 
 COMPARISON = """
 import torch
@@ -45,3 +48,54 @@ CASES = {
 def test_kernels_give_what_the_plain_form_gives(case):
     pytest.importorskip("triton")
     run_interpreted(f"CASES = {[CASES[case]]!r}\n" + COMPARISON)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def distance(one, other):
+    return ((one.double() - other.double()).norm() / other.double().norm()).item()
+
+
+@needs_cuda
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["local", "sparse_strided", "sparse_fixed"])
+def test_kernels_on_the_gpu_give_what_the_plain_form_gives_in_float32(name, padded):
+    torch.manual_seed(0)
+    mechanism = build_mechanism(name, 256, 4, 1000, dropout=0.0).cuda()
+    frames = [torch.randn(2, 1000, 4, 64, device="cuda").transpose(1, 2).requires_grad_() for _ in range(3)]
+    valid = torch.arange(1000, device="cuda") < torch.tensor([[1000], [700]], device="cuda")
+    direction = torch.randn(2, 4, 1000, 64, device="cuda") * valid[:, None, :, None]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = (frame.to(dtype) for frame in frames)
+        context = mechanism(query=query, key=key, value=value, valid=valid if padded else None) * valid[:, None, :, None]
+        results.append([context, *torch.autograd.grad(context, frames, direction.to(dtype))])
+    for plain, fast in zip(*results, strict=True):
+        assert distance(fast, plain) < 0.01
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", names())
+def test_every_mechanism_computes_on_the_gpu_what_it_computes_on_the_cpu(name):
+    torch.manual_seed(0)
+    layer = build(name, 64, 4, 200, dropout=0.0).eval()
+    hidden = torch.randn(2, 150, 64)
+    valid = torch.arange(150) < torch.tensor([[150], [90]])
+    expected = layer.double()(hidden.double(), valid)
+    output = layer.cuda()(hidden.double().cuda(), valid.cuda())
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-8, atol=1e-8)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", names())
+def test_every_mechanism_trains_on_the_gpu_under_autocast(name):
+    torch.manual_seed(0)
+    layer = build(name, 64, 4, 200, dropout=0.1).cuda().train()
+    hidden = torch.randn(2, 150, 64, device="cuda", requires_grad=True)
+    valid = torch.arange(150, device="cuda") < torch.tensor([[150], [90]], device="cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cuda", dtype):
+            output = layer(hidden, valid)
+        gradients = torch.autograd.grad(output.float().square().sum(), [hidden, *layer.parameters()], allow_unused=True)
+        assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
