@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import resources
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 TINY = {
     "features": {"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 3},
