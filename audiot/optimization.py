@@ -36,13 +36,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     Parameters that need no gradient are left out.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    decays: dict[nn.Parameter, bool] = {}  # a parameter that two modules share counts once
     for part in module.modules():
         exempt: frozenset[str] = getattr(part, "no_weight_decay", frozenset())
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.requires_grad:
-                (plain if parameter.ndim < 2 or name in exempt else decayed).append(parameter)
+                decays[parameter] = decays.get(parameter, True) and parameter.ndim >= 2 and name not in exempt
+    decayed = [parameter for parameter, decay in decays.items() if decay]
+    plain = [parameter for parameter, decay in decays.items() if not decay]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

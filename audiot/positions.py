@@ -6,6 +6,8 @@ Three ways in: `forward` adds them to the encoder's input; inside each attention
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,9 @@ class Positions(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int) -> None:
         super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("max_frames", max_frames)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}: set it to a whole number of 1 or more")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.max_frames = max_frames
@@ -78,6 +83,8 @@ class Sinusoid(Positions):
         super().__init__(embed_dim, num_heads, max_frames)
         if embed_dim % 2:
             raise ValueError(f"sinusoid positions need an even embed_dim but it is {embed_dim}: set it to {embed_dim + 1}")
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"positions.scale is {scale!r}: set it to a finite number")
         self.scale = scale
         self.register_buffer("table", self._table(max_frames), persistent=False)
 
@@ -147,6 +154,8 @@ class Rotary(Positions):
                 f"rotary positions need an even head size but embed_dim {embed_dim} / num_heads {num_heads} is "
                 f"{embed_dim / num_heads:g}: set embed_dim to a multiple of {2 * num_heads}, or positions=sinusoid"
             )
+        if not isinstance(base, (int, float)) or not (0 < base < math.inf):
+            raise ValueError(f"positions.base is {base!r}: set it to a number above 0")
         self.head_dim = embed_dim // num_heads
         self.base = base
 
@@ -216,8 +225,8 @@ class RelativeBias(Positions):
 
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int, max_offset: int = 128) -> None:
         super().__init__(embed_dim, num_heads, max_frames)
-        if max_offset < 1:
-            raise ValueError(f"max_offset is {max_offset}: set it to 1 or more")
+        if not isinstance(max_offset, int) or max_offset < 1:
+            raise ValueError(f"max_offset is {max_offset!r}: set it to a whole number of 1 or more")
         self.max_offset = max_offset
 
     def layer_part(self) -> RelativeBiasTable:

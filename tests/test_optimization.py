@@ -133,3 +133,14 @@ def test_configure_schedules_by_the_step_over_the_whole_training():
 def test_a_training_without_end_is_refused(total_steps):
     with pytest.raises(ValueError, match=r"the learning-rate schedule needs a length: set trainer.max_steps"):
         configure(nn.Linear(3, 2), partial(torch.optim.AdamW, lr=0.5), constant, 0.01, total_steps)
+
+
+def test_a_parameter_that_modules_share_is_listed_once_and_kept_from_decay_by_either():
+    embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    head.weight = embedding.weight
+    (group,) = parameter_groups(nn.ModuleList([embedding, head]), 0.1)
+    assert len(group["params"]) == 1
+    positions = Learned(4, 2, 5)
+    head.weight = positions.table
+    (group,) = parameter_groups(nn.ModuleList([head, positions]), 0.1)
+    assert group["weight_decay"] == 0

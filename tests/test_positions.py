@@ -138,5 +138,21 @@ def test_relative_bias_starts_at_zero_and_every_layer_has_its_own():
 
 
 def test_relative_bias_without_reach_is_refused():
-    with pytest.raises(ValueError, match="max_offset is 0: set it to 1 or more"):
+    with pytest.raises(ValueError, match="max_offset is 0: set it to a whole number of 1 or more"):
         RelativeBias(8, 2, 12, max_offset=0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "options", "message"),
+    [
+        (Rotary, {"base": -5}, r"positions\.base is -5: set it to a number above 0"),
+        (Rotary, {"base": math.nan}, r"positions\.base is nan: set it"),
+        (Sinusoid, {"scale": math.inf}, r"positions\.scale is inf: set it to a finite number"),
+        (RelativeBias, {"max_offset": 2.5}, r"max_offset is 2\.5: set it to a whole number"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(positions, options, message):
+    with pytest.raises(ValueError, match=message):
+        positions(8, 2, 12, **options)
+    with pytest.raises(ValueError, match="num_heads is 0: set it to a whole number of 1 or more"):
+        positions(8, 0, 12)

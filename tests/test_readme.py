@@ -29,7 +29,8 @@ TRAINING = shlex.split(
     "trainer.precision=32-true trainer.max_steps=2 trainer.val_check_interval=1"
 )
 BENCHMARK = shlex.split(
-    "benchmark.lengths=[8] benchmark.frames=16 benchmark.embed_dim=16 benchmark.num_heads=2 benchmark.rounds=1 benchmark.seconds=0"
+    "benchmark.lengths=[8] benchmark.frames=16 benchmark.embed_dim=16 benchmark.num_heads=2 benchmark.rounds=1 "
+    "benchmark.seconds=0"
 )
 
 

@@ -31,6 +31,10 @@ class PositionWise(AttentionMechanism):
         weights = identity.expand(num_sequences, self.num_heads, -1, -1)
         return weights if valid is None else weights * valid[:, None, None, :]
 
+    def dense_choice(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """The frame itself, bool (B, H, T, T)."""
+        return self.dense_weights(hidden, valid) > 0
+
 
 class Uniform(AttentionMechanism):
     """Attention that distinguishes no frame: the context of all frames is the mean value of the real frames.

@@ -60,7 +60,7 @@ def grouped_attention(
     context = _groups_attend(query, key, value, queries, keys, radius, dropout, positions)
     number = scattered.clamp_min(0)[..., None].expand(-1, -1, -1, query.shape[-1])
     real = (scattered >= 0)[..., None]
-    total = torch.zeros_like(query).scatter_add(2, number, context.flatten(2, 3) * real)
+    total = torch.zeros_like(query).scatter_add(2, number, (context.flatten(2, 3) * real).to(query.dtype))
     if partition:
         return total
     count = torch.zeros_like(query[..., :1]).scatter_add(2, number[..., :1], real.to(query.dtype))
@@ -131,6 +131,6 @@ def mark_empty(numbers: Tensor, valid: Tensor | None, num_frames: int) -> Tensor
 
 def has_kernel(query: Tensor) -> bool:
     """Whether `grouped_attention` would take its kernels."""
-    if grouped_kernels is None or not query.is_cuda:
+    if grouped_kernels is None or not query.is_cuda or query.shape[0] * query.shape[1] > grouped_kernels.MAX_HEADS:
         return False
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= grouped_kernels.MAX_HEAD_DIM

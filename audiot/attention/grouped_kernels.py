@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
+MAX_HEADS = 65535  # of all sequences together: CUDA's limit for the second dimension of a grid
 LOG2_E = math.log2(math.e)
 
 

@@ -95,7 +95,7 @@ def sign_alsh_query(query: Tensor, num_terms: int) -> Transformed:
 def sign_alsh_key(key: Tensor, largest: Tensor, num_terms: int, max_norm: float) -> Transformed:
     """Sign-ALSH: [Ux/M; ½ − ‖Ux/M‖²; ½ − ‖Ux/M‖⁴; …; ½ − ‖Ux/M‖^(2^m)], m = `num_terms`, U = `max_norm`."""
     scale = max_norm / largest
-    power = (norm(key) * scale).square()
+    power = (norm(key) * scale).clamp_max(max_norm).square()  # padded keys may be longer than M, and powers explode
     terms = []
     for _ in range(num_terms):
         terms.append(0.5 - power)
@@ -112,8 +112,8 @@ def centred(transformed: Transformed, valid: Tensor | None) -> Transformed:
     if valid is None:
         mean = extra.mean(dim=2, keepdim=True)
     else:
-        real = valid[:, None, :, None].to(extra.dtype)
-        mean = (extra * real).sum(dim=2, keepdim=True) / real.sum(dim=2, keepdim=True).clamp_min(1)
+        real = valid[:, None, :, None]
+        mean = extra.masked_fill(~real, 0).sum(dim=2, keepdim=True) / real.sum(dim=2, keepdim=True).clamp_min(1)
     return transformed._replace(extra=extra - mean)
 
 

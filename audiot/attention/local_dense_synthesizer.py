@@ -95,5 +95,10 @@ class LocalDenseSynthesizer(AttentionMechanism):
         side = self.context_width // 2
         offset = offsets(hidden.shape[1], hidden.device)  # T, T
         index = (offset.clamp(-side, side) + side).expand(*scores.shape[:2], -1, -1)
-        mask = (offset.abs() <= side)[None, None]
-        return masked_softmax(scores.gather(-1, index), mask if valid is None else mask & valid[:, None, None, :])
+        return masked_softmax(scores.gather(-1, index), self.dense_choice(hidden, valid))
+
+    def dense_choice(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """The real frames of the window, bool (B, H, T, T)."""
+        near = offsets(hidden.shape[1], hidden.device).abs() <= self.context_width // 2
+        near = near.expand(len(hidden), self.num_heads, -1, -1)
+        return near if valid is None else near & valid[:, None, None, :]

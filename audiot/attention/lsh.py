@@ -15,6 +15,7 @@ from audiot.attention.hashing import Transformed
 from audiot.attention.mechanism import (
     QueryKeyMechanism,
     at_least_one,
+    check_type,
     fused_attention,
     key_mask,
     masked_softmax,
@@ -366,6 +367,7 @@ class SignALSH(SRPAttention):
         max_norm: float = 0.75,
     ) -> None:
         at_least_one(num_terms=num_terms)
+        check_type(float, max_norm=max_norm)
         if not 0 < max_norm < 1:
             raise ValueError(f"max_norm is {max_norm}: set it to more than 0 and less than 1")
         self.num_extra = num_terms

@@ -19,7 +19,8 @@ class AttentionMechanism(nn.Module, ABC):
     """How the frames of a sequence exchange information inside one attention layer.
 
     `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never
-    influences a real one; the rows of padded frames are finite; a sequence without any real frame gives zeros.
+    influences a real one, as long as it is finite; the rows of padded frames are finite; a sequence without any real
+    frame gives zeros.
 
     A subclass writes `attend`, the fast form, and `dense_weights`, the obvious one. Both get the tensors of `inputs` by
     name, and `valid`.
@@ -54,6 +55,7 @@ class AttentionMechanism(nn.Module, ABC):
                 f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one of them, "
                 f"for example embed_dim={embed_dim - embed_dim % num_heads + num_heads}"
             )
+        check_type(float, dropout=dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"attention dropout is {dropout}: set it to at least 0 and less than 1")
         self.embed_dim = embed_dim
@@ -88,7 +90,7 @@ class AttentionMechanism(nn.Module, ABC):
             ValueError: an input that the mechanism needs is missing, or T is beyond its limit.
         """
         given = {"hidden": hidden, "query": query, "key": key, "value": value}
-        return self.attend(**self._arguments(self.inputs, given, positions), valid=valid)
+        return self.attend(**self._arguments(self.inputs, given, valid, positions), valid=valid)
 
     def weights(
         self,
@@ -105,7 +107,7 @@ class AttentionMechanism(nn.Module, ABC):
         that needs nothing else gets `hidden`, for the shape of the batch.
         """
         given = {"hidden": hidden, "query": query, "key": key}
-        return self.dense_weights(**self._arguments(self.weight_inputs, given, positions), valid=valid)
+        return self.dense_weights(**self._arguments(self.weight_inputs, given, valid, positions), valid=valid)
 
     def chosen_keys(
         self,
@@ -118,7 +120,7 @@ class AttentionMechanism(nn.Module, ABC):
     ) -> Tensor | None:
         """Which keys each query may attend to, bool (B, H, T, T); None where a mechanism chooses none: all real ones."""
         given = {"hidden": hidden, "query": query, "key": key}
-        return self.dense_choice(**self._arguments(self.weight_inputs, given, positions), valid=valid)
+        return self.dense_choice(**self._arguments(self.weight_inputs, given, valid, positions), valid=valid)
 
     @abstractmethod
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +160,9 @@ class AttentionMechanism(nn.Module, ABC):
         limit = "" if self.max_frames is None else f", max_frames={self.max_frames}"
         return f"{self.embed_dim}, num_heads={self.num_heads}{limit}, dropout={self.dropout}"
 
-    def _arguments(self, names: frozenset[str], given: dict[str, Tensor | None], positions: Positions | None) -> dict[str, Any]:
+    def _arguments(
+        self, names: frozenset[str], given: dict[str, Tensor | None], valid: Tensor | None, positions: Positions | None
+    ) -> dict[str, Any]:
         """The tensors called `names`, each of which must be given, of no more frames than the mechanism supports."""
         arguments: dict[str, Any] = {}
         for name in sorted(names):
@@ -166,6 +170,11 @@ class AttentionMechanism(nn.Module, ABC):
             if tensor is None:
                 raise ValueError(f"{type(self).__name__} needs {name} but got None: pass {', '.join(sorted(names))}")
             self.check_length(tensor.shape[-2])
+            if valid is not None and (valid.dtype != torch.bool or valid.shape != (tensor.shape[0], tensor.shape[-2])):
+                raise ValueError(
+                    f"valid is {valid.dtype} of shape {tuple(valid.shape)}: pass bool, True = real frame, of shape "
+                    f"({tensor.shape[0]}, {tensor.shape[-2]})"
+                )
             arguments[name] = tensor
         return arguments
 
@@ -193,12 +202,15 @@ class QueryKeyMechanism(AttentionMechanism):
         self, embed_dim: int, num_heads: int, max_frames: int, dropout: float = 0.0, share_query_key: bool = False
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout)
+        check_type(bool, share_query_key=share_query_key)
         self.share_query_key = share_query_key
         if share_query_key:
             self.inputs = self.inputs - {"key"}
 
-    def _arguments(self, names: frozenset[str], given: dict[str, Tensor | None], positions: Positions | None) -> dict[str, Any]:
-        arguments = super()._arguments(names, given, positions)
+    def _arguments(
+        self, names: frozenset[str], given: dict[str, Tensor | None], valid: Tensor | None, positions: Positions | None
+    ) -> dict[str, Any]:
+        arguments = super()._arguments(names, given, valid, positions)
         positions = arguments["positions"] = NO_POSITIONS if positions is None else positions
         if not self.rotates_itself:
             for name in ("query", "key"):
@@ -283,8 +295,18 @@ def key_mask(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else valid[:, None, None, :]
 
 
-def at_least_one(**sizes: int | None) -> None:
-    """Raise ValueError, naming the argument, if a size is given and below 1."""
+def at_least_one(**sizes: int) -> None:
+    """Raise ValueError, naming the argument, if a size is no whole number of 1 or more."""
+    check_type(int, **sizes)
     for name, size in sizes.items():
-        if size is not None and size < 1:
+        if size < 1:
             raise ValueError(f"{name} is {size}: set it to 1 or more")
+
+
+def check_type(kind: type, **values: Any) -> None:
+    """Raise ValueError, naming the argument, if a value is not of a kind: int, float (whole numbers too) or bool."""
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    for name, value in values.items():
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (kind is not bool and isinstance(value, bool)):
+            raise ValueError(f"{name} is {value!r}: set it to {words[kind]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,12 +54,15 @@ class SharedQueryKey(QueryKeyMechanism):
         """Attend with PyTorch's fused attention."""
         bias = position_bias(positions, query.shape[-2], query.device)
         mask = self._others_first(query, valid)
-        return fused_attention(query, F.normalize(key, dim=-1), value, mask, self.dropout_now, bias=bias)
+        return fused_attention(query, _unit(key), value, mask, self.dropout_now, bias=bias)
 
     def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """softmax(Qk̂ᵀ/√D) without the diagonal, (B, H, T, T)."""
-        scores = query_key_scores(query, F.normalize(key, dim=-1), positions)
-        return masked_softmax(scores, self._others_first(query, valid))
+        return masked_softmax(query_key_scores(query, _unit(key), positions), self._others_first(query, valid))
+
+    def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """All real frames but the query's own, bool (B, H, T, T)."""
+        return self._others_first(query, valid).expand(len(query), self.num_heads, -1, -1)
 
     def _others_first(self, query: Tensor, valid: Tensor | None) -> Tensor:
         """Real keys other than the query's own frame; the own one where it is the only real frame: (B or 1, 1, T, T)."""
@@ -67,3 +71,9 @@ class SharedQueryKey(QueryKeyMechanism):
             return (own if query.shape[-2] == 1 else ~own)[None, None]
         alone = valid.sum(dim=-1)[:, None, None, None] == 1
         return valid[:, None, None, :] & (~own | alone)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """v/‖v‖; zeros stay zeros, in float16 too, where the guard against a division by zero would vanish."""
+    exact = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return F.normalize(exact, dim=-1).to(vectors.dtype)

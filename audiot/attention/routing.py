@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiot.attention.grouped import grouped_attention, has_kernel
-from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, masked_softmax, query_key_scores
+from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, check_type, masked_softmax, query_key_scores
 from audiot.positions import Positions
 
 try:
@@ -45,7 +45,7 @@ class Routing(QueryKeyMechanism):
     Cost: O(C·T·d) time to choose and O(C·w²·d) to attend, hence O(T√T·d) with the defaults at T = `max_frames`; memory
     O(C·T); no parameters beside the projections, C·d numbers of state.
 
-    Differs from the paper: queries and keys are chosen apart also where they are shared; no causal mask; no heads of
+    Differs from the paper: no causal mask; no heads of
     other kinds beside; updates use the mean of a step where the paper adds vector by vector. Products with centroids are
     compared at a resolution of 2⁻¹⁰, then the earlier frame wins, on every device and whatever the padding. Rotary
     positions turn queries and keys after the choice, which depends on content alone.
@@ -79,7 +79,9 @@ class Routing(QueryKeyMechanism):
         ema_decay: float = 0.999,
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout, share_query_key)
-        at_least_one(num_clusters=num_clusters, cluster_size=cluster_size)
+        sizes = {"num_clusters": num_clusters, "cluster_size": cluster_size}
+        at_least_one(**{name: size for name, size in sizes.items() if size is not None})
+        check_type(float, ema_decay=ema_decay)
         if not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay is {ema_decay}: set it within 0 and 1")
         if self.head_dim > MAX_SCORE**2:
@@ -98,7 +100,12 @@ class Routing(QueryKeyMechanism):
         """Attend inside the clusters. Sums over clusters may be taken in any order on a GPU, and its kernels drop a pair of
         frames in all of their clusters or in none."""
         query, key = self._normalised(query, key)
-        queries, keys = self._clusters(query, valid), self._clusters(key, valid)
+        queries, nearest = self._clusters(query, valid)
+        keys, nearest_to_keys = (queries, nearest) if key is query else self._clusters(key, valid)
+        if self.training:
+            self._record(query, nearest, valid)
+            if key is not query:
+                self._record(key, nearest_to_keys, valid)
         query, key = positions.rotate(query), positions.rotate(key)
         return grouped_attention(query, key, value, queries, keys, dropout=self.dropout_now, positions=positions)
 
@@ -117,7 +124,7 @@ class Routing(QueryKeyMechanism):
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """The keys that share a cluster with the query, bool (B, H, T, T)."""
         query, key = self._normalised(query, key)
-        queries, keys = self._members(query, valid).double(), self._members(key, valid).double()
+        queries, keys = self._members(query, valid).float(), self._members(key, valid).float()
         return queries.transpose(-2, -1) @ keys > 0
 
     @torch.no_grad()
@@ -128,9 +135,11 @@ class Routing(QueryKeyMechanism):
             dist.all_reduce(sums)
             dist.all_reduce(counts)
         centroids = self.centroids.float()
-        mean = sums / counts.clamp_min(1)[..., None]
+        mean = F.normalize(sums, dim=-1)  # its direction: the number of vectors cancels
         moved = F.normalize(self.ema_decay * centroids + (1 - self.ema_decay) * mean, dim=-1)
-        self.centroids.copy_(torch.where(counts[..., None] > 0, moved, centroids))
+        # A step of infinite or undefined frames, as mixed precision skips it, must not spoil the centroids for good.
+        seen = (counts[..., None] > 0) & sums.isfinite().all(dim=-1, keepdim=True)
+        self.centroids.copy_(torch.where(seen, moved, centroids))
         sums.zero_()
         counts.zero_()
 
@@ -141,11 +150,9 @@ class Routing(QueryKeyMechanism):
         return normalised, normalised if key is query else F.layer_norm(key, shape).to(key.dtype)
 
     @torch.no_grad()
-    def _clusters(self, frames: Tensor, valid: Tensor | None) -> Tensor:
-        """Each centroid's frames: numbers (B, H, C, min(w, T)), −1 where there are fewer real frames.
-
-        In training, what the centroids see is recorded for `after_step`.
-        """
+    def _clusters(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each centroid's frames, numbers (B, H, C, min(w, T)), −1 where there are fewer real ones, and each frame's nearest
+        centroid (B, H, T)."""
         num_frames = frames.shape[-2]
         if num_frames > MAX_RANKED_FRAMES:
             raise ValueError(f"sequence has {num_frames} frames but routing ranks {MAX_RANKED_FRAMES}: take shorter audio")
@@ -153,14 +160,10 @@ class Routing(QueryKeyMechanism):
         limit = MAX_SCORE * SCORE_RESOLUTION - 1
         if has_kernel(frames) and num_frames <= routing_kernels.MAX_FRAMES:
             steps, nearest = routing_kernels.centroid_scores(frames, self.centroids, SCORE_RESOLUTION, limit)
-            chosen = routing_kernels.largest(steps, valid, size, limit)
-        else:
-            scores = self._scores(frames)
-            steps, nearest = (scores * SCORE_RESOLUTION).floor().clamp(-limit, limit), scores.argmax(dim=-2)
-            chosen = _largest(steps, valid, size)
-        if self.training:
-            self._record(frames, nearest, valid)
-        return chosen
+            return routing_kernels.largest(steps, valid, size, limit), nearest
+        scores = self._scores(frames)
+        steps = (scores * SCORE_RESOLUTION).floor().clamp(-limit, limit)
+        return _largest(steps, valid, size), scores.argmax(dim=-2)
 
     def _scores(self, frames: Tensor) -> Tensor:
         """Products of the centroids with normalised frames (B, H, T, D): (B, H, C, T), in float32 or better."""
@@ -170,10 +173,11 @@ class Routing(QueryKeyMechanism):
 
     def _members(self, frames: Tensor, valid: Tensor | None) -> Tensor:
         """Which frames each centroid takes, bool (B, H, C, T)."""
-        chosen = self._clusters(frames, valid).long()
+        chosen = self._clusters(frames, valid)[0].long()
         members = torch.zeros((*chosen.shape[:3], frames.shape[-2] + 1), dtype=torch.bool, device=frames.device)
         return members.scatter(-1, chosen.remainder(frames.shape[-2] + 1), True)[..., :-1]
 
+    @torch.no_grad()
     def _record(self, frames: Tensor, nearest: Tensor, valid: Tensor | None) -> None:
         """Add real frames to the sums of their nearest centroids, whose numbers are given (B, H, T).
 
@@ -184,14 +188,16 @@ class Routing(QueryKeyMechanism):
         member = nearest[:, :, None] == cluster  # B, H, C, T
         if valid is not None:
             member = member & valid[:, None, None, :]
+            frames = frames.masked_fill(~valid[:, None, :, None], 0)
         self._counts.add_(member.sum(dim=(0, 3)))
         with torch.autocast(frames.device.type, enabled=False):
             self._sums.add_((member.to(frames.dtype) @ frames).sum(dim=0, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Routing:
         super()._apply(fn, recurse)
-        self._sums = fn(self._sums).float()
-        self._counts = fn(self._counts).float()
+        # Emptied: memory may come without values, as when a module built on the meta device gets its own.
+        self._sums = torch.zeros_like(fn(self._sums), dtype=torch.float32)
+        self._counts = torch.zeros_like(fn(self._counts), dtype=torch.float32)
         return self
 
 

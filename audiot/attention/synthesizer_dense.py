@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiot.attention.mechanism import AttentionMechanism, at_least_one, fused_attention, key_mask, masked_softmax
+from audiot.attention.mechanism import AttentionMechanism, at_least_one, check_type, fused_attention, key_mask, masked_softmax
 
 
 class SynthesizerDense(AttentionMechanism):
@@ -49,6 +49,7 @@ class SynthesizerDense(AttentionMechanism):
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout)
         at_least_one(bottleneck_dim=bottleneck_dim)
+        check_type(bool, per_head=per_head)
         self.max_frames = max_frames
         self.bottleneck_dim = bottleneck_dim
         self.per_head = per_head

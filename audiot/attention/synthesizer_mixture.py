@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from audiot.attention.mechanism import (
     AttentionMechanism,
     at_least_one,
+    check_type,
     fused_attention,
     key_mask,
     masked_softmax,
@@ -78,6 +79,7 @@ class SynthesizerMixture(AttentionMechanism):
     ) -> None:
         super().__init__(embed_dim, num_heads, max_frames, dropout)
         at_least_one(bottleneck_dim=bottleneck_dim)
+        check_type(bool, share_query_key=share_query_key)
         for name, choice, choices in (("partner", partner, PARTNERS), ("mixture_of", mixture_of, MIXTURES)):
             if choice not in choices:
                 raise ValueError(f"{name} is {choice!r}: set it to one of {', '.join(choices)}")
@@ -168,6 +170,8 @@ class SynthesizerMixture(AttentionMechanism):
         bias = position_bias(inputs["positions"], query.shape[2], query.device)
         return query_key_scores(query, key, NO_POSITIONS), 0.0 if bias is None else bias
 
-    def _arguments(self, names: frozenset[str], given: dict[str, Tensor | None], positions: Positions | None) -> dict[str, Any]:
-        super()._arguments(names, given, positions)  # what is missing or too long, in this mechanism's name
-        return self.partner._arguments(names, given, positions)
+    def _arguments(
+        self, names: frozenset[str], given: dict[str, Tensor | None], valid: Tensor | None, positions: Positions | None
+    ) -> dict[str, Any]:
+        super()._arguments(names, given, valid, positions)  # what is missing or too long, in this mechanism's name
+        return self.partner._arguments(names, given, valid, positions)

@@ -357,3 +357,16 @@ def test_xbox_hashes_on_the_scale_of_the_keys():
     chosen = mechanism.chosen_keys(query=query, key=key)
     assert torch.equal(mechanism.chosen_keys(query=4 * query, key=4 * key), chosen)
     assert not torch.equal(mechanism.chosen_keys(query=4 * query, key=key), chosen)
+
+
+@pytest.mark.parametrize("num_terms", [2, 8])
+def test_long_padded_keys_change_no_cell_of_sign_alsh(num_terms):
+    torch.manual_seed(0)
+    mechanism = lsh.SignALSH(16, 2, 40, search="chunked", chunk_size=4, num_terms=num_terms).eval()
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    alone = mechanism(query=query, key=key, value=value)
+    junk = 100 * torch.randn(1, 2, 10, 8)
+    longer = [torch.cat([frames, junk], dim=2) for frames in (query, key, value)]
+    valid = torch.arange(30)[None] < 20
+    padded = mechanism(query=longer[0], key=longer[1], value=longer[2], valid=valid)
+    torch.testing.assert_close(padded[:, :, :20], alone)

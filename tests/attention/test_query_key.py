@@ -44,3 +44,14 @@ def test_a_frame_attends_to_itself_only_where_no_other_is_real():
 def test_no_key_projection_is_built():
     attention = build("shared_query_key", 12, 3, 10)
     assert not hasattr(attention, "key")
+
+
+def test_queries_of_zeros_are_finite_in_half_precision():
+    query = torch.zeros(1, 3, 5, 4, dtype=torch.float16)
+    value = torch.ones(1, 3, 5, 4, dtype=torch.float16)
+    assert (SharedQueryKey(12, 3, 10).eval()(query=query, value=value) == 1).all()
+
+
+def test_the_keys_of_a_shared_query_are_all_but_its_own():
+    query = torch.randn(1, 3, 5, 4)
+    assert SharedQueryKey(12, 3, 10).chosen_keys(query=query).equal(~torch.eye(5, dtype=torch.bool).expand(1, 3, -1, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from audiot.attention import build, names
@@ -66,3 +67,36 @@ def test_overrides_replace_the_yaml_values():
     assert attention.mechanism.w1.shape == (2, 8, 3)
     assert attention.mechanism.dropout == 0.25
     assert build("synthesizer_dense", 8, 2, 10).mechanism.dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("local", {"window": "8"}, "window is '8': set it to a whole number"),
+        ("local", {"window": 2.5}, r"window is 2\.5: set it to a whole number"),
+        ("local", {"window": True}, "window is True: set it to a whole number"),
+        ("local", {"window": None}, "window is None: set it to a whole number"),
+        ("sparse_strided", {"stride": float("nan")}, "stride is nan: set it to a whole number"),
+        ("sparse_fixed", {"num_summary": 1.5}, r"num_summary is 1\.5: set it to a whole number"),
+        ("lsh_simple", {"attended_keys": 3.5}, r"attended_keys is 3\.5: set it to a whole number"),
+        ("alsh_sign", {"max_norm": "x"}, "max_norm is 'x': set it to a number"),
+        ("routing", {"cluster_size": 2.5}, r"cluster_size is 2\.5: set it to a whole number"),
+        ("routing", {"ema_decay": "x"}, "ema_decay is 'x': set it to a number"),
+        ("query_key", {"share_query_key": "false"}, "share_query_key is 'false': set it to true or false"),
+        ("synthesizer_dense", {"per_head": "no"}, "per_head is 'no': set it to true or false"),
+        ("synthesizer_mixture", {"share_query_key": 1}, "share_query_key is 1: set it to true or false"),
+        ("query_key", {"dropout": "0.1"}, r"dropout is '0\.1': set it to a number"),
+        ("query_key", {"dropout": float("nan")}, "attention dropout is nan: set it"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_in_one_line(name, overrides, message):
+    with pytest.raises(ValueError, match=f"^{message}.*$"):
+        build(name, 8, 2, 10, **overrides)
+
+
+@pytest.mark.parametrize("name", names())
+def test_masks_of_another_kind_or_shape_are_refused(name):
+    attention = build(name, 8, 2, 10)
+    for valid in (torch.ones(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"^valid is torch\.\w+ of shape .*: pass bool, .* of shape \(2, 5\)$"):
+            attention(torch.zeros(2, 5, 8), valid)

@@ -43,7 +43,8 @@ def moved_by_hand(centroids, batches, decay):
                     assigned[int((centroids[head] @ vector).argmax())].append(vector)
         for number, vectors in enumerate(assigned):
             if vectors:
-                centroid = decay * centroids[head, number] + (1 - decay) * torch.stack(vectors).mean(0)
+                mean = torch.stack(vectors).mean(0)
+                centroid = decay * centroids[head, number] + (1 - decay) * mean / mean.norm()
                 result[head, number] = centroid / centroid.norm()
     return result
 
@@ -74,6 +75,43 @@ def test_centroids_that_are_nearest_to_none_stay():
     stayed = (mechanism.centroids == start).all(-1).sum(-1)
     assert (stayed >= 16).all()  # four vectors move four of twenty at most
     assert (stayed < 20).all()
+
+
+def test_frames_that_are_not_finite_do_not_spoil_the_centroids():
+    mechanism = routing(num_clusters=3, ema_decay=0.5)
+    start = mechanism.centroids.clone()
+    query, key, value = randn(3, 2, 3, 9, 4)
+    broken = query.clone()
+    broken[0, :, 3] = torch.inf
+    mechanism(query=broken, key=key, value=value)
+    mechanism.after_step()
+    assert mechanism.centroids.isfinite().all()
+    mechanism(query=query, key=key, value=value)
+    mechanism.after_step()
+    assert not mechanism.centroids.equal(start)
+    clean = routing(num_clusters=3, ema_decay=0.5)
+    padded = routing(num_clusters=3, ema_decay=0.5)
+    valid = torch.arange(9) < 7
+    undefined = query.masked_fill(~valid[:, None], torch.nan)
+    clean._record(query, clean._clusters(query, valid.expand(2, 9))[1], valid.expand(2, 9))
+    padded._record(undefined, clean._clusters(query, valid.expand(2, 9))[1], valid.expand(2, 9))
+    assert padded._sums.equal(clean._sums)
+
+
+def test_looking_at_weights_or_keys_records_nothing():
+    mechanism = routing(ema_decay=0.5).train()
+    start = mechanism.centroids.clone()
+    query, key, _ = randn(3, 2, 3, 9, 4)
+    mechanism.weights(query=query, key=key)
+    mechanism.chosen_keys(query=query, key=key)
+    mechanism.after_step()
+    assert mechanism.centroids.equal(start)
+
+
+def test_memory_without_values_is_no_record():
+    mechanism = routing().to("meta").to_empty(device="cpu")
+    assert not mechanism._sums.any()
+    assert not mechanism._counts.any()
 
 
 def test_evaluation_changes_no_state():
