@@ -141,8 +141,8 @@ def _products(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale:
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator (H, T, B, D) / denominator (H, T, B); zero, also in the gradients, where no real frame was summed."""
-    # The reciprocal first: the division's own gradient takes twice as many passes over the numerators.
-    return numerator * torch.where(denominator > 0, denominator, 1).reciprocal()[..., None]
+    # No product with a reciprocal, whose gradient squares it: denominators may be as small as exp(−80).
+    return numerator / torch.where(denominator > 0, denominator, 1)[..., None]
 
 
 def _sides(matrices: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from audiot.attention.synthesizer_dense import common_size, widen
 FORMS = ("full", "relative", "factorized")
 INITS = ("handcrafted", "normal", "legacy")
 ANCHORS = ("max_frames", "length")
-LEAST = 1e-16  # large enough for the square of its reciprocal, in the gradients, to be finite in float32 and bfloat16
+LOWEST = -80.0  # exp(-80) is still a normal number in float32 and bfloat16
 
 
 class SynthesizerRandom(AttentionMechanism):
@@ -33,8 +33,9 @@ class SynthesizerRandom(AttentionMechanism):
     - `factorized`: R = R₁R₂ᵀ of rank `rank` (`left`, `right`; the paper's Factorized Random Synthesizer). 2HL·`rank` parameters.
 
     Because all sequences share R, `full` and `relative` fold the batch into the columns of one matrix product (see
-    `audiot.attention.folding`); evaluation keeps softmax(R) until a parameter changes. Where a sequence's real frames
-    have all but no weight beside padded ones, 1e-16 is added to weights. `factorized` is fused attention of R₁ and R₂.
+    `audiot.attention.folding`). With padding, and in evaluation, which keeps them for `full` until a parameter changes, the
+    weights are exp(R − row maximum), divided by their sums over the real frames; logits more than 80 below their row's
+    maximum count as 80 below it. `factorized` is fused attention of R₁ and R₂.
 
     Cost: O(T²d) time, half of query-key attention's products (with `anchor: length`, one more for two heads), O(Td) memory
     a sequence and O(HT²) once a batch. `factorized`: time and memory of query-key attention. No query and key projections.
@@ -135,12 +136,14 @@ class SynthesizerRandom(AttentionMechanism):
         nn.init.zeros_(self.columns)
         if self.init == "handcrafted":
             by_offset = offset_patterns(self.table_frames)
-            for head, (name, pattern) in enumerate(patterns(self.table_frames, self.num_heads).items()):
+            rising = torch.arange(1, self.table_frames + 1, dtype=torch.float64) ** 3
+            by_column = {"start": rising.flip(0) / rising.sum(), "end": rising / rising.sum()}  # all rows are alike
+            for head, name in enumerate(NAMES[: self.num_heads]):
                 if name in by_offset:
                     self.offsets[head] = self._floored(by_offset[name], self.table_frames).log()
-                else:  # start and end: all rows are alike
+                else:
                     self.offsets[head] = 0
-                    self.columns[head] = self._floored(pattern[0], self.table_frames).log()
+                    self.columns[head] = self._floored(by_column[name], self.table_frames).log()
 
     def _floored(self, pattern: Tensor, num_frames: int) -> Tensor:
         """(1 − ρ)·pattern + ρ/T."""
@@ -173,13 +176,15 @@ class SynthesizerRandom(AttentionMechanism):
 
     def _attend_folded(self, value: Tensor, valid: Tensor | None) -> Tensor:
         num_sequences, _, num_frames, head_dim = value.shape
-        weights = self._weights(num_frames, value.dtype)
-        if valid is None and self.anchor == "max_frames" and self._frames_of_weights(num_frames) == num_frames:
+        if valid is None and self.anchor == "max_frames" and not self._may_cache():
+            weights = self.scores(num_frames)
+            weights = weights.softmax(dim=-1, dtype=torch.promote_types(weights.dtype, torch.float32)).to(value.dtype)
             context = self._dropped(weights) @ value.permute(1, 2, 0, 3).flatten(2)  # H, T, B·D
             return context.unflatten(-1, (num_sequences, head_dim)).permute(2, 0, 1, 3)
-        whole = weights + LEAST
+        whole = self._exponentials(num_frames, value.dtype)
         kept = self._dropped(whole)
         if self.anchor == "length":
+            _check_order(valid)
             return folding.attend_by_length(kept, whole, value, valid, self.init_floor)
         return folding.attend(kept, whole, value, valid)
 
@@ -211,29 +216,28 @@ class SynthesizerRandom(AttentionMechanism):
     def _dropped(self, weights: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout_now) if self.dropout_now else weights
 
-    def _weights(self, num_frames: int, dtype: torch.dtype) -> Tensor:
-        """softmax(R) over `_frames_of_weights` frames, cropped to T frames (H, T, T): from the cache, if there may be one."""
+    def _exponentials(self, num_frames: int, dtype: torch.dtype) -> Tensor:
+        """exp(R − row maximum) of the first T frames (H, T, T): from the cache, if there may be one."""
         if not self._may_cache():
-            return _softmax(self.scores(num_frames), dtype)
+            return _exponentials(self.scores(num_frames), dtype)
         parameters, cache = tuple(self.parameters()), self._cache
-        size = self._frames_of_weights(num_frames)
-        if cache is None or not cache.holds(parameters, size, dtype):
+        if cache is None or not cache.holds(parameters, dtype):
             cache = self._cache = _Cache(
                 parameters,
                 tuple(parameter.detach() for parameter in parameters),
                 tuple(parameter._version for parameter in parameters),
-                _softmax(self.scores(size), dtype),
+                _exponentials(self.scores(self.table_frames), dtype),
             )
-        return cache.weights[:, :num_frames, :num_frames]
-
-    def _frames_of_weights(self, num_frames: int) -> int:
-        """How many frames the softmax is taken over: what is cached serves all lengths."""
-        return max(num_frames, self.table_frames) if self._may_cache() else num_frames
+        return cache.exponentials[:, :num_frames, :num_frames]
 
     def _may_cache(self) -> bool:
-        # A tensor made in inference mode counts no versions, and a compiled graph can't ask for them.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.form != "full":
+            return False  # a compiled graph can't ask for versions; other tables are small beside their matrices
+        if self.training or torch.is_grad_enabled():
+            # A fused optimiser changes parameters without counting their versions up: what precedes a step ends the cache.
+            self._cache = None
             return False
+        # A tensor made in inference mode counts no versions.
         return not any(parameter.is_inference() for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> SynthesizerRandom:
@@ -279,34 +283,39 @@ class _Toeplitz(torch.autograd.Function):
 
 
 class _Cache(NamedTuple):
-    """softmax(R) and the state of the parameters that it was computed from.
+    """exp(R − row maximum) and the state of the parameters that it was computed from.
 
-    Any in-place change counts a tensor's version up, and a replaced parameter is another object. Only a write through
-    `.data` leaves no trace: it is seen after the next `train()` or `eval()`.
+    A change in place counts a tensor's version up, and a replaced parameter is another object. A write through `.data`
+    leaves no trace: it is seen after the next `train()` or `eval()`. Nor does the step of a fused optimiser, which a forward
+    pass with gradients precedes.
     """
 
     parameters: tuple[Tensor, ...]
     storages: tuple[Tensor, ...]  # keep the memory alive, so that its address can't be given to other values
     versions: tuple[int, ...]
-    weights: Tensor
+    exponentials: Tensor
 
-    def holds(self, parameters: tuple[Tensor, ...], size: int, dtype: torch.dtype) -> bool:
-        """Whether the cached weights are those of `parameters` now, over `size` frames, in `dtype`."""
-        return (
-            self.weights.dtype == dtype
-            and self.weights.shape[-1] == size
-            and all(
-                cached is parameter and storage.data_ptr() == parameter.data_ptr() and version == parameter._version
-                for cached, storage, version, parameter in zip(
-                    self.parameters, self.storages, self.versions, parameters, strict=True
-                )
-            )
+    def holds(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+        """Whether the cached values are those of `parameters` now, in `dtype`."""
+        return self.exponentials.dtype == dtype and all(
+            cached is parameter and storage.data_ptr() == parameter.data_ptr() and version == parameter._version
+            for cached, storage, version, parameter in zip(self.parameters, self.storages, self.versions, parameters, strict=True)
         )
 
 
-def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax in float32 or better, returned in `dtype`."""
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+def _exponentials(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(scores − row maximum), at least exp(−80): computed in float32 or better, returned in `dtype`."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # The maximum cancels between numerator and denominator, hence has no gradient.
+    return (scores - scores.detach().amax(dim=-1, keepdim=True)).clamp_min(LOWEST).exp().to(dtype)
+
+
+def _check_order(valid: Tensor | None) -> None:
+    """Raise ValueError if a padded frame precedes a real one; on the CPU only, as asking a GPU would make the host wait."""
+    if valid is None or valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+        raise ValueError("anchor=length needs real frames before padded ones: pad at the end, or set anchor=max_frames")
 
 
 def _check(form: str, init: str, init_floor: float, anchor: str) -> None:

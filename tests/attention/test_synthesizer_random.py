@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from audiot.attention import build, patterns
+from audiot.attention import build, patterns, synthesizer_random
 from audiot.attention.patterns import legacy_patterns, offset_patterns
 from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.optimization import parameter_groups
@@ -292,6 +292,7 @@ CHANGES = {
     "in place": lambda synthesizer: first(synthesizer).mul_(0.5),
     "in place, last": lambda synthesizer: list(synthesizer.parameters())[-1].add_(torch.randn(12)),
     "optimiser step": lambda synthesizer: step(synthesizer),
+    "fused optimiser step": lambda synthesizer: fused_step(synthesizer),
     "load_state_dict": lambda synthesizer: synthesizer.load_state_dict(mechanism_like(synthesizer).state_dict()),
     "load_state_dict assign": lambda synthesizer: synthesizer.load_state_dict(
         {key: entry.clone() for key, entry in mechanism_like(synthesizer).state_dict().items()}, assign=True
@@ -314,6 +315,13 @@ def step(synthesizer):
     torch.optim.AdamW(synthesizer.parameters(), lr=0.1).step()
 
 
+def fused_step(synthesizer):
+    """A step of training in evaluation mode, by an optimiser that counts no version up."""
+    with torch.enable_grad():
+        synthesizer(value=values(2, 9, 8)).square().sum().backward()
+    torch.optim.AdamW(synthesizer.parameters(), lr=0.1, fused=True).step()
+
+
 def replace(synthesizer):
     name, parameter = next(synthesizer.named_parameters())
     setattr(synthesizer, name, torch.nn.Parameter(torch.randn_like(parameter)))
@@ -334,13 +342,13 @@ def test_the_cache_never_outlives_a_change_of_the_parameters(options, change):
     assert not torch.allclose(before, after, atol=1e-4)
 
 
-@folded_forms
+@pytest.mark.parametrize("anchor", ["max_frames", "length"])
 @torch.no_grad()
-def test_the_cache_is_used_across_lengths_in_evaluation_only(options, monkeypatch):
+def test_the_cache_is_used_across_lengths_in_evaluation_only(anchor, monkeypatch):
     calls = []
-    original = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])
-    synthesizer = mechanism(12, **options).eval()
+    original = synthesizer_random._exponentials
+    monkeypatch.setattr(synthesizer_random, "_exponentials", lambda *args: (calls.append(args), original(*args))[1])
+    synthesizer = mechanism(12, anchor=anchor).eval()
     for num_frames, valid in ((12, None), (9, None), (9, valid_of([9, 4], 9))):
         synthesizer(value=values(2, num_frames), valid=valid)
     assert len(calls) == 1
@@ -350,8 +358,27 @@ def test_the_cache_is_used_across_lengths_in_evaluation_only(options, monkeypatc
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("spread", [1, 10, 15])
+def test_sharp_tables_are_exact_cropped_and_padded(spread):
+    synthesizer = mechanism(60, num_heads=1, init="normal").double().eval()
+    value, junk = values(1, 20, 1).double(), 5 * values(1, 30, 1).double()
+    with torch.no_grad():
+        synthesizer.logits.copy_((spread * torch.randn_like(synthesizer.logits)).clamp(-39, 39))  # 78 apart at most
+        plain = synthesizer.weights(hidden=torch.zeros(1, 20, 4)) @ value
+        torch.testing.assert_close(synthesizer(value=value), plain, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(synthesizer(value=value), plain, rtol=1e-10, atol=1e-12)
+    padded = synthesizer(value=torch.cat([value, junk], dim=2), valid=torch.arange(50)[None] < 20)
+    torch.testing.assert_close(padded[:, :, :20], plain, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.grad(padded[:, :, :20].sum(), synthesizer.logits)[0].isfinite().all()
+
+
+def test_left_padding_is_refused_where_patterns_follow_the_length():
+    with pytest.raises(ValueError, match=r"^anchor=length needs real frames before padded ones: pad at the end, or set .*$"):
+        mechanism(12, anchor="length")(value=values(1, 5), valid=torch.tensor([[False, True, True, True, True]]))
+
+
 @torch.no_grad()
-def test_sequences_beyond_the_cached_length_renew_the_cache():
+def test_sequences_beyond_the_table_of_offsets_are_exact():
     synthesizer = mechanism(12, form="relative", init="normal").eval()
     for num_frames in (5, 20, 5, 15):
         value = values(2, num_frames)
