@@ -550,8 +550,10 @@ def draw(rows: Sequence[Row], baseline: str, title: str, folder: Path) -> list[s
             axes.append((panel.title, "µs a frame", _times(own, baseline)))
             if memory_grid(own):
                 axes.append((panel.title, "peak memory, KiB a frame", _peaks(own)))
-        plot_benchmark(axes, baseline, title, folder / name)
-        drawn.append(name)
+        axes = [axis for axis in axes if any(line["values"] for line in axis[2].values())]
+        if axes:  # all may be refused, or out of memory
+            plot_benchmark(axes, baseline, title, folder / name)
+            drawn.append(name)
     return drawn
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -590,3 +591,29 @@ def test_a_graph_computes_what_the_call_computes():
     call()
     call()
     assert result.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mechanisms": [{"name": "local", "overrides": {"windw": 3}}]}, "local has no parameter 'windw' (did you mean window?)"),
+        ({"mechanisms": [{"name": "local", "overrides": 3}]}, "overrides of local are 3: expected {parameter: value}"),
+        ({"mechanisms": [{"name": "local", "max_length": "x"}]}, "max_length of local is 'x': set it to a whole number"),
+        ({"mechanisms": [3]}, "3 is neither a name nor"),
+        ({"lengths": [1.5]}, "benchmark.lengths: one is 1.5: set it to a whole number"),
+        ({"lengths": [True]}, "benchmark.lengths: one is True: set it to a whole number"),
+        ({"lengths": ["a"]}, "benchmark.lengths: one is 'a': set it to a whole number"),
+        ({"compile": [1]}, "is 1: set it to true or false"),
+        ({"seconds": -1.0}, "benchmark.seconds is -1.0: set it to 0 or more"),
+        ({"seconds": math.nan}, "benchmark.seconds is nan: set it to 0 or more"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_anything_runs(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AttentionBenchmark(**SMALL | changes)
+
+
+def test_a_picture_without_any_value_is_not_drawn(tmp_path):
+    rows = run(embed_dim=4, num_heads=4, positions="rotary", scopes=["layer"])  # heads of one element can't turn
+    assert all(row.median_ms is None and "even head size" in row.note for row in rows if row.mechanism == "query_key")
+    assert benchmark.draw([row for row in rows if row.median_ms is None], "query_key", "", tmp_path) == []

@@ -23,7 +23,7 @@ from audiot.pretraining import MaskedAcousticModel
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Draw curves, probes, one utterance's reconstruction, its attention and keys before and after training, and tables."""
+    """Draw curves, probes, an utterance's reconstruction, its attention, keys and tables beside the untrained model's."""
     run = Path(cfg.run)
     settings = run_config(run)
     if "downstream" in settings:
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     fresh.model.features.load_state_dict(module.model.features.state_dict())
     before, after = fresh.model.encoder, module.model.encoder
     draw_attention(after, tokens, f"after training, {name}", plots / "attention.png")
-    draw_attention(before, tokens, f"before training, {name}", plots / "attention-untrained.png")
+    draw_attention(before, tokens, f"of the untrained model, {name}", plots / "attention-untrained.png")
     if isinstance(after.layer(0).attention.mechanism, SynthesizerRandom):
         draw_tables(before, after, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
@@ -72,7 +72,7 @@ def draw_tables(before: Encoder, after: Encoder, path: Path) -> None:
     num_frames = after.max_frames
     frames = torch.zeros(1, num_frames, after.embed_dim)
     trained = [after.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(after.num_layers)]
-    rows = ["before training", *(f"layer {index + 1}" for index in range(after.num_layers))]
+    rows = ["untrained", *(f"layer {index + 1}" for index in range(after.num_layers))]
     known = NAMES if start.init == "handcrafted" else ()
     columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]
     heading = f"Attention tables of {num_frames} frames, the same for every utterance"

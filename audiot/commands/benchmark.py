@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from audiot import benchmark
-from audiot.attention import AttentionMechanism, SelfAttention, build, names
+from audiot.attention import AttentionMechanism, SelfAttention, build, names, parameters
 from audiot.attention.lsh import LSHAttention, recall
+from audiot.attention.mechanism import check_type
 from audiot.benchmark import Failed, Measured, MismatchError, Panel, Row, attempt
 from audiot.cli import nearest, options
 from audiot.commands.common import plain, say
@@ -100,6 +101,8 @@ class Entry:
     @classmethod
     def of(cls, config: str | Mapping[str, Any]) -> Entry:
         """An entry of the config: a name, or a mapping with some of these keys."""
+        if not isinstance(config, (str, Mapping)):
+            raise ValueError(f"benchmark.mechanisms: {config!r} is neither a name nor {{name: …, overrides: …}}")
         given: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
         known = ["name", "label", "overrides", "max_length"]
         for key in given:
@@ -110,9 +113,18 @@ class Entry:
             raise ValueError(
                 f"benchmark.mechanisms: no attention {name!r}{nearest(name, names())}; there are {', '.join(names())}"
             )
-        overrides = dict(given.get("overrides") or {})
+        overrides, max_length = given.get("overrides") or {}, given.get("max_length")
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"benchmark.mechanisms: overrides of {name} are {overrides!r}: expected {{parameter: value}}")
+        known = list(parameters(name))
+        for key in overrides:
+            if key not in known:
+                raise ValueError(f"benchmark.mechanisms: {name} has no parameter {key!r}{nearest(str(key), known)}")
+        if max_length is not None:
+            check_type(int, **{f"benchmark.mechanisms: max_length of {name}": max_length})
+        overrides = dict(overrides)
         label = given.get("label") or " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
-        return cls(name, label, overrides, given.get("max_length"))
+        return cls(name, label, overrides, max_length)
 
 
 class AttentionBenchmark:
@@ -166,6 +178,15 @@ class AttentionBenchmark:
         device: str,
         seed: int,
     ) -> None:
+        sizes = {"frames": frames, "embed_dim": embed_dim, "num_heads": num_heads, "rounds": rounds}
+        check_type(int, **{f"benchmark.{name}": size for name, size in sizes.items()})
+        for length in lengths:
+            check_type(int, **{"benchmark.lengths: one": length})
+        for flag in (*compile, graphs):
+            check_type(bool, **{"benchmark.compile or benchmark.graphs": flag})
+        check_type(float, **{"benchmark.seconds": seconds, "benchmark.padded": padded, "benchmark.dropout": dropout})
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"benchmark.seconds is {seconds}: set it to 0 or more")
         for name, size in {
             "frames": frames,
             "num_heads": num_heads,
