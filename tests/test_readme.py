@@ -49,7 +49,7 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     if command == "pretrain":
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
     if "-m" in rest:
-        return [command, *rest, f"hydra.sweep.dir={folder / 'sweep'}"]
+        return [command, *rest, f"hydra.sweep.dir={folder / f'sweep{number}'}"]
     return [command, *rest, f"hydra.run.dir={run if number == 0 else folder / str(number)}"]
 
 
@@ -84,7 +84,7 @@ def test_commands_of_the_readme_run(folder, monkeypatch):
             pytest.fail(f"{line}: {stop}")
         number += arguments[0] in ("pretrain", "finetune", "prepare")
     assert number > 15
-    assert (folder / "sweep" / "sweep.csv").is_file()
+    assert len(list(folder.glob("sweep*/sweep.csv"))) == sum(" -m " in line for line in COMMANDS)
 
 
 def test_python_of_the_readme_runs(folder, monkeypatch):
