@@ -24,6 +24,7 @@ from audiot.analysis.plots import plot_benchmark
 from audiot.files import replacing
 
 MAX_CALLS = 1000  # in a round: of a mechanism that does next to nothing
+MIN_ROUNDS = 3  # to compare: of fewer, the quartiles lie too close together or coincide
 
 Result = TypeVar("Result")
 
@@ -224,6 +225,7 @@ class Row:
     batch: int
     precision: str
     compiled: bool
+    rounds: int | None = None
     median_ms: float | None = None
     q25_ms: float | None = None
     q75_ms: float | None = None
@@ -271,6 +273,7 @@ def rows_of(
         rows.append(
             Row(
                 **where,
+                rounds=len(result.seconds),
                 median_ms=1000 * middle,
                 q25_ms=1000 * low,
                 q75_ms=1000 * high,
@@ -366,18 +369,22 @@ class Standing:
         faster: Lengths measured at which it is faster, beyond the spread of the measurements.
         slower: Lengths at which it is slower likewise.
         level: Lengths at which neither can be said.
+        few_rounds: Whether there were fewer than `MIN_ROUNDS`: the lengths are all level then.
     """
 
     crossings: tuple[tuple[float, bool], ...]
     faster: tuple[int, ...]
     slower: tuple[int, ...]
     level: tuple[int, ...]
+    few_rounds: bool = False
 
     def sentence(self, name: str, baseline: str) -> str:
         """The comparison in words."""
         lengths = sorted((*self.faster, *self.slower, *self.level))
         if not lengths:
             return f"{name} was not measured"
+        if self.few_rounds:
+            return f"{name} and {baseline}: too few rounds to compare (at least {MIN_ROUNDS})"
         if self.crossings:
             words = [
                 f"{'passes' if up else 'falls behind'} {baseline} at about T = {two_digits(at)}" for at, up in self.crossings
@@ -396,23 +403,29 @@ class Standing:
             return ", ".join(f"{'faster' if up else 'slower'} from T ≈ {two_digits(at)}" for at, up in self.crossings)
         if self.faster:
             return "faster" if not self.level else f"faster at T = {_listed(self.faster)}"
+        if self.few_rounds:
+            return "too few rounds to compare"
         return "slower" if self.slower else "level" if self.level else "not measured"
 
 
 def standing(own: Sequence[Row], baseline: Sequence[Row]) -> Standing:
     """Compare a mechanism's rows with the baseline's, both of one table.
 
-    A length counts as faster or slower where the ranges between the quartiles don't overlap. Between two lengths that
-    differ in that, the crossing is where the speed-up is 1, its logarithm interpolated linearly in the logarithm of the length.
+    A length counts as faster or slower where the ranges between the quartiles, of `MIN_ROUNDS` at least, don't overlap. Between
+    two lengths that differ in that, the crossing is where the speed-up is 1, its logarithm interpolated linearly in the
+    logarithm of the length.
     """
     base = {row.length: row for row in baseline if row.median_ms is not None}
     pairs = [(row, base[row.length]) for row in sorted(own, key=lambda row: row.length) if row.median_ms and row.length in base]
     lengths = [row.length for row, _ in pairs]
     speedups = [_given(other.median_ms) / _given(row.median_ms) for row, other in pairs]
+    few_rounds = any((each.rounds or 0) < MIN_ROUNDS for pair in pairs for each in pair)
     signs = [
         1 if _given(row.q75_ms) < _given(other.q25_ms) else -1 if _given(row.q25_ms) > _given(other.q75_ms) else 0
         for row, other in pairs
     ]
+    if few_rounds:
+        signs = [0] * len(signs)
     clear = [place for place, sign in enumerate(signs) if sign]
     return Standing(
         crossings=tuple(
@@ -423,6 +436,7 @@ def standing(own: Sequence[Row], baseline: Sequence[Row]) -> Standing:
         faster=tuple(lengths[place] for place in clear if signs[place] > 0),
         slower=tuple(lengths[place] for place in clear if signs[place] < 0),
         level=tuple(length for length, sign in zip(lengths, signs, strict=True) if not sign),
+        few_rounds=few_rounds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of attention: weights, chosen keys, tables before and after training."""
+"""Pictures of attention: weights, chosen keys, tables untrained and trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import audiot.attention
-from audiot.commands.analyze import draw_attention, draw_tables
+from audiot.commands.analyze import draw_attention, draw_both, draw_tables
 from audiot.model import Encoder
 
 
@@ -59,7 +59,7 @@ def test_mechanisms_that_choose_nothing_have_no_picture_of_keys(tmp_path, drawn)
 
 
 @torch.no_grad()
-def test_tables_are_drawn_before_and_after_training_under_the_names_of_their_patterns(tmp_path, drawn):
+def test_tables_are_drawn_untrained_and_trained_under_the_names_of_their_patterns(tmp_path, drawn):
     before, after = encoder("synthesizer_random"), encoder("synthesizer_random")
     after.layer(1).attention.mechanism.logits[2, 5, 7] += 3
     draw_tables(before, after, tmp_path / "patterns.png")
@@ -71,3 +71,15 @@ def test_tables_are_drawn_before_and_after_training_under_the_names_of_their_pat
     assert second[2][5, 7] > start[2][5, 7]
     titles = [axis.get_title() for axis in drawn["patterns.png"].axes[:4]]
     assert titles == ["head 1: current", "head 2: previous", "head 3: next", "head 4: left"]
+    rows = [axis.get_ylabel() for axis in drawn["patterns.png"].axes[::4]]
+    assert rows == ["untrained", "layer 1", "layer 2"]
+
+
+@torch.no_grad()
+def test_titles_tell_the_trained_model_from_the_untrained_one(tmp_path, drawn):
+    untrained, trained = encoder("lsh_simple", attended_keys=3), encoder("lsh_simple", seed=1, attended_keys=3)
+    draw_both(untrained, trained, torch.randn(1, 10, 6), "UTT", tmp_path)
+    titles = {name: figure.get_suptitle() for name, figure in drawn.items()}
+    assert titles["attention.png"] == "Attention, trained model, UTT"
+    assert titles["attention-untrained.png"] == "Attention, untrained model, UTT"
+    assert titles["attention-untrained-keys.png"].endswith("(bright, 30% of all pairs), untrained model, UTT")

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from omegaconf import OmegaConf
 
 from audiot import benchmark
 from audiot.attention import names
 from audiot.attention.query_key import QueryKey
 from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.benchmark import Failed, Measured, MismatchError, Panel, Row, as_graph, crossing, measure, rows_of, standing
-from audiot.commands.benchmark import AttentionBenchmark, Entry
+from audiot.commands.benchmark import AttentionBenchmark, Entry, main
 from audiot.commands.common import plain
 
 CPU = torch.device("cpu")
@@ -192,7 +194,7 @@ def test_an_unknown_device_is_refused_in_one_line():
 
 def row(mechanism, length, median, spread=0.0, **changes):
     where = {**PANEL._asdict(), "length": length, "batch": 2}
-    times = {"median_ms": median, "q25_ms": median - spread, "q75_ms": median + spread}
+    times = {"rounds": 5, "median_ms": median, "q25_ms": median - spread, "q75_ms": median + spread}
     return Row(mechanism, **where | times | changes)
 
 
@@ -204,6 +206,7 @@ def test_rows_hold_quartiles_speedup_and_real_frames_a_second():
     }
     base, fast, big = rows_of(results, "query_key", PANEL, 8, 4, 30, {"fast": {"parameters": 7}})
     assert (base.q25_ms, base.median_ms, base.q75_ms) == pytest.approx((2, 3, 4))
+    assert (base.rounds, fast.rounds, big.rounds) == (5, 5, None)
     assert (base.speedup, base.frames_per_s) == pytest.approx((1, 10_000))
     assert (fast.speedup, fast.frames_per_s, fast.peak_mib, fast.parameters) == pytest.approx((3, 30_000, 3, 7))
     assert big == Row("big", "layer", "training", 8, 4, "fp32", False, note="out of memory")
@@ -287,6 +290,19 @@ def test_standing_says_where_the_baseline_is_passed_and_makes_nothing_of_noise(m
     found = standing(line("fast", medians, spread), line("query_key", [2, 2, 2]))
     assert found.sentence("fast", "query_key") == sentence
     assert found.words() == words
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_too_few_rounds_make_no_comparison_however_far_apart(rounds):
+    fast, base = (
+        [Row(**{**vars(row), "rounds": rounds}) for row in line(*of)] for of in (("fast", [4, 1, 1]), ("base", [2] * 3))
+    )
+    found = standing(fast, base)
+    assert (found.crossings, found.faster, found.slower) == ((), (), ())
+    assert found.sentence("fast", "base") == "fast and base: too few rounds to compare (at least 3)"
+    assert found.words() == "too few rounds to compare"
+    enough = [[Row(**{**vars(row), "rounds": 3}) for row in rows] for rows in (fast, base)]
+    assert standing(*enough).words() == "faster from T ≈ 200"
 
 
 def test_lengths_without_a_result_do_not_count():
@@ -596,24 +612,47 @@ def test_a_graph_computes_what_the_call_computes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mechanisms": [{"name": "local", "overrides": {"windw": 3}}]}, "local has no parameter 'windw' (did you mean window?)"),
+        (
+            {"mechanisms": [{"name": "local", "overrides": {"windw": 3}}]},
+            "local has no parameter 'windw' (did you mean window?); there are ",
+        ),
         ({"mechanisms": [{"name": "local", "overrides": 3}]}, "overrides of local are 3: expected {parameter: value}"),
         ({"mechanisms": [{"name": "local", "max_length": "x"}]}, "max_length of local is 'x': set it to a whole number"),
+        ({"mechanisms": [{"name": "local", "max_length": 0}]}, "max_length of local is 0: set it to at least 1"),
         ({"mechanisms": [3]}, "3 is neither a name nor"),
         ({"lengths": [1.5]}, "benchmark.lengths: one is 1.5: set it to a whole number"),
         ({"lengths": [True]}, "benchmark.lengths: one is True: set it to a whole number"),
         ({"lengths": ["a"]}, "benchmark.lengths: one is 'a': set it to a whole number"),
-        ({"compile": [1]}, "is 1: set it to true or false"),
+        ({"compile": [1]}, "benchmark.compile: one is 1: set it to true or false"),
         ({"seconds": -1.0}, "benchmark.seconds is -1.0: set it to 0 or more"),
+        ({"graphs": 0}, "benchmark.graphs is 0: set it to true or false"),
+        ({"seconds": math.inf}, "benchmark.seconds is inf: set it to 0 or more, and finite"),
         ({"seconds": math.nan}, "benchmark.seconds is nan: set it to 0 or more"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_before_anything_runs(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         AttentionBenchmark(**SMALL | changes)
+    assert str(error.value).startswith("benchmark.")
+    assert "\n" not in str(error.value)
 
 
 def test_a_picture_without_any_value_is_not_drawn(tmp_path):
     rows = run(embed_dim=4, num_heads=4, positions="rotary", scopes=["layer"])  # heads of one element can't turn
     assert all(row.median_ms is None and "even head size" in row.note for row in rows if row.mechanism == "query_key")
     assert benchmark.draw([row for row in rows if row.median_ms is None], "query_key", "", tmp_path) == []
+
+
+def test_reasons_are_printed_before_anything_is_drawn(tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(benchmark, "draw", fail)
+    task = SimpleNamespace(overrides=SimpleNamespace(task=[]))
+    monkeypatch.setattr("audiot.commands.benchmark.HydraConfig", SimpleNamespace(get=lambda: task))
+    settings = SMALL | {"embed_dim": 4, "num_heads": 4, "positions": "rotary", "scopes": ["layer"]}
+    del settings["seed"]
+    target = {"_target_": "audiot.commands.benchmark.AttentionBenchmark"}
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="no picture"):
+        main(OmegaConf.create({"run_dir": str(tmp_path), "seed": 0, "benchmark": target | settings}))
+    assert "query_key, T = 6, 12: refused: " in caplog.text

@@ -33,7 +33,7 @@ class SynthesizerRandom(AttentionMechanism):
     - `factorized`: R = R₁R₂ᵀ of rank `rank` (`left`, `right`; the paper's Factorized Random Synthesizer). 2HL·`rank` parameters.
 
     Because all sequences share R, `full` and `relative` fold the batch into the columns of one matrix product (see
-    `audiot.attention.folding`). With padding, and in evaluation, which keeps them for `full` until a parameter changes, the
+    `audiot.attention.folding`). With padding, and in evaluation, which keeps them for `full` until a parameter or T changes, the
     weights are exp(R − row maximum), divided by their sums over the real frames; logits more than 80 below their row's
     maximum count as 80 below it. `factorized` is fused attention of R₁ and R₂.
 
@@ -63,7 +63,8 @@ class SynthesizerRandom(AttentionMechanism):
 
     Raises:
         ValueError: an unknown `form`, `init` or `anchor`, two of them that exclude each other, `init_floor` outside (0, 1],
-            or `rank` not positive.
+            or `rank` not positive. With `anchor: length`, `attend` refuses padding before real frames, if `valid` is on the
+            CPU and nothing is compiled; elsewhere the check would make the host wait.
     """
 
     inputs = frozenset({"value"})
@@ -221,22 +222,22 @@ class SynthesizerRandom(AttentionMechanism):
         if not self._may_cache():
             return _exponentials(self.scores(num_frames), dtype)
         parameters, cache = tuple(self.parameters()), self._cache
-        if cache is None or not cache.holds(parameters, dtype):
+        if cache is None or not cache.holds(parameters, num_frames, dtype):
             cache = self._cache = _Cache(
                 parameters,
                 tuple(parameter.detach() for parameter in parameters),
                 tuple(parameter._version for parameter in parameters),
-                _exponentials(self.scores(self.table_frames), dtype),
+                _exponentials(self.scores(num_frames), dtype),  # the maximum is that of the crop
             )
-        return cache.exponentials[:, :num_frames, :num_frames]
+        return cache.exponentials
 
     def _may_cache(self) -> bool:
-        if torch.compiler.is_compiling() or self.form != "full":
-            return False  # a compiled graph can't ask for versions; other tables are small beside their matrices
         if self.training or torch.is_grad_enabled():
             # A fused optimiser changes parameters without counting their versions up: what precedes a step ends the cache.
             self._cache = None
             return False
+        if torch.compiler.is_compiling() or self.form != "full":
+            return False  # a compiled graph can't ask for versions; other tables are small beside their matrices
         # A tensor made in inference mode counts no versions.
         return not any(parameter.is_inference() for parameter in self.parameters())
 
@@ -295,9 +296,9 @@ class _Cache(NamedTuple):
     versions: tuple[int, ...]
     exponentials: Tensor
 
-    def holds(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-        """Whether the cached values are those of `parameters` now, in `dtype`."""
-        return self.exponentials.dtype == dtype and all(
+    def holds(self, parameters: tuple[Tensor, ...], num_frames: int, dtype: torch.dtype) -> bool:
+        """Whether the cached values are those of `parameters` now, for T frames, in `dtype`."""
+        return (self.exponentials.dtype, self.exponentials.shape[-1]) == (dtype, num_frames) and all(
             cached is parameter and storage.data_ptr() == parameter.data_ptr() and version == parameter._version
             for cached, storage, version, parameter in zip(self.parameters, self.storages, self.versions, parameters, strict=True)
         )

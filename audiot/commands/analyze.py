@@ -38,11 +38,10 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(settings.seed)
     fresh = MaskedAcousticModel(**module.hparams).eval()
     fresh.model.features.load_state_dict(module.model.features.state_dict())
-    before, after = fresh.model.encoder, module.model.encoder
-    draw_attention(after, tokens, f"after training, {name}", plots / "attention.png")
-    draw_attention(before, tokens, f"of the untrained model, {name}", plots / "attention-untrained.png")
-    if isinstance(after.layer(0).attention.mechanism, SynthesizerRandom):
-        draw_tables(before, after, plots / "patterns.png")
+    untrained, trained = fresh.model.encoder, module.model.encoder
+    draw_both(untrained, trained, tokens, name, plots)
+    if isinstance(trained.layer(0).attention.mechanism, SynthesizerRandom):
+        draw_tables(untrained, trained, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
         plot_training(run / "metrics.csv", plots / "training.png")
     summary = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
@@ -54,29 +53,35 @@ def main(cfg: DictConfig) -> None:
     say(f"next:   audiot evaluate run={run}")
 
 
+def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:
+    """Draw an utterance's attention in both models; the untrained one is random, whatever the run began with."""
+    draw_attention(trained, tokens, f"trained model, {name}", plots / "attention.png")
+    draw_attention(untrained, tokens, f"untrained model, {name}", plots / "attention-untrained.png")
+
+
 def draw_attention(encoder: Encoder, tokens: Tensor, title: str, path: Path) -> None:
     """Draw an utterance's attention weights, and beside them, in ``…-keys.png``, the keys where the mechanism chooses some."""
     layers = encoder.attention_inputs(tokens)
-    plot_attention([attention.weights(hidden)[0] for attention, hidden in layers], f"Attention {title}", path)
+    plot_attention([attention.weights(hidden)[0] for attention, hidden in layers], f"Attention, {title}", path)
     chosen = [keys[0] for attention, hidden in layers if (keys := attention.chosen_keys(hidden)) is not None]
     if chosen:
         share = torch.stack(chosen).float().mean()
-        heading = f"Keys that each frame may attend to (bright, {share:.0%} of all pairs) {title}"
+        heading = f"Keys that each frame may attend to (bright, {share:.0%} of all pairs), {title}"
         plot_attention(chosen, heading, path.with_name(f"{path.stem}-keys.png"))
 
 
-def draw_tables(before: Encoder, after: Encoder, path: Path) -> None:
-    """Draw the tables of a random synthesizer, which no utterance changes, as they were first and as they are trained."""
-    start = before.layer(0).attention.mechanism
+def draw_tables(untrained: Encoder, trained: Encoder, path: Path) -> None:
+    """Draw the tables of a random synthesizer, which no utterance changes: an untrained model's and the trained ones."""
+    start = untrained.layer(0).attention.mechanism
     assert isinstance(start, SynthesizerRandom)
-    num_frames = after.max_frames
-    frames = torch.zeros(1, num_frames, after.embed_dim)
-    trained = [after.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(after.num_layers)]
-    rows = ["untrained", *(f"layer {index + 1}" for index in range(after.num_layers))]
+    num_frames = trained.max_frames
+    frames = torch.zeros(1, num_frames, trained.embed_dim)
+    tables = [trained.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(trained.num_layers)]
+    rows = ["untrained", *(f"layer {index + 1}" for index in range(trained.num_layers))]
     known = NAMES if start.init == "handcrafted" else ()
     columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]
     heading = f"Attention tables of {num_frames} frames, the same for every utterance"
-    plot_attention([start.weights(hidden=frames)[0], *trained], heading, path, rows, columns)
+    plot_attention([start.weights(hidden=frames)[0], *tables], heading, path, rows, columns)
 
 
 def utterance(data: SpeechDataModule, name: str | None) -> Batch:

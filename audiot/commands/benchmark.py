@@ -63,8 +63,6 @@ def main(cfg: DictConfig) -> None:
     write_json(run / "machine.json", machine | {"wall_s": round(time.monotonic() - begin, 1)})
     with replacing(run / "table.md") as temporary:
         temporary.write_text(benchmark.report(rows, BASELINE, what.describe(machine)), encoding="utf-8")
-    size = f"{what.num_heads} heads × {what.head_dim}"
-    plots = benchmark.draw(rows, BASELINE, f"Attention, {size}, {machine['device']}", run)
     tables = benchmark.panels(rows)
     first = next(iter(tables))
     panel = [panel for panel in tables if panel[:2] == first[:2]][-1]  # the layer in training, if that was asked for
@@ -72,6 +70,9 @@ def main(cfg: DictConfig) -> None:
     say(f"\n{panel.title}: ms a batch of {what.frames:,} frames (× as fast as {BASELINE})")
     say(benchmark.aligned(benchmark.grid(shown)))
     say("\n".join(["", *benchmark.sentences(shown, BASELINE), *benchmark.notes(shown), ""]))
+    # After the notes, which say why there may be nothing to draw.
+    size = f"{what.num_heads} heads × {what.head_dim}"
+    plots = benchmark.draw(rows, BASELINE, f"Attention, {size}, {machine['device']}", run)
     say(f"run     {run}\nfiles   {', '.join(['table.md', 'results.csv', *plots, 'machine.json'])}")
     say(f"next:   {what.next_command(shown)}")
     broken = [row for row in rows if Failed(row.note).broken]
@@ -119,11 +120,14 @@ class Entry:
         known = list(parameters(name))
         for key in overrides:
             if key not in known:
-                raise ValueError(f"benchmark.mechanisms: {name} has no parameter {key!r}{nearest(str(key), known)}")
+                near = nearest(str(key), known)
+                raise ValueError(f"benchmark.mechanisms: {name} has no parameter {key!r}{near}; there are {', '.join(known)}")
         if max_length is not None:
             check_type(int, **{f"benchmark.mechanisms: max_length of {name}": max_length})
+            if max_length < 1:
+                raise ValueError(f"benchmark.mechanisms: max_length of {name} is {max_length}: set it to at least 1")
         overrides = dict(overrides)
-        label = given.get("label") or " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
+        label = str(given.get("label") or "") or " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
         return cls(name, label, overrides, max_length)
 
 
@@ -182,11 +186,12 @@ class AttentionBenchmark:
         check_type(int, **{f"benchmark.{name}": size for name, size in sizes.items()})
         for length in lengths:
             check_type(int, **{"benchmark.lengths: one": length})
-        for flag in (*compile, graphs):
-            check_type(bool, **{"benchmark.compile or benchmark.graphs": flag})
+        for flag in compile:
+            check_type(bool, **{"benchmark.compile: one": flag})
+        check_type(bool, **{"benchmark.graphs": graphs})
         check_type(float, **{"benchmark.seconds": seconds, "benchmark.padded": padded, "benchmark.dropout": dropout})
         if not 0 <= seconds < float("inf"):
-            raise ValueError(f"benchmark.seconds is {seconds}: set it to 0 or more")
+            raise ValueError(f"benchmark.seconds is {seconds}: set it to 0 or more, and finite")
         for name, size in {
             "frames": frames,
             "num_heads": num_heads,

@@ -273,6 +273,19 @@ class Shapes(TorchDispatchMode):
         return result
 
 
+class Sizes(TorchDispatchMode):
+    """Notes the sizes of all tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel += [tensor.numel() for tensor in (result,) if isinstance(tensor, torch.Tensor)]
+        return result
+
+
 @every_form
 @pytest.mark.parametrize("padded", [False, True])
 def test_training_in_bfloat16_makes_no_float32_copy_of_the_values(options, padded):
@@ -344,18 +357,18 @@ def test_the_cache_never_outlives_a_change_of_the_parameters(options, change):
 
 @pytest.mark.parametrize("anchor", ["max_frames", "length"])
 @torch.no_grad()
-def test_the_cache_is_used_across_lengths_in_evaluation_only(anchor, monkeypatch):
+def test_the_cache_is_used_until_the_length_changes_in_evaluation_only(anchor, monkeypatch):
     calls = []
     original = synthesizer_random._exponentials
     monkeypatch.setattr(synthesizer_random, "_exponentials", lambda *args: (calls.append(args), original(*args))[1])
     synthesizer = mechanism(12, anchor=anchor).eval()
-    for num_frames, valid in ((12, None), (9, None), (9, valid_of([9, 4], 9))):
+    for num_frames, valid in ((12, None), (12, None), (9, None), (9, valid_of([9, 4], 9))):
         synthesizer(value=values(2, num_frames), valid=valid)
-    assert len(calls) == 1
+    assert len(calls) == 2
     synthesizer.train()
     for _ in range(2):
         synthesizer(value=values(2, 9), valid=valid_of([9, 4], 9))
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("spread", [1, 10, 15])
@@ -372,6 +385,28 @@ def test_sharp_tables_are_exact_cropped_and_padded(spread):
     assert torch.autograd.grad(padded[:, :, :20].sum(), synthesizer.logits)[0].isfinite().all()
 
 
+@torch.no_grad()
+def test_logits_outside_the_crop_do_not_count_in_evaluation():
+    synthesizer = mechanism(60, num_heads=1, init="normal").double().eval()
+    synthesizer.logits[:, :, 20:] += 200
+    value = values(1, 20, 1, dtype=torch.float64)
+    expected = synthesizer.logits[:, :20, :20].softmax(-1) @ value
+    torch.testing.assert_close(synthesizer(value=value), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_relative_form_makes_no_matrix_at_construction():
+    with Sizes() as made:
+        mechanism(100, form="relative")
+    assert max(made.numel) < 100 * 100
+
+
+@torch.no_grad()
+def test_relative_form_keeps_no_matrix_in_evaluation():
+    synthesizer = mechanism(12, form="relative").eval()
+    synthesizer(value=values(2, 20))
+    assert synthesizer._cache is None
+
+
 def test_left_padding_is_refused_where_patterns_follow_the_length():
     with pytest.raises(ValueError, match=r"^anchor=length needs real frames before padded ones: pad at the end, or set .*$"):
         mechanism(12, anchor="length")(value=values(1, 5), valid=torch.tensor([[False, True, True, True, True]]))
@@ -384,6 +419,20 @@ def test_sequences_beyond_the_table_of_offsets_are_exact():
         value = values(2, num_frames)
         expected = synthesizer.weights(hidden=torch.zeros(2, num_frames, 28)) @ value
         torch.testing.assert_close(synthesizer(value=value), expected)
+
+
+def test_a_compiled_step_of_training_ends_the_cache_too():
+    torch._dynamo.reset()
+    synthesizer = mechanism(12).eval()
+    compiled = torch.compile(synthesizer, backend="eager", fullgraph=True)
+    value = values(2, 9)
+    with torch.no_grad():
+        synthesizer(value=value)
+    compiled(value=value).square().sum().backward()
+    torch.optim.AdamW(synthesizer.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        after = synthesizer(value=value)
+    torch.testing.assert_close(after, synthesizer(value=value))
 
 
 def test_a_cache_made_in_inference_mode_does_not_disturb_training():
