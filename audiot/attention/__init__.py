@@ -49,11 +49,12 @@ def build(
 
 def build_mechanism(name: str, embed_dim: int, num_heads: int, max_frames: int, **overrides: Any) -> AttentionMechanism:
     """Build a mechanism alone, without projections around it; arguments and errors as `build`."""
-    known = parameters(name)
+    options = _config(name)
+    mechanism = get_class(options.pop("_target_"))
     for override in overrides:
-        if override not in known:
-            raise ValueError(f"attention {name!r} has no parameter {override!r}: {_suggestion(override, known)}")
-    return get_class(_config(name)["_target_"])(embed_dim, num_heads, max_frames, **{**known, **overrides})
+        if override not in options:
+            raise ValueError(f"attention {name!r} has no parameter {override!r}: {_suggestion(override, options)}")
+    return mechanism(embed_dim, num_heads, max_frames, **{**options, **overrides})
 
 
 def parameters(name: str) -> dict[str, Any]:
@@ -62,9 +63,9 @@ def parameters(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown mechanism.
     """
-    config = _config(name)
-    # The defaults are choices of other groups: Hydra's affair.
-    return {key: value for key, value in config.items() if key not in ("_target_", "defaults")}
+    options = _config(name)
+    del options["_target_"]
+    return options
 
 
 def after_step(model: nn.Module) -> None:
@@ -75,9 +76,11 @@ def after_step(model: nn.Module) -> None:
 
 
 def _config(name: str) -> dict[str, Any]:
+    """A mechanism's file, without the choices of other groups, which are Hydra's affair."""
     if name not in names():
         raise ValueError(f"unknown attention {name!r}: {_suggestion(name, names())}")
     config: Any = OmegaConf.to_container(OmegaConf.create((_group() / f"{name}.yaml").read_text(encoding="utf-8")), resolve=True)
+    config.pop("defaults", None)
     return config
 
 

@@ -79,13 +79,9 @@ def _groups_attend(
 ) -> Tensor:
     """Each group's context, (B, H, G, N, D)."""
     mask = (keys >= 0)[..., None, :]  # B, H, G, 1, M
-    offset = keys[..., None, :] - queries[..., :, None]  # B, H, G, N, M
     if radius is not None:
-        mask = mask & (offset.abs() <= radius)
-    bias = None
-    if positions.has_bias:
-        # The bias wants the head third from last.
-        bias = positions.bias(offset.transpose(1, 2)).transpose(1, 2)
+        mask = mask & (_pair_offsets(queries, keys).abs() <= radius)
+    bias = pair_bias(positions, queries, keys) if positions.has_bias else None
     num_sequences, num_heads, _, head_dim = query.shape
     num_groups = queries.shape[2]
     by_group = (num_sequences * num_heads, num_groups)
@@ -102,6 +98,17 @@ def _groups_attend(
         bias=None if bias is None else batched(bias),
     )
     return context.view(*by_group, -1, head_dim).unflatten(0, (num_sequences, num_heads))
+
+
+def pair_bias(positions: Positions, queries: Tensor, keys: Tensor) -> Tensor:
+    """Bias of the scores inside groups, (B or 1, H, G, N, M), of the groups' lists as in `grouped_attention`."""
+    # The bias wants the head third from last.
+    return positions.bias(_pair_offsets(queries, keys).transpose(1, 2)).transpose(1, 2)
+
+
+def _pair_offsets(queries: Tensor, keys: Tensor) -> Tensor:
+    """Number of the key less that of the query: (…, N) and (…, M) → (…, N, M)."""
+    return keys[..., None, :] - queries[..., :, None]
 
 
 def gather(frames: Tensor, index: Tensor) -> Tensor:

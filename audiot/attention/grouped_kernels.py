@@ -19,6 +19,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 128
 MAX_HEADS = 65535  # of all sequences together: CUDA's limit for the second dimension of a grid
 LOG2_E = math.log2(math.e)
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -61,6 +62,22 @@ def _row(i, g, n, N, partition: tl.constexpr):
     if partition:
         return i
     return tl.where(i >= 0, g * N + n, -1)
+
+
+@triton.jit
+def _score_gradients(
+    q, k, v, do, i, j, lse, inner, num_frames, scale, stream, dropout, radius, HAS_RADIUS: tl.constexpr, HAS_DROPOUT: tl.constexpr
+):
+    """Of a tile of pairs, the weights after dropout and the gradient of the scores: dS = P·(dP − δ), `inner` = δ."""
+    score = tl.dot(q, tl.trans(k)) * scale
+    weight = tl.where(_allowed(i, j, radius, HAS_RADIUS), tl.exp2(score - lse[:, None]), 0.0)
+    dp = tl.dot(do, tl.trans(v))
+    kept = weight
+    if HAS_DROPOUT:
+        factor = _kept(i, j, num_frames, stream, dropout)
+        kept = weight * factor
+        dp = dp * factor
+    return kept, weight * (dp - inner[:, None])
 
 
 @triton.jit
@@ -131,7 +148,7 @@ def _query_gradient_kernel(
     q = _rows(query + b * query_b + h * query_h, i, query_t, d, D)
     do = _rows(grad + b * grad_b + h * grad_h, i, grad_t, d, D)
     row = _row(i, g, n, N, PARTITION)
-    # dS = P·(dP − δ), δ = Σ_j P·dP = the context's product with its gradient.
+    # δ = Σ_j P·dP is the context's product with its gradient.
     context = _rows(rows + b * rows_b + h * rows_h, row, rows_t, d, D)
     if not PARTITION:
         do = (do * tl.load(share + head * num_frames + i, mask=i >= 0, other=0.0)[:, None]).to(q.dtype)
@@ -140,32 +157,28 @@ def _query_gradient_kernel(
     keys += b * keys_b + h * keys_h + g * keys_g
     key += b * key_b + h * key_h
     value += b * value_b + h * value_h
+    stream = head
     if HAS_DROPOUT:
-        stream = tl.load(seed) + head
+        stream += tl.load(seed)
     result = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         j = tl.load(keys + m, mask=m < M, other=-1)
         k = _rows(key, j, key_t, d, D)
         v = _rows(value, j, value_t, d, D)
-        score = tl.dot(q, tl.trans(k)) * scale
-        weight = tl.where(_allowed(i, j, radius, HAS_RADIUS), tl.exp2(score - lse[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(v))
-        kept = weight
-        if HAS_DROPOUT:
-            factor = _kept(i, j, num_frames, stream, dropout)
-            kept = weight * factor
-            dp = dp * factor
-        ds = (weight * (dp - inner[:, None])).to(k.dtype)
+        kept, ds = _score_gradients(
+            q, k, v, do, i, j, lse, inner, num_frames, scale, stream, dropout, radius, HAS_RADIUS, HAS_DROPOUT
+        )
+        ds = ds.to(k.dtype)
         result += tl.dot(ds, k)
         if WITH_KEYS:
             dv = tl.dot(tl.trans(kept.to(do.dtype)), do)
-            dk = tl.dot(tl.trans(ds), q) * (scale / 1.4426950408889634)
+            dk = tl.dot(tl.trans(ds), q) * (scale * LN_2)
             _put_rows(grad_value + b * by_key_b + h * by_key_h, j, by_key_t, d, dv, D, True)
             _put_rows(grad_key + b * by_key_b + h * by_key_h, j, by_key_t, d, dk, D, True)
     if not WITH_KEYS:
         tl.store(delta + head * num_rows + row, inner, mask=i >= 0)
-    result = result * (scale / 1.4426950408889634)
+    result = result * (scale * LN_2)
     _put_rows(grad_query + b * out_b + h * out_h, i, out_t, d, result, D, not PARTITION)
 
 
@@ -189,8 +202,9 @@ def _key_gradient_kernel(
     queries += b * queries_b + h * queries_h + g * queries_g
     query += b * query_b + h * query_h
     grad += b * grad_b + h * grad_h
+    stream = head
     if HAS_DROPOUT:
-        stream = tl.load(seed) + head
+        stream += tl.load(seed)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -203,18 +217,12 @@ def _key_gradient_kernel(
             do = (do * tl.load(share + head * num_frames + i, mask=i >= 0, other=0.0)[:, None]).to(q.dtype)
         lse = tl.load(logsum + head * num_rows + row, mask=i >= 0, other=0.0)
         inner = tl.load(delta + head * num_rows + row, mask=i >= 0, other=0.0)
-        score = tl.dot(q, tl.trans(k)) * scale
-        weight = tl.where(_allowed(i, j, radius, HAS_RADIUS), tl.exp2(score - lse[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(v))
-        kept = weight
-        if HAS_DROPOUT:
-            factor = _kept(i, j, num_frames, stream, dropout)
-            kept = weight * factor
-            dp = dp * factor
-        ds = weight * (dp - inner[:, None])
+        kept, ds = _score_gradients(
+            q, k, v, do, i, j, lse, inner, num_frames, scale, stream, dropout, radius, HAS_RADIUS, HAS_DROPOUT
+        )
         dv += tl.dot(tl.trans(kept.to(do.dtype)), do)
         dk += tl.dot(tl.trans(ds.to(q.dtype)), q)
-    dk = dk * (scale / 1.4426950408889634)
+    dk = dk * (scale * LN_2)
     _put_rows(grad_key + b * out_b + h * out_h, j, out_t, d, dk, D, ADD)
     _put_rows(grad_value + b * out_b + h * out_h, j, out_t, d, dv, D, ADD)
 

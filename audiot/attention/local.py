@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiot.attention.grouped import grouped_attention, has_kernel, mark_empty
-from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, key_mask, masked_softmax, offsets, query_key_scores
+from audiot.attention.mechanism import QueryKeyMechanism, among_real, at_least_one, offsets
 from audiot.positions import Positions
 
 CHUNK = 64
@@ -54,20 +54,13 @@ class Local(QueryKeyMechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """Attend in chunks of queries, with the keys that lie in the window of any of them."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if valid is not None:
-            value = value * valid[:, :, None, None]
         bias = positions.bias if positions.has_bias else None
         return banded_attention(query, key, value, self.window, valid, self.dropout_now, bias).transpose(1, 2)
-
-    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
-        """softmax(QKᵀ/√D) within the band, (B, H, T, T)."""
-        return masked_softmax(query_key_scores(query, key, positions), self.dense_choice(query, key, valid, positions))
 
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """The real frames with |i − j| ≤ `window`, bool (B, H, T, T)."""
         near = offsets(query.shape[2], query.device).abs() <= self.window
-        mask = key_mask(valid)
-        return (near if mask is None else near & mask).expand(*query.shape[:2], -1, -1)
+        return among_real(near.expand(*query.shape[:2], -1, -1), valid)
 
 
 def banded_attention(
@@ -82,12 +75,12 @@ def banded_attention(
     """Softmax attention of every frame to the real frames at most `radius` away.
 
     Chunks of queries attend to their own frames and a halo of `radius` frames on both sides, under a mask. Frames come
-    before heads, the order in which projections write them: chunks are then views.
+    before heads, the order in which projections write them: chunks are then views. Frames that see no real frame give zeros.
 
     Args:
         query: (B, T, H, D).
         key: (B, T, H, D).
-        value: (B, T, H, D), zero on padded frames. Frames that see no real frame then give zeros.
+        value: (B, T, H, D).
         radius: Largest distance |i − j|, 1 or more.
         valid: bool (B or 1, T), True = real frame; None: all.
         dropout: Probability of dropping a weight.
@@ -99,6 +92,8 @@ def banded_attention(
     num_sequences, num_frames = query.shape[:2]
     if bias is None and has_kernel(query):
         return _banded_groups(query, key, value, radius, valid, dropout)
+    if valid is not None:
+        value = value * valid[:, :, None, None]
     halo = -(-radius // 8) * 8  # fused kernels copy masks whose columns are no multiple of 8
     chunk = CHUNK if 2 * halo <= CHUNK else halo
     if num_frames <= chunk + 2 * halo:  # all frames are no more than the keys of one chunk
@@ -116,7 +111,7 @@ def banded_attention(
     real = (frame >= 0) & (frame < num_frames)
     if valid is not None:
         real = real & valid[:, frame.clamp(0, num_frames - 1)]  # B or 1, chunks, S
-    # A padded frame sees itself: a softmax over no key at all would be NaN.
+    # A padded frame sees itself, whose value is zero: a softmax over no key at all would be NaN.
     seen = real[..., None, None, :] | (offset == 0)  # (B or 1,) chunks, 1, chunk, S
     mask = torch.where(seen.expand(num_sequences, -1, -1, -1, -1), scores, -torch.inf).flatten(0, 1)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audiot.attention.mechanism import AttentionMechanism, at_least_one, masked_softmax, offsets
+from audiot.attention.mechanism import AttentionMechanism, among_real, at_least_one, masked_softmax, offsets
 from audiot.attention.synthesizer_dense import draw_layer, middle_of_heads
 
 CHUNK = 64
@@ -100,5 +100,4 @@ class LocalDenseSynthesizer(AttentionMechanism):
     def dense_choice(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
         """The real frames of the window, bool (B, H, T, T)."""
         near = offsets(hidden.shape[1], hidden.device).abs() <= self.context_width // 2
-        near = near.expand(len(hidden), self.num_heads, -1, -1)
-        return near if valid is None else near & valid[:, None, None, :]
+        return among_real(near.expand(len(hidden), self.num_heads, -1, -1), valid)

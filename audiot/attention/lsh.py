@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiot.attention import hashing
-from audiot.attention.grouped import gather, grouped_attention
+from audiot.attention.grouped import gather, grouped_attention, pair_bias
 from audiot.attention.hashing import Transformed
 from audiot.attention.mechanism import (
     QueryKeyMechanism,
+    among_real,
     at_least_one,
     check_type,
     fused_attention,
     key_mask,
     masked_softmax,
     position_bias,
-    query_key_scores,
 )
 from audiot.positions import NO_POSITIONS, Positions
 
@@ -165,10 +165,6 @@ class LSHAttention(QueryKeyMechanism):
             return grouped_attention(query, key, value, *groups, partition=True, dropout=self.dropout_now, positions=positions)
         return self._attend_in_rounds(query, key, value, windows, positions)
 
-    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
-        """softmax(QKᵀ/√D) over the chosen keys, (B, H, T, T)."""
-        return masked_softmax(query_key_scores(query, key, positions), self.dense_choice(query, key, valid, positions))
-
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """The nearest keys by hash distance, or those that the query's chunk sees: bool (B, H, T, T)."""
         if self.search == "topk":
@@ -176,7 +172,7 @@ class LSHAttention(QueryKeyMechanism):
         windows = self._windows(query, key, valid)
         place = windows.key_place()[..., None, :] - windows.first()[..., :, None]  # R, B, H, T, T
         chosen = ((place >= 0) & (place < windows.size)).any(dim=0)
-        return chosen if valid is None else chosen & valid[:, None, None, :]
+        return among_real(chosen, valid)
 
     @torch.no_grad()
     def _nearest(self, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
@@ -192,7 +188,7 @@ class LSHAttention(QueryKeyMechanism):
         if real is not None:
             rank = rank.masked_fill(~real, torch.iinfo(torch.int32).max)
         last = rank.topk(min(self.attended_keys, num_frames), dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
-        return rank <= last if real is None else (rank <= last) & real
+        return among_real(rank <= last, valid)
 
     @torch.no_grad()
     def _windows(self, query: Tensor, key: Tensor, valid: Tensor | None) -> Windows:
@@ -243,9 +239,7 @@ class LSHAttention(QueryKeyMechanism):
             scores = gather(query, queries) @ gather(key, keys).transpose(-2, -1) * self.head_dim**-0.5  # B, H, C, L, S
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             if positions.has_bias:
-                offset = keys[..., None, :] - queries[..., :, None]
-                # The bias wants the head third from last.
-                scores = scores + positions.bias(offset.transpose(1, 2)).transpose(1, 2)
+                scores = scores + pair_bias(positions, queries, keys)
             found = torch.zeros(scores.shape, dtype=scores.dtype, device=scores.device)
             for other in range(self.num_rounds):
                 place = _at(key_place[other], keys)[..., None, :] - _at(first[other], queries)[..., :, None]

@@ -183,7 +183,8 @@ class QueryKeyMechanism(AttentionMechanism):
     """Base of the mechanisms that compare queries with keys.
 
     `attend` and `dense_weights` get `query`, `key` (the queries again if they are shared), both turned by rotary
-    positions unless `rotates_itself`, and `positions`, whose `bias` they add to the scores.
+    positions unless `rotates_itself`, and `positions`, whose `bias` they add to the scores. A subclass whose weights are a
+    softmax over the keys that it chooses writes `attend` and `dense_choice` only.
 
     Args:
         embed_dim: See `AttentionMechanism`.
@@ -206,6 +207,11 @@ class QueryKeyMechanism(AttentionMechanism):
         self.share_query_key = share_query_key
         if share_query_key:
             self.inputs = self.inputs - {"key"}
+
+    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
+        """softmax(QKᵀ/√D) over the real keys, or those of `dense_choice`, (B, H, T, T)."""
+        choice = self.dense_choice(query, key, valid, positions)
+        return masked_softmax(query_key_scores(query, key, positions), key_mask(valid) if choice is None else choice)
 
     def _arguments(
         self, names: frozenset[str], given: dict[str, Tensor | None], valid: Tensor | None, positions: Positions | None
@@ -293,6 +299,11 @@ def offsets(num_frames: int, device: torch.device) -> Tensor:
 def key_mask(valid: Tensor | None) -> Tensor | None:
     """Mask of the real keys (B, 1, 1, T), or None, of `valid` (B, T) or None."""
     return None if valid is None else valid[:, None, None, :]
+
+
+def among_real(choice: Tensor, valid: Tensor | None) -> Tensor:
+    """The real ones of chosen keys, bool (…, T, T), for `valid` (B, T) or None."""
+    return choice if valid is None else choice & valid[:, None, None, :]
 
 
 def at_least_one(**sizes: int) -> None:

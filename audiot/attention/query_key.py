@@ -10,10 +10,8 @@ from audiot.attention.mechanism import (
     QueryKeyMechanism,
     fused_attention,
     key_mask,
-    masked_softmax,
     offsets,
     position_bias,
-    query_key_scores,
 )
 from audiot.positions import Positions
 
@@ -30,10 +28,6 @@ class QueryKey(QueryKeyMechanism):
         """Attend with PyTorch's fused attention."""
         bias = position_bias(positions, query.shape[-2], query.device)
         return fused_attention(query, key, value, key_mask(valid), self.dropout_now, bias=bias)
-
-    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
-        """softmax(QKᵀ/√D), (B, H, T, T)."""
-        return masked_softmax(query_key_scores(query, key, positions), key_mask(valid))
 
 
 class SharedQueryKey(QueryKeyMechanism):
@@ -58,7 +52,7 @@ class SharedQueryKey(QueryKeyMechanism):
 
     def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """softmax(Qk̂ᵀ/√D) without the diagonal, (B, H, T, T)."""
-        return masked_softmax(query_key_scores(query, _unit(key), positions), self._others_first(query, valid))
+        return super().dense_weights(query, _unit(key), valid, positions)
 
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """All real frames but the query's own, bool (B, H, T, T)."""

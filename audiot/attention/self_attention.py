@@ -95,7 +95,6 @@ class SelfAttention(nn.Module):
 
     def _inputs(self, hidden: Tensor, names: frozenset[str], valid: Tensor | None) -> dict[str, Any]:
         """What the mechanism asks for: the layer's input, and projections split into heads (B, H, T, D)."""
-        self.mechanism.check_length(hidden.shape[1])
         inputs: dict[str, Any] = {"valid": valid, "positions": self.positions}
         if "hidden" in names:
             inputs["hidden"] = hidden

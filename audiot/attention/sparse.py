@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audiot.attention.grouped import grouped_attention, has_kernel, mark_empty
 from audiot.attention.local import banded_attention
-from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, key_mask, masked_softmax, offsets, query_key_scores
+from audiot.attention.mechanism import QueryKeyMechanism, among_real, at_least_one, fused_attention, key_mask, offsets
 from audiot.positions import Positions
 
 GROUP = 1024
@@ -47,9 +47,6 @@ class SparseMechanism(QueryKeyMechanism):
         """Attend in blocks of frames (B, T/l, l, H, D), which are views: projections write frames before heads."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         num_frames = query.shape[1]
-        # Padded frames have no value: rows that see no real frame may then attend to anything, and give zeros.
-        if valid is not None:
-            value = value * valid[:, :, None, None]
         num_blocks = (num_frames + self.block_size - 1) // self.block_size
         missing = num_blocks * self.block_size - num_frames
         if missing:
@@ -67,18 +64,13 @@ class SparseMechanism(QueryKeyMechanism):
             context = torch.cat([context, far], dim=3)
         return context.flatten(1, 2)[:, :num_frames].transpose(1, 2)
 
-    def dense_weights(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
-        """softmax(QKᵀ/√D) over the pattern, (B, H, T, T)."""
-        return masked_softmax(query_key_scores(query, key, positions), self.dense_choice(query, key, valid, positions))
-
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """The real frames of each head's pattern, bool (B, H, T, T)."""
         position = torch.arange(query.shape[2], device=query.device)
         near, far = self.patterns(position[:, None], position)
         local = torch.arange(self.num_heads, device=query.device) < self.num_local_heads
         choice = torch.where(local[:, None, None], near, far).expand(len(query), -1, -1, -1)
-        mask = key_mask(valid)
-        return choice if mask is None else choice & mask
+        return among_real(choice, valid)
 
     @abstractmethod
     def patterns(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,18 +84,14 @@ class SparseMechanism(QueryKeyMechanism):
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """Context of global heads; arguments as `attend_near`."""
 
-    def _in_groups(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        transposed: bool,
-    ) -> Tensor:
-        """Attention of blocks (B, T/l, l, H, D) by kernels, in groups of frames; see `grouped_attention`."""
+    def _in_groups(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Attention of blocks (B, T/l, l, H, D) by kernels, in groups of frames; see `grouped_attention`.
+
+        Without `keys`, each group attends to itself.
+        """
         query, key, value = (blocks.flatten(1, 2).transpose(1, 2) for blocks in (query, key, value))
-        by_key = (queries, keys) if transposed else None
+        by_key = (queries, queries) if keys is None else None
+        keys = queries if keys is None else keys
         context = grouped_attention(query, key, value, queries, keys, partition=True, transposed=by_key, dropout=self.dropout_now)
         return context.transpose(1, 2).unflatten(1, (-1, self.block_size))
 
@@ -113,24 +101,15 @@ class SparseMechanism(QueryKeyMechanism):
         Args:
             query: (N, I, H, D).
             key: (N, J, H, D).
-            value: (N, J, H, D), zero where not `real`.
+            value: (N, J, H, D).
             real: bool (N, J); None: all.
             bias: Added to the scores, (H, I, J).
 
         Returns:
             (N, I, H, D).
         """
-        mask = None
-        if real is not None:
-            # A softmax over no key at all is NaN in some kernels.
-            mask = (real | ~real.any(dim=-1, keepdim=True))[:, None, None]  # N, 1, 1, J
-        if bias is not None:
-            bias = bias.to(query.dtype)[None]
-            mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-        context = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, dropout_p=self.dropout_now
-        )
-        return context.transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return fused_attention(query, key, value, key_mask(real), self.dropout_now, bias=bias).transpose(1, 2)
 
 
 class SparseStrided(SparseMechanism):
@@ -183,9 +162,7 @@ class SparseStrided(SparseMechanism):
         """Frames at the same place of their blocks attend to each other: l independent full attentions."""
         num_sequences, num_blocks = query.shape[:2]
         if bias is None and has_kernel(query):
-            together = _by_block(query).T  # l, T/l
-            frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
-            return self._in_groups(query, key, value, frames, frames, transposed=True)
+            return self._in_groups(query, key, value, _numbers(query, real).transpose(-2, -1))  # l groups of T/l frames
         query, key, value = (blocks.transpose(1, 2).flatten(0, 1) for blocks in (query, key, value))  # B·l, T/l, H, D
         real = None if real is None else real.transpose(1, 2).flatten(0, 1)
         scores = None if bias is None else bias(self.block_size * offsets(num_blocks, query.device))
@@ -246,9 +223,7 @@ class SparseFixed(SparseMechanism):
         """Each block attends to itself."""
         num_sequences = len(query)
         if bias is None and has_kernel(query):
-            together = _by_block(query)
-            frames = mark_empty(together, None if real is None else real.flatten(1), together.numel())
-            return self._in_groups(query, key, value, frames, frames, transposed=True)
+            return self._in_groups(query, key, value, _numbers(query, real))
         query, key, value = (blocks.flatten(0, 1) for blocks in (query, key, value))  # B·T/l, l, H, D
         real = None if real is None else real.flatten(0, 1)
         scores = None if bias is None else bias(offsets(self.block_size, query.device))
@@ -257,21 +232,22 @@ class SparseFixed(SparseMechanism):
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
         """All frames attend to the summary frames."""
         num_blocks = query.shape[1]
-        scores = None
-        if bias is not None:
-            position = torch.arange(num_blocks * self.block_size, device=query.device)
-            summary = self._summary(position.view(1, num_blocks, self.block_size))
-            scores = bias(summary - position[:, None])  # H, T, T·c/l
+        num_frames = num_blocks * self.block_size
         summary_real = None if real is None else self._summary(real)
         if bias is None and has_kernel(query):
             # In groups of some queries and all summary frames, enough work is independent in the backward pass too.
-            num_frames = query.shape[1] * self.block_size
-            numbers = torch.arange(-(-num_frames // GROUP) * GROUP, device=query.device).view(-1, GROUP)
+            first = torch.arange(0, num_frames, GROUP, device=query.device)[:, None]
+            numbers = first + torch.arange(GROUP, device=query.device)
             queries = mark_empty(numbers, None if real is None else real.flatten(1), num_frames)
-            num_keys = query.shape[1] * self.num_summary
+            num_keys = num_blocks * self.num_summary
             keys = mark_empty(torch.arange(num_keys, device=query.device)[None], summary_real, num_keys)
             key, value = (blocks[:, :, self.block_size - self.num_summary :] for blocks in (key, value))
-            return self._in_groups(query, key, value, queries, keys.expand(-1, -1, len(numbers), -1), transposed=False)
+            return self._in_groups(query, key, value, queries, keys.expand(-1, -1, len(numbers), -1))
+        scores = None
+        if bias is not None:
+            position = torch.arange(num_frames, device=query.device)
+            summary = self._summary(position.view(1, num_blocks, self.block_size))
+            scores = bias(summary - position[:, None])  # H, T, T·c/l
         key, value = self._summary(key), self._summary(value)  # B, T·c/l, H, D
         context = self._attention(query.flatten(1, 2), key, value, summary_real, scores)
         return context.unflatten(1, (-1, self.block_size))
@@ -281,10 +257,11 @@ class SparseFixed(SparseMechanism):
         return blocks[:, :, self.block_size - self.num_summary :].flatten(1, 2)
 
 
-def _by_block(blocks: Tensor) -> Tensor:
-    """Numbers of frames, (T/l, l), of (B, T/l, l, H, D)."""
+def _numbers(blocks: Tensor, real: Tensor | None) -> Tensor:
+    """Numbers of the frames of blocks (B, T/l, l, H, D), as a list for `grouped_attention`: (B or 1, 1, T/l, l)."""
     num_blocks, block_size = blocks.shape[1:3]
-    return torch.arange(num_blocks * block_size, device=blocks.device).view(num_blocks, block_size)
+    numbers = torch.arange(num_blocks * block_size, device=blocks.device).view(num_blocks, block_size)
+    return mark_empty(numbers, None if real is None else real.flatten(1), numbers.numel())
 
 
 def _bias_of_heads(positions: Positions, heads: slice) -> Bias:

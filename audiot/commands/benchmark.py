@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from audiot import benchmark
-from audiot.attention import AttentionMechanism, SelfAttention, build, names, parameters
+from audiot.attention import SelfAttention, build, names, parameters
 from audiot.attention.lsh import LSHAttention, recall
 from audiot.attention.mechanism import check_type
 from audiot.benchmark import Failed, Measured, MismatchError, Panel, Row, attempt
@@ -301,11 +301,7 @@ class AttentionBenchmark:
         torch.manual_seed(self.seed)
         num_heads = num_heads or self.num_heads
         shape = (num_heads * self.head_dim, num_heads, num_frames)
-        layer = build(entry.name, *shape, self._positions(entry, shape), **entry.overrides)
-        for part in layer.modules():
-            if isinstance(part, AttentionMechanism):  # not an override: a control without weights has no such parameter
-                part.dropout = self.dropout
-        return layer
+        return build(entry.name, *shape, self._positions(entry, shape), **{**entry.overrides, "dropout": self.dropout})
 
     def _positions(self, entry: Entry, shape: tuple[int, int, int]) -> Positions:
         choice = self.positions
