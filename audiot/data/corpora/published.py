@@ -1,0 +1,133 @@
+"""What published corpora share: whether they are complete, and labelled files as manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from lhotse import CutSet, SupervisionSegment
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from audiot.data.corpora.folder import audio_cut
+from audiot.data.manifests import Manifests
+from audiot.data.prepare import BadAudioError
+
+ROLES = {"train": "train", "valid": "valid", "test": "test"}
+
+
+class Utterance(NamedTuple):
+    """Where an utterance's audio is, and its labels.
+
+    Args:
+        path: The audio file.
+        speaker: Who speaks.
+        text: What is said.
+        custom: Other labels.
+        piece: First sample and number of samples, where the utterance is a piece of the file.
+    """
+
+    path: Path
+    speaker: str | None = None
+    text: str | None = None
+    custom: Mapping[str, str] | None = None
+    piece: tuple[int, int] | None = None
+
+    def cut(self, name: str) -> Cut:
+        """The labelled cut with that id.
+
+        Raises:
+            BadAudioError: the file can't be used.
+        """
+        cut = audio_cut(self.path, name)
+        if self.piece is not None:
+            rate = cut.sampling_rate
+            cut = cut.truncate(offset=self.piece[0] / rate, duration=self.piece[1] / rate, preserve_id=True)
+        labels = dict(self.custom) if self.custom else None
+        cut.supervisions = [
+            SupervisionSegment(name, name, 0.0, cut.duration, cut.channel, self.text, "English", self.speaker, custom=labels)
+        ]
+        return cut
+
+
+def check_complete(
+    corpus: str, where: str | Path, count: int, expected: int, missing: Iterable[str], remedy: str, partial: bool
+) -> None:
+    """Refuse a corpus that lacks files, unless it is meant to be a part.
+
+    Args:
+        corpus: Its name.
+        where: The folder that was searched.
+        count: How many recordings are missing.
+        expected: How many a complete corpus has.
+        missing: What is missing; the first few are named.
+        remedy: How to get it.
+        partial: The corpus is meant to be a part: say what is missing and go on.
+
+    Raises:
+        FileNotFoundError: something is missing and ``partial`` is False.
+    """
+    if not count:
+        return
+    first = list(islice(missing, 6))
+    names = ", ".join([*first[:5], "…"] if first[5:] else first)
+    lack = f"{corpus}: {count:,} of {expected:,} recordings are missing in {where} ({names})"
+    if not partial:
+        raise FileNotFoundError(f"{lack}: {remedy}; data.partial=true takes a tree that is meant to be a part")
+    print(f"{lack}; data.partial=true goes on with the others", flush=True)
+
+
+def labelled_manifests(
+    corpus: str,
+    splits: Mapping[str, Mapping[str, Utterance]],
+    task_splits: Mapping[str, Mapping[str, str]],
+    rejected: Iterable[tuple[str, str]],
+    progress: bool,
+) -> Manifests:
+    """Manifests of a corpus, from the headers of its files; splits without utterances are left out.
+
+    Args:
+        corpus: Its name.
+        splits: Split → id → utterance. An utterance may be in several splits, but not of one task.
+        task_splits: As in :class:`audiot.data.manifests.Manifests`.
+        rejected: Path and reason of files that were left out already.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: an utterance is in two splits of a task.
+    """
+    splits = {split: utterances for split, utterances in splits.items() if utterances}
+    tasks = {task: {role: split for role, split in roles.items() if split in splits} for task, roles in task_splits.items()}
+    for task, roles in tasks.items():
+        for first, second in combinations(roles.values(), 2):
+            if shared := splits[first].keys() & splits[second].keys():
+                raise ValueError(
+                    f"{corpus}: {min(shared)} is in both {first} and {second} of task {task!r} ({len(shared):,} utterances are): "
+                    "a test on training data is worth nothing; mend the lists of the splits"
+                )
+    utterances = {name: utterance for split in splits.values() for name, utterance in split.items()}
+    cuts: dict[str, Cut] = {}
+    rejected = list(rejected)
+    with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+        read = pool.map(_read, utterances.items())
+        bar = tqdm(read, total=len(utterances), desc="read headers", unit="utt", disable=not progress)
+        for (name, utterance), found in zip(utterances.items(), bar, strict=True):
+            if isinstance(found, BadAudioError):
+                rejected.append((str(utterance.path), str(found)))
+            else:
+                cuts[name] = found
+    if not cuts:  # preparation reports it
+        return Manifests({}, rejected=rejected)
+    found_splits = {split: CutSet.from_cuts(cuts[name] for name in names if name in cuts) for split, names in splits.items()}
+    return Manifests(found_splits, {task: roles for task, roles in tasks.items() if roles}, rejected)
+
+
+def _read(item: tuple[str, Utterance]) -> Cut | BadAudioError:
+    name, utterance = item
+    try:
+        return utterance.cut(name)
+    except BadAudioError as error:
+        return error
