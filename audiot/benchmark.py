@@ -22,6 +22,8 @@ import torch
 
 from audiot.analysis.plots import plot_benchmark
 from audiot.files import replacing
+from audiot.tables import aligned as aligned
+from audiot.tables import markdown as markdown
 
 MAX_CALLS = 1000  # in a round: of a mechanism that does next to nothing
 MIN_ROUNDS = 3  # to compare: of fewer, the quartiles lie too close together or coincide
@@ -472,25 +474,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if row.note:
             reasons.setdefault((row.mechanism, row.note), []).append(row.length)
     return [f"{name}, T = {_listed(sorted(set(lengths)))}: {note}" for (name, note), lengths in reasons.items()]
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is the header."""
-    header, *body = lines
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *body))
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal, names to the left and values to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 def sentences(rows: Sequence[Row], baseline: str) -> Iterator[str]:

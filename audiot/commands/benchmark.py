@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -42,45 +42,31 @@ NUM_CENTRES = 16
 MAX_PAIRS = 2**28  # of query and key that recall looks at; all heads where possible
 
 
+class Benchmark(Protocol):
+    """What ``benchmark=…`` chooses."""
+
+    device: torch.device
+
+    def report(self, run: Path, machine: dict[str, Any]) -> None:
+        """Measure, write files to the run's folder, print the main table and what to do next."""
+
+
 def main(cfg: DictConfig) -> None:
-    """Measure; write ``results.csv``, ``table.md``, plots and ``machine.json`` to the run's folder; print the main table.
+    """Measure; write tables, plots and ``machine.json`` to the run's folder; print the main table.
 
     Raises:
-        ValueError: a measurement crashed, or a mechanism computes something wrong; told after all else is done.
+        ValueError: a measurement crashed, or something computed is wrong; told after all else is done.
     """
     run = Path(cfg.run_dir)
     settings = plain(cfg.benchmark)
-    what: AttentionBenchmark = instantiate(settings, seed=cfg.seed)
+    what: Benchmark = instantiate(settings, seed=cfg.seed)
     command = shlex.join(["audiot", "benchmark", *HydraConfig.get().overrides.task])
     machine = benchmark.describe_machine(what.device) | {"command": command, "seed": cfg.seed, "benchmark": settings}
     write_json(run / "machine.json", machine)
     say(f"device  {machine['device']}, PyTorch {machine['torch']}, {machine['threads']} CPU threads")
     begin = time.monotonic()
-    rows: list[Row] = []
-    for more in what.run():
-        rows += more
-        benchmark.write_csv(rows, run / "results.csv")  # now, for Ctrl-C to leave something behind
+    what.report(run, machine)
     write_json(run / "machine.json", machine | {"wall_s": round(time.monotonic() - begin, 1)})
-    with replacing(run / "table.md") as temporary:
-        temporary.write_text(benchmark.report(rows, BASELINE, what.describe(machine)), encoding="utf-8")
-    tables = benchmark.panels(rows)
-    first = next(iter(tables))
-    panel = [panel for panel in tables if panel[:2] == first[:2]][-1]  # the layer in training, if that was asked for
-    shown = tables[panel]
-    say(f"\n{panel.title}: ms a batch of {what.frames:,} frames (× as fast as {BASELINE})")
-    say(benchmark.aligned(benchmark.grid(shown)))
-    say("\n".join(["", *benchmark.sentences(shown, BASELINE), *benchmark.notes(shown), ""]))
-    # After the notes, which say why there may be nothing to draw.
-    size = f"{what.num_heads} heads × {what.head_dim}"
-    plots = benchmark.draw(rows, BASELINE, f"Attention, {size}, {machine['device']}", run)
-    say(f"run     {run}\nfiles   {', '.join(['table.md', 'results.csv', *plots, 'machine.json'])}")
-    say(f"next:   {what.next_command(shown)}")
-    broken = [row for row in rows if Failed(row.note).broken]
-    if broken:
-        where = f"{broken[0].mechanism}, {broken[0].panel.title}, T = {broken[0].length:,}"
-        raise ValueError(
-            f"{len(broken)} of {len(rows)} measurements failed, see {run / 'table.md'}; the first: {where}: {broken[0].note}"
-        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +225,37 @@ class AttentionBenchmark:
             raise ValueError(f"benchmark.graphs=true needs a CUDA device, found {self.device.type}: set benchmark.graphs=false")
         self.seed = seed
         self._wrong: dict[str, Failed] = {}
+
+    def report(self, run: Path, machine: dict[str, Any]) -> None:
+        """Measure; write ``results.csv``, ``table.md`` and plots; print the main table.
+
+        Raises:
+            ValueError: a measurement crashed, or a mechanism computes something wrong; told after all else is done.
+        """
+        rows: list[Row] = []
+        for more in self.run():
+            rows += more
+            benchmark.write_csv(rows, run / "results.csv")  # now, for Ctrl-C to leave something behind
+        with replacing(run / "table.md") as temporary:
+            temporary.write_text(benchmark.report(rows, BASELINE, self.describe(machine)), encoding="utf-8")
+        tables = benchmark.panels(rows)
+        first = next(iter(tables))
+        panel = [panel for panel in tables if panel[:2] == first[:2]][-1]  # the layer in training, if that was asked for
+        shown = tables[panel]
+        say(f"\n{panel.title}: ms a batch of {self.frames:,} frames (× as fast as {BASELINE})")
+        say(benchmark.aligned(benchmark.grid(shown)))
+        say("\n".join(["", *benchmark.sentences(shown, BASELINE), *benchmark.notes(shown), ""]))
+        # After the notes, which say why there may be nothing to draw.
+        size = f"{self.num_heads} heads × {self.head_dim}"
+        plots = benchmark.draw(rows, BASELINE, f"Attention, {size}, {machine['device']}", run)
+        say(f"run     {run}\nfiles   {', '.join(['table.md', 'results.csv', *plots, 'machine.json'])}")
+        say(f"next:   {self.next_command(shown)}")
+        broken = [row for row in rows if Failed(row.note).broken]
+        if broken:
+            where = f"{broken[0].mechanism}, {broken[0].panel.title}, T = {broken[0].length:,}"
+            raise ValueError(
+                f"{len(broken)} of {len(rows)} measurements failed, see {run / 'table.md'}; the first: {where}: {broken[0].note}"
+            )
 
     def run(self) -> Iterator[list[Row]]:
         """Check every mechanism, then measure; the rows of one table and length at a time."""
