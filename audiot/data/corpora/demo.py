@@ -119,12 +119,13 @@ class DemoCorpus:
         if not self._is_complete():
             self._make(progress)
         heldout = {"train": "train", "valid": "valid", "test": "test"}
+        known_speakers = {"train": "train", "valid": "speaker_valid", "test": "speaker_test"}
         return Manifests(
             splits={split: self._load(split) for split in (*heldout, "speaker_valid", "speaker_test")},
             task_splits={
                 "phone": heldout,
                 "keyword": heldout,
-                "speaker": {"train": "train", "valid": "speaker_valid", "test": "speaker_test"},
+                **dict.fromkeys(("speaker", "speaker_identification", "intent"), known_speakers),
                 "pretrain": {"train": "train", "valid": "valid"},
             },
         )
