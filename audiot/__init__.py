@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from audiot.checkpoint import AudioEncoder as AudioEncoder
+    from audiot.downstream.classifier import Classifier as Classifier
 
 __version__ = version("audiot")
 
@@ -16,3 +17,10 @@ def load_encoder(path: str, **options: Any) -> AudioEncoder:
     from audiot.checkpoint import load_encoder
 
     return load_encoder(path, **options)
+
+
+def load_classifier(run: str, **options: Any) -> Classifier:
+    """Load a fine-tuned model; see :func:`audiot.downstream.classifier.load_classifier`."""
+    from audiot.downstream.classifier import load_classifier
+
+    return load_classifier(run, **options)

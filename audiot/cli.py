@@ -17,14 +17,25 @@ COMMANDS = {
     "evaluate": "measure a finished run again",
     "analyze": "draw a run: curves, reconstructions, attention",
     "prepare": "make a corpus ready for training",
+    "align": "write phone or character times of a transcribed corpus",
     "benchmark": "measure the speed and memory of attention mechanisms",
 }
+TOOLS = {  # of plain arguments, without a config
+    "compare": "the results of several runs in one table",
+    "predict": "what a fine-tuned model says of audio files",
+    "import-s3prl": "make an encoder of an S3PRL checkpoint",
+    "export-s3prl": "write an encoder as an S3PRL checkpoint",
+    "export-hf": "write an encoder as a Hugging Face model",
+}
 USAGE = """usage: audiot COMMAND [group=option …] [key=value …]
+       audiot TOOL ARGUMENT …
        audiot list [GROUP]      options of a config group: attention, data, features, model, …
        audiot --version
 
 commands:
 {commands}
+tools:
+{tools}
 
 `audiot COMMAND --help` shows a command's groups and every key; -m runs a sweep: audiot pretrain -m seed=0,1,2"""
 
@@ -34,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command, *rest = arguments or ["--help"]
     if command in ("--help", "-h"):
-        print(USAGE.format(commands="\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())))
+        lists = {"commands": COMMANDS, "tools": TOOLS}
+        print(USAGE.format(**{kind: _lines(known) for kind, known in lists.items()}))
     elif command == "--version":
         print(f"audiot {version('audiot')}")
     elif command == "list":
@@ -49,9 +61,17 @@ def main(arguments: list[str] | None = None) -> None:
         from audiot.launch import run
 
         run(command, rest)
+    elif command in TOOLS:
+        from audiot.launch import run_tool
+
+        run_tool(command, rest)
     else:
-        near = nearest(command, [*COMMANDS, "list"])
-        sys.exit(f"audiot: error: no command {command!r}{near}; commands: {', '.join([*COMMANDS, 'list'])}")
+        known = [*COMMANDS, *TOOLS, "list"]
+        sys.exit(f"audiot: error: no command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
+
+
+def _lines(known: dict[str, str]) -> str:
+    return "\n".join(f"  {name:12} {what}" for name, what in known.items())
 
 
 def groups() -> list[str]:

@@ -81,6 +81,14 @@ def run(command: str, arguments: list[str]) -> None:
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
 
 
+def run_tool(tool: str, arguments: list[str]) -> None:
+    """Run a command that takes plain arguments; its errors are told in one line too."""
+    module = importlib.import_module(f"audiot.commands.{tool.replace('-', '_')}")
+    with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
+        _quieten_libraries()
+        module.main(arguments)
+
+
 def _resumed_config(folder: Path, overrides: list[str]) -> DictConfig:
     """The config that a run was started with, on its own folder, and its log to go on with."""
     path = folder / ".hydra" / "config.yaml"
@@ -263,6 +271,7 @@ def _quieten_libraries() -> None:
         ".*Your `IterableDataset` has `__len__` defined.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*The dirpath has changed from.*",  # a run that was moved is resumed where it is
+        ".*Support for mismatched key_padding_mask and attn_mask is deprecated.*",  # inside WavLM
         ".*Found .* module\\(s\\) in eval mode at the start of training.*",  # a frozen encoder
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -14,9 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from audiot.commands.compare import is_rate
 from audiot.files import read_json, replacing
 
-RESULTS = {"summary.json": ("pretrain/val_l1", "probe/", "finetune/", "frames_per_s"), "metrics.json": ("test/",)}
+RESULTS = {
+    "summary.json": ("pretrain/val_l1", "probe/", "finetune/", "frames_per_s"),
+    "metrics.json": ("test/",),
+    "evaluation.json": ("pretrain/val_l1", "test/"),
+}
 
 
 @contextmanager
@@ -67,7 +72,7 @@ def summarise(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         cells = [setting, str(len(runs))]
         for name in figures:
             values = [row[name] for row in runs if name in row]
-            scale, digits = (100, 1) if name.startswith(("probe/", "finetune/", "test/")) else (1, 0 if "_per_s" in name else 3)
+            scale, digits = (100, 1) if is_rate(name) else (1, 0 if "_per_s" in name else 3)
             spread = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{scale * mean(values):.{digits}f}{spread}" if values else "")
         lines.append(cells)
@@ -86,7 +91,7 @@ class SweepTable(Callback):
             with replacing(sweep / "sweep.csv") as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file).writerows([header, *lines])
             widths = [max(map(len, line)) + 4 for line in lines]
-            print("\nsweep, mean ± standard deviation over runs (accuracies in %)")
+            print("\nsweep, mean ± standard deviation over runs (accuracies and error rates in %)")
             for name, *values in zip(header, *lines, strict=True):
                 print(f"  {name:<26}" + "".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True)))
             print(f"wrote   {sweep / 'sweep.csv'}")

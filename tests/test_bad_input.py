@@ -218,7 +218,10 @@ FINETUNE = {
     "data.label_fraction=0": "data.label_fraction must be in (0, 1], found 0",
     "data.label_fraction=1.5": "data.label_fraction must be in (0, 1], found 1.5",
     "trainer.val_check_interval=10": "trainer.val_check_interval=10 comes after the last step, trainer.max_steps=4: lower it",
-    "downstream.layers=first": "downstream.layers must be last or weighted_sum, found 'first'",
+    "downstream.layers=first": "downstream.layers must be last, weighted_sum or a list of numbers, found 'first'",
+    "downstream.layers=[0,3]": "downstream.layers=[0, 3]: the upstream has the hidden states 0 to 2",
+    "downstream.top_layers=1": "downstream.top_layers=1 says what to fine-tune: set downstream.train_encoder=true",
+    "downstream=intent": "utterance train000-train-0000 has no label 'action' (its labels: accent, keyword, speaker)",
     "downstream.batch_size=0": "downstream.batch_size must be at least 1, found 0",
     "downstream.labels.tier=word": "utterance train000-train-0000 has no alignment tier 'word'",
     "downstream=phone_linaer": "downstream=phone_linaer: no such option (did you mean phone_linear?)",
@@ -231,6 +234,21 @@ def test_finetuning_refuses(made, argument, expected):
     given = TINY if argument.startswith("upstream.path") else [*TINY, f"upstream.path={made.encoder}"]
     message = refusal("finetune", *given, argument.format(run=made.run))
     assert expected.format(run=made.run) in message
+
+
+def test_speakers_of_training_in_a_task_about_new_ones(made):
+    given = [*TINY, f"upstream.path={made.encoder}", "downstream=speaker_utterance", "downstream.new_speakers=true"]
+    message = refusal("finetune", *given)
+    assert message.startswith("speaker train000 of utterance train000-speaker_valid-0000 (valid split) is in training too (")
+    assert message.endswith("leave them out of one, or set downstream.new_speakers=false")
+
+
+def test_a_lexicon_that_is_not_there(made):
+    given = [*TINY, f"upstream.path={made.encoder}", "downstream=phone_recognition"]
+    assert refusal("finetune", *given, "downstream.labels.lexicon=nowhere.txt").startswith("no lexicon at nowhere.txt: ")
+    assert "downstream.objective.beam.lexicon: there is no file nowhere.txt" in refusal(
+        "finetune", *given, "downstream.objective.beam={lexicon: nowhere.txt}"
+    )
 
 
 def test_features_have_no_encoder_to_train(made):

@@ -8,7 +8,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from audiot.analysis.plots import plot_attention, plot_confusion, plot_probes, plot_reconstruction, plot_training
+from audiot.analysis.plots import (
+    plot_attention,
+    plot_confusion,
+    plot_layer_weights,
+    plot_probes,
+    plot_reconstruction,
+    plot_scores,
+    plot_training,
+)
 
 SUMMARY = {
     "pretrain/val_l1": 0.5,
@@ -141,6 +149,33 @@ def test_confusion_shows_shares_of_the_true_class(tmp_path, drawn):
     assert width == height
     shares = drawn[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 0]])
+
+
+def test_scores_of_each_kind_are_a_density(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    kinds = {
+        "same speaker": rng.normal(0.5, 0.1, 300).tolist(),
+        "different speakers": rng.normal(0.0, 0.1, 2000).tolist(),
+    }
+    plot_scores(kinds, "verification", tmp_path / "scores.png")
+    assert picture(tmp_path / "scores.png").shape[:2] == (440, 770)
+    axis = drawn[0].axes[0]
+    assert axis.get_title() == "verification"
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["same speaker (300)", "different speakers (2,000)"]
+    for bars, scores in zip(axis.containers, kinds.values(), strict=True):
+        assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1)
+        highest = max(bars, key=lambda bar: bar.get_height())
+        middle = highest.get_x() + highest.get_width() / 2
+        assert middle == pytest.approx(np.median(scores), abs=0.1)
+
+
+def test_layer_weights_are_a_bar_of_each_state(tmp_path, drawn):
+    plot_layer_weights([0.2, 0.5, 0.3], ["0", "6", "12"], "phone", tmp_path / "layer_weights.png")
+    picture(tmp_path / "layer_weights.png")
+    axis = drawn[0].axes[0]
+    assert [bar.get_height() for bar in axis.patches] == [0.2, 0.5, 0.3]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "6", "12"]
+    assert axis.lines[0].get_ydata()[0] == pytest.approx(1 / 3)  # what an even sum would be
 
 
 def test_a_failed_plot_leaves_the_old_picture(tmp_path, monkeypatch):

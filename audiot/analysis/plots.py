@@ -169,11 +169,50 @@ def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    small = max(4, min(9, 300 / len(classes)))
-    axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=small)
-    axis.set_yticks(range(len(classes)), classes, fontsize=small)
+    if len(classes) <= 120:  # more names than that nobody can read
+        small = max(4, min(9, 300 / len(classes)))
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=small)
+        axis.set_yticks(range(len(classes)), classes, fontsize=small)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, shrink=0.6, label="share of the true class")
+    _save(figure, path)
+
+
+def plot_scores(kinds: Mapping[str, Sequence[float]], title: str, path: str | Path) -> None:
+    """Histograms of the scores of trials, each kind's as a density.
+
+    Args:
+        kinds: Name of a kind of trial → its scores, in [−1, 1].
+        title: Of the figure.
+        path: PNG.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for (name, scores), colour in zip(kinds.items(), (BLUE, ORANGE), strict=False):
+        axis.hist(
+            scores, bins=np.linspace(-1, 1, 81).tolist(), density=True, alpha=0.6, color=colour, label=f"{name} ({len(scores):,})"
+        )
+    axis.set(xlabel="cosine", ylabel="density", title=title)
+    axis.legend()
+    _save(figure, path)
+
+
+def plot_layer_weights(weights: Sequence[float], names: Sequence[str], title: str, path: str | Path) -> None:
+    """Bars of the share that each hidden state has in a learned weighted sum.
+
+    Args:
+        weights: Shares, which add up to 1.
+        names: Of the hidden states.
+        title: Of the figure.
+        path: PNG.
+    """
+    figure = Figure(figsize=(2 + 0.6 * len(weights), 3.5), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.bar(range(len(weights)), list(weights), color=BLUE)
+    axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.axhline(1 / len(weights), color=GREY, linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(weights)), names)
+    axis.set(ylabel="share", xlabel="hidden state (0: input of the first layer)", title=title)
     _save(figure, path)
 
 

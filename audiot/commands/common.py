@@ -99,7 +99,7 @@ def start_wandb(logger: WandbLogger) -> None:
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of a data module that stand in ``cfg.data``."""
-    return {name: cfg.data[name] for name in ("batch_s", "num_buckets", "num_workers")} | {"seed": cfg.seed}
+    return {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")} | {"seed": cfg.seed}
 
 
 def check_fresh(run: Path) -> None:

@@ -36,7 +36,8 @@ def main(cfg: DictConfig) -> None:
     else:
         then = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
         now = evaluate_pretraining(trainer, settings, run)
-    write_json(run / "evaluation.json", now)
+    for folder in dict.fromkeys((run, Path(cfg.run_dir))):  # there, a sweep over runs finds it
+        write_json(folder / "evaluation.json", now)
     rows = {name: f"{value:.4f}   (then {then[name]:.4f})" if name in then else f"{value:.4f}" for name, value in now.items()}
     say(table(rows))
     say(f"wrote   {run / 'evaluation.json'}")

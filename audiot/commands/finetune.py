@@ -8,87 +8,102 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from audiot.analysis.plots import plot_confusion
+from audiot.analysis.plots import plot_layer_weights
 from audiot.commands.common import data_options, make_trainer, open_corpus, plain, say, table
+from audiot.commands.compare import write_comparison
 from audiot.data.datamodule import SpeechDataModule
+from audiot.data.labels import Framing
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
-from audiot.downstream.upstream import EncoderUpstream, FeaturesUpstream
-from audiot.features import Features
+from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
 from audiot.files import write_json
 
 
 def main(cfg: DictConfig) -> float:
-    """Train, test the best checkpoint, say what came of it; the validation accuracy, for a sweep that searches."""
+    """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
     metrics = finetune(cfg)
-    say(f"next:   audiot evaluate run={cfg.run_dir}")
-    return metrics["valid/accuracy"]
+    say(f"next:   audiot predict {cfg.run_dir} FILE.wav")
+    return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
-def task_data(cfg: DictConfig, corpus: PreparedCorpus, features: Features) -> SpeechDataModule:
+def finetune(cfg: DictConfig) -> dict[str, Any]:
+    """Train and test as the config says, in ``cfg.run_dir``, with ``compare`` also the controls in folders below it.
+
+    Returns:
+        The metrics, which also go to ``metrics.json``.
+    """
+    _check(cfg)
+    run = Path(cfg.run_dir)
+    corpus = open_corpus(cfg)
+    upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
+    metrics = train(cfg, upstream, corpus)
+    if cfg.compare:
+        results = {"encoder": metrics}
+        for name, control in (("random", untrained(upstream, cfg.seed)), ("features", _features_control(cfg, upstream))):
+            say(f"\n{name}")
+            results[name] = train(_control_config(cfg, control, run / name), control, corpus)
+        say("\n" + write_comparison(results, run))
+    return metrics
+
+
+def task_data(cfg: DictConfig, corpus: PreparedCorpus, features: Framing) -> SpeechDataModule:
     """The data module of a downstream config."""
     if corpus.sample_rate != features.sample_rate:
         raise ValueError(
             f"the corpus is at {corpus.sample_rate} Hz and the upstream at {features.sample_rate} Hz: "
             f"set data.prepare.sample_rate={features.sample_rate}"
         )
-    labels = instantiate(cfg.downstream.labels, features=features)
-    fraction = cfg.data.label_fraction
-    return SpeechDataModule(corpus, cfg.downstream.task, labels=labels, label_fraction=fraction, **data_options(cfg))
+    return SpeechDataModule(
+        corpus,
+        cfg.downstream.task,
+        labels=instantiate(cfg.downstream.labels, features=features),
+        new_speakers=cfg.downstream.new_speakers,
+        label_fraction=cfg.data.label_fraction,
+        **data_options(cfg),
+    )
 
 
-def finetune(cfg: DictConfig) -> dict[str, Any]:
-    """Train and test as the config says, in ``cfg.run_dir``; the metrics, which also go to ``metrics.json``."""
-    run = Path(cfg.run_dir)
-    pl.seed_everything(cfg.seed, verbose=False)
-    if cfg.trainer.val_check_interval > cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches:
-        raise ValueError(
-            f"trainer.val_check_interval={cfg.trainer.val_check_interval} comes after the last step, "
-            f"trainer.max_steps={cfg.trainer.max_steps}: lower it, since the best validation chooses the checkpoint"
-        )
-    if cfg.downstream.batch_size < 1:
-        raise ValueError(f"downstream.batch_size must be at least 1, found {cfg.downstream.batch_size}")
+def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[str, Any]:
+    """Train on one upstream, test the best checkpoint, write what came of it to ``cfg.run_dir``; the metrics."""
+    run, task = Path(cfg.run_dir), cfg.downstream
+    layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers
     trainer = make_trainer(cfg)
-    upstream: EncoderUpstream | FeaturesUpstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
-    if isinstance(upstream, FeaturesUpstream) and cfg.downstream.train_encoder:
-        raise ValueError("upstream=features has nothing to train: drop downstream.train_encoder=true")
-    data = task_data(cfg, open_corpus(cfg), upstream.features)
+    data = task_data(cfg, corpus, upstream.features)
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
     pl.seed_everything(cfg.seed, verbose=False)
     module = DownstreamModule(
         upstream=upstream.config,
-        head=plain(cfg.downstream.head),
+        head=plain(task.head),
+        objective=plain(task.objective),
         classes=data.classes,
-        layers=cfg.downstream.layers,
-        train_encoder=cfg.downstream.train_encoder,
+        layers=layers,
+        train_encoder=task.train_encoder,
+        top_layers=task.top_layers,
         optimizer=plain(cfg.optimizer),
         scheduler=plain(cfg.scheduler),
         seed=cfg.seed,
     )
     module.upstream.load_state_dict(upstream.state_dict())
+    module.objective.check(data.cuts("test").ids)
     source: pl.LightningDataModule = data
-    if cfg.downstream.cache and not cfg.downstream.train_encoder:
-        source = CachedStates(
-            data,
-            module.upstream,
-            trainer.strategy.root_device,
-            last_only=cfg.downstream.layers == "last",
-            batch_size=cfg.downstream.batch_size,
-        )
+    if task.cache and not task.train_encoder:
+        device = trainer.strategy.root_device
+        source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
     trainer.fit(module, source)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))  # type: ignore[attr-defined]
     metrics = test(trainer, module, source, best.best_model_path)
     metrics |= {
-        "valid/accuracy": float(best.best_model_score),  # type: ignore[arg-type]
-        "task": cfg.downstream.task,
+        f"valid/{task.monitor}": float(best.best_model_score),  # type: ignore[arg-type]
+        "task": task.task,
+        "monitor": task.monitor,
         "upstream": str(cfg.upstream._target_).rpartition(".")[2],
-        "layers": cfg.downstream.layers,
-        "fine_tuned": cfg.downstream.train_encoder,
+        "layers": layers,
+        "fine_tuned": task.top_layers or task.train_encoder,
         "train_utterances": len(data.training_cuts()),
         "classes": len(data.classes),
         "steps": trainer.global_step,
@@ -96,11 +111,15 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     weights = module.layers.weights()
     if weights is not None:
         metrics["layer_weights"] = [round(weight, 4) for weight in weights.tolist()]
+    first = f"test/{task.monitor}"
+    title = f"{task.task}: test {figures({first: metrics[first]})}"
+    files = module.objective.write(run, title)
     if trainer.is_global_zero:
         write_json(run / "metrics.json", metrics)
-        title = f"{cfg.downstream.task}: test accuracy {100 * metrics['test/accuracy']:.1f}%"
-        plot_confusion(module.confusion.compute(), data.classes, title, run / "confusion.png")
-        say(describe(metrics, run))
+        if weights is not None:
+            plot_layer_weights(weights.tolist(), [str(state) for state in module.layers.chosen], title, run / "layer_weights.png")
+            files.append("layer_weights.png")
+        say(describe(metrics, run, files))
     return metrics
 
 
@@ -110,15 +129,62 @@ def test(trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningData
     return dict(metrics)
 
 
-def describe(metrics: dict[str, Any], run: Path) -> str:
+def figures(metrics: dict[str, Any]) -> str:
+    """The test's metrics in words; rates in per cent."""
+    tested = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
+    return ", ".join(
+        f"{name} {value:.3f}" if name == "min_dcf" else f"{name} {100 * value:.1f}%" for name, value in tested.items()
+    )
+
+
+def describe(metrics: dict[str, Any], run: Path, files: list[str]) -> str:
     """The result in a few lines."""
+    sizes = f"{metrics['task']}, {metrics['classes']} classes, {metrics['train_utterances']} training utterances"
     return table(
         {
-            "test": f"accuracy {100 * metrics['test/accuracy']:.1f}%, macro F1 {100 * metrics['test/macro_f1']:.1f}% "
-            f"({metrics['task']}, {metrics['classes']} classes, {metrics['train_utterances']} training utterances)",
-            "run": f"{run}: metrics.json, confusion.png, checkpoints/best.ckpt",
+            "test": f"{figures(metrics)} ({sizes})",
+            "run": f"{run}: {', '.join(['metrics.json', *files, 'checkpoints/best.ckpt'])}",
         }
     )
+
+
+def _check(cfg: DictConfig) -> None:
+    """Refuse what would only be noticed after training."""
+    if cfg.trainer.val_check_interval > cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches:
+        raise ValueError(
+            f"trainer.val_check_interval={cfg.trainer.val_check_interval} comes after the last step, "
+            f"trainer.max_steps={cfg.trainer.max_steps}: lower it, since the best validation chooses the checkpoint"
+        )
+    if cfg.downstream.batch_size < 1:
+        raise ValueError(f"downstream.batch_size must be at least 1, found {cfg.downstream.batch_size}")
+    if str(cfg.upstream._target_).endswith(".FeaturesUpstream"):
+        if cfg.downstream.train_encoder:
+            raise ValueError("upstream=features has nothing to train: drop downstream.train_encoder=true")
+        if cfg.compare:
+            raise ValueError("compare=true sets an encoder beside features and itself untrained: choose another upstream")
+
+
+def _features_control(cfg: DictConfig, upstream: Upstream) -> FeaturesUpstream:
+    """The features that the encoder sees, or else ``cfg.features``."""
+    control = cfg.downstream.features_control
+    return FeaturesUpstream(upstream.config.get("features") or plain(cfg.features), control.context, control.cmvn)
+
+
+def _control_config(cfg: DictConfig, control: Upstream, folder: Path) -> DictConfig:
+    """The config of a control's run, which is kept in its folder as every run's is."""
+    changed = cfg.copy()
+    with open_dict(changed):
+        changed.run_dir, changed.compare, changed.logger = str(folder), False, {}
+        if isinstance(control, FeaturesUpstream):
+            changed.upstream = {"_target_": "audiot.downstream.upstream.FeaturesUpstream", **control.config}
+            del changed.upstream["kind"]
+            changed.downstream.head = OmegaConf.merge(cfg.downstream.head, cfg.downstream.features_control.head)
+            changed.downstream.update({"layers": "last", "train_encoder": False, "top_layers": None, "cache": False})
+        else:
+            changed.upstream = {"_target_": "audiot.downstream.upstream.untrained", "upstream": cfg.upstream, "seed": cfg.seed}
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(changed, folder / ".hydra" / "config.yaml")
+    return changed
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from audiot.commands.common import (
     step_of,
     table,
 )
-from audiot.commands.probing import run_probes
+from audiot.commands.probing import check_probes, run_probes
 from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
@@ -56,6 +56,8 @@ def main(cfg: DictConfig) -> float:
     module = build(cfg)
     corpus = open_corpus(cfg)
     _check_rate(module, corpus.sample_rate)
+    if cfg.probe:
+        check_probes(cfg, run, corpus)
     data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, **data_options(cfg))
     if module.model.features.cmvn == "global" and not cfg.init:
         module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
@@ -158,13 +160,18 @@ def report(run: Path) -> str:
     results = {tuple(name.split("/")): value for name, value in summary.items() if name.startswith(("probe/", "finetune/"))}
     if results:
         columns = {"encoder": "pre-trained", "random": "untrained"} | {name: name for _, _, name in results if "features" in name}
-        lines += ["", f"{'test accuracy, %':<38}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
+        rows = {}
         for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
             first = next(column for column in columns if (kind, task, column) in results)
-            count = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")["train_utterances"]
-            name = f"{task}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {count:,} utterances"
-            cells = [results.get((kind, task, column)) for column in columns]
-            lines.append(f"{name:<38}" + "".join(f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells))
+            metrics = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")
+            monitor = "" if metrics["monitor"] == "accuracy" else f" ({metrics['monitor']})"
+            name = f"{task}{monitor}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {metrics['train_utterances']:,} utterances"
+            rows[name] = [results.get((kind, task, column)) for column in columns]
+        width = max(38, *map(len, rows))
+        lines += ["", f"{'test accuracy, %':<{width}}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
+        for name, cells in rows.items():
+            percent = [f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells]
+            lines.append(f"{name:<{width}}" + "".join(percent))
     plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
     lines += [
         "",

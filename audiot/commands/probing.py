@@ -7,18 +7,23 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from audiot.commands.common import same_data, say
 from audiot.commands.finetune import finetune
+from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.files import read_json
 
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
 
 def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
-    """Test accuracy of every entry of ``cfg.probes``; one that a resumed run has done before is not done again."""
-    accuracies = {}
+    """The test's figure (accuracy, or what the task monitors) of every entry of ``cfg.probes``.
+
+    One that a resumed run has done before is not done again.
+    """
+    figures = {}
     for name, overrides in cfg.probes.items():
         folder = run / "probes" / str(name).replace("/", "-")
         if not (folder / "metrics.json").is_file():
@@ -28,8 +33,25 @@ def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
             OmegaConf.save(probe, folder / ".hydra" / "config.yaml")  # for `audiot evaluate`
             finetune(probe)
             gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
-        accuracies[str(name)] = read_json(folder / "metrics.json", "metrics")["test/accuracy"]
-    return accuracies
+        metrics = read_json(folder / "metrics.json", "metrics")
+        figures[str(name)] = metrics[f"test/{metrics['monitor']}"]
+    return figures
+
+
+def check_probes(cfg: DictConfig, run: Path, corpus: PreparedCorpus) -> None:
+    """Look for the labels that the probes need before pre-training, which may take days.
+
+    Raises:
+        ValueError: a probe's split or its labels are not there.
+    """
+    for name, overrides in cfg.probes.items():
+        probe = probe_config(cfg, list(overrides), run / "probes")
+        labels = instantiate(probe.downstream.labels)
+        try:
+            for role in ROLES:
+                labels.names(next(iter(corpus.cuts(corpus.split_for(probe.downstream.task, role)))))
+        except ValueError as error:
+            raise ValueError(f"{error} (wanted by the probe {name}; probes=none or probe=false pre-trains without)") from error
 
 
 def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:

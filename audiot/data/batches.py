@@ -14,7 +14,7 @@ from lhotse.dataset import DynamicBucketingSampler
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from audiot.data.labels import IGNORED, Labels
+from audiot.data.labels import Labels
 from audiot.random import key
 
 Batch = dict[str, Any]
@@ -47,6 +47,7 @@ class BatchStream(Sampler[Item]):
     Args:
         cuts: Of one split.
         batch_s: Seconds of audio in a batch, padding not counted.
+        max_utterances: Most utterances in a batch; None: as many as the seconds allow.
         num_buckets: Buckets of similar duration.
         seed: Of the order and the crops.
         training: Shuffle, crop at random, and go on epoch after epoch without end; batches that don't fill a turn of all ranks
@@ -64,11 +65,13 @@ class BatchStream(Sampler[Item]):
         num_buckets: int = 10,
         seed: int = 0,
         crop_s: float | None = None,
+        max_utterances: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
     ) -> None:
         self.cuts = cuts
+        self.max_utterances = max_utterances
         self.batch_s = batch_s
         self.training = training
         self.num_buckets = num_buckets if cuts.is_lazy else min(num_buckets, len(cuts))  # no more buckets than cuts
@@ -87,6 +90,7 @@ class BatchStream(Sampler[Item]):
             sampler = DynamicBucketingSampler(
                 cuts,
                 max_duration=self.batch_s,
+                max_cuts=self.max_utterances,
                 num_buckets=self.num_buckets,
                 duration_bins=[self.batch_s] if self.num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
                 shuffle=self.training,
@@ -127,7 +131,8 @@ class SpeechDataset(Dataset[Batch]):
     """Load and collate the cuts of a batch.
 
     Gives a dict: ``waveforms`` (B, N) float32, zero-padded; ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random
-    numbers; ``ids``; ``position`` (epoch, batch); and with labels, ``labels`` (B,) or (B, frames) padded with ``IGNORED``.
+    numbers; ``ids``; ``position`` (epoch, batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and
+    ``speakers``.
 
     Args:
         seed: Of the random keys; None: keys that depend on the cut alone (validation).
@@ -154,9 +159,8 @@ class SpeechDataset(Dataset[Batch]):
             "position": position,
         }
         if self.labels is not None:
-            labels = [self.labels.encode(cut, self.index) for cut in cuts]
-            per_frame = self.labels.per_frame
-            batch["labels"] = pad_sequence(labels, True, IGNORED) if per_frame else torch.stack(labels)
+            batch["labels"] = self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts])
+            batch["speakers"] = [cut.supervisions[0].speaker if cut.supervisions else None for cut in cuts]
         return batch
 
 

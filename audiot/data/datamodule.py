@@ -13,7 +13,7 @@ from lhotse import CutSet
 from torch.utils.data import DataLoader
 
 from audiot.data.batches import Batch, BatchStream, SpeechDataset, make_loader, to_device
-from audiot.data.labels import Labels, check_known, vocabulary
+from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus
 from audiot.random import key
 
@@ -43,6 +43,8 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: Loader processes.
         seed: Of order, crops and corruption.
         labels: How to read the task's labels; None: none.
+        max_utterances: Most utterances in a batch; None: as many as ``batch_s`` allows.
+        new_speakers: The task is about speakers that training has not heard; an overlap is refused.
         label_fraction: Share of the training utterances used, chosen by a hash of seed and utterance.
     """
 
@@ -56,7 +58,9 @@ class SpeechDataModule(pl.LightningDataModule):
         num_buckets: int = 10,
         num_workers: int = 1,
         seed: int = 0,
+        max_utterances: int | None = None,
         labels: Labels | None = None,
+        new_speakers: bool = False,
         label_fraction: float = 1.0,
     ) -> None:
         super().__init__()
@@ -68,11 +72,14 @@ class SpeechDataModule(pl.LightningDataModule):
             raise ValueError(f"data.crop_s must be a positive number of seconds, found {crop_s}")
         if num_buckets < 1:
             raise ValueError(f"data.num_buckets must be at least 1, found {num_buckets}")
+        if max_utterances is not None and max_utterances < 1:
+            raise ValueError(f"data.max_utterances must be at least 1 or null, found {max_utterances}")
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s
         self.crop_s = crop_s
         self.num_buckets = num_buckets
+        self.max_utterances = max_utterances
         self.num_workers = num_workers
         self.seed = seed
         self.labels = labels
@@ -80,9 +87,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.next_batch = (0, 0)  # (epoch, batch) that training goes on with
         self.classes: list[str] = []
         if labels is not None:
-            self.classes = vocabulary(self.cuts("train"), labels)
-            for role in ("valid", "test"):
-                check_known(self.cuts(role), labels, self.index, role)
+            self.classes = survey({role: self.cuts(role) for role in ("train", "valid", "test")}, labels, new_speakers)
 
     @property
     def index(self) -> dict[str, int]:
@@ -110,6 +115,7 @@ class SpeechDataModule(pl.LightningDataModule):
             num_buckets=self.num_buckets,
             seed=self.seed,
             crop_s=self.crop_s,
+            max_utterances=self.max_utterances,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             start=self.next_batch if training else (0, 0),

@@ -1,94 +1,186 @@
-"""Labels of a cut: one an utterance, or one a frame from an alignment tier."""
+"""Labels of a cut: of an utterance, of its slots, of each frame, or a sequence of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import dropwhile, pairwise
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from audiot.features import Features
-
-IGNORED = -100  # label of a frame that no interval of the alignment covers; losses and metrics leave it out
-
-
-class Labels(Protocol):
-    """How to read the labels of a task off a cut."""
-
-    per_frame: bool
-
-    def names(self, cut: Cut) -> list[str]:
-        """All label names of the cut."""
-
-    def encode(self, cut: Cut, index: dict[str, int]) -> Tensor:
-        """Class indices: a scalar, or (frames,)."""
+IGNORED = -100  # label of a frame that no interval of the alignment covers, and padding; losses and metrics leave it out
+PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # of a pronunciation; a bare digit is a phone of X-SAMPA
 
 
-class UtteranceLabel:
+class Framing(Protocol):
+    """How an upstream cuts audio into frames: what labels need to know of it. Every front end of audiot is one."""
+
+    sample_rate: int
+    hop_length: int
+    stack: int
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames in so many samples, before stacking."""
+
+    def num_tokens(self, num_samples: int) -> int:
+        """Hidden states of so many samples: frames // stack."""
+
+    def frame_centers(self, num_frames: int) -> Tensor:
+        """Middle of each frame in samples (num_frames,)."""
+
+
+class Labels(ABC):
+    """How to read the labels of a task off a cut.
+
+    Args:
+        features: How the upstream cuts audio into frames.
+    """
+
+    open_set = False  # labels that training never saw are allowed in other splits
+    alphabet: Sequence[str] | None = None  # all names there are, where they are known beforehand
+
+    def __init__(self, features: Framing | None = None) -> None:
+        self._features = features
+
+    @property
+    def features(self) -> Framing:
+        """The frames that are labelled."""
+        if self._features is None:
+            raise ValueError(f"{type(self).__name__} needs the features whose frames it labels")
+        return self._features
+
+    @abstractmethod
+    def names(self, cut: Cut) -> Sequence[str]:
+        """All label names of the cut.
+
+        Raises:
+            ValueError: it has none, or none that can be used.
+        """
+
+    @abstractmethod
+    def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
+        """Class indices: a scalar for the utterance, else (slots,), (frames,) or (tokens,)."""
+
+    def check(self, cut: Cut) -> None:  # noqa: B027 (most labels have nothing to check)
+        """Refuse a cut whose labels do not fit its audio."""
+
+    def collate(self, labels: Sequence[Tensor]) -> Tensor:
+        """Labels of a batch: stacked, or padded at the end with ``IGNORED``."""
+        return torch.stack(list(labels)) if labels[0].ndim == 0 else pad_sequence(list(labels), True, IGNORED)
+
+
+def field_of(cut: Cut, field: str) -> str:
+    """The speaker of a cut, or a custom field of its supervision (``keyword``, …).
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    supervision = cut.supervisions[0] if cut.supervisions else None
+    custom = (supervision.custom or {}) if supervision else {}
+    value = custom.get(field) if supervision is None or field != "speaker" else supervision.speaker
+    if value is None:
+        known = ", ".join(sorted({"speaker", *custom})) if supervision else "none, it has no supervision"
+        raise ValueError(f"utterance {cut.id} has no label {field!r} (its labels: {known}); choose another task or data")
+    return str(value)
+
+
+class UtteranceLabel(Labels):
     """One label an utterance: its speaker, or any custom field (``keyword``, …).
 
     Args:
         field: ``speaker`` or the name of a custom field of the supervision.
-        features: Not used: labels of every kind take the same arguments.
+        features: See `Labels`; not used.
+        open_set: Labels that training never saw are allowed in other splits, and encoded as ``IGNORED``.
     """
 
-    per_frame = False
-
-    def __init__(self, field: str, features: Features | None = None) -> None:
+    def __init__(self, field: str, features: Framing | None = None, open_set: bool = False) -> None:
+        super().__init__(features)
         self.field = field
+        self.open_set = open_set
 
     def names(self, cut: Cut) -> list[str]:
         """The label, as a list of one."""
-        supervision = cut.supervisions[0] if cut.supervisions else None
-        custom = (supervision.custom or {}) if supervision else {}
-        value = custom.get(self.field) if supervision is None or self.field != "speaker" else supervision.speaker
-        if value is None:
-            known = ", ".join(sorted({"speaker", *custom})) if supervision else "none, it has no supervision"
-            raise ValueError(f"utterance {cut.id} has no label {self.field!r} (its labels: {known}); choose another task or data")
-        return [str(value)]
+        return [field_of(cut, self.field)]
 
-    def encode(self, cut: Cut, index: dict[str, int]) -> Tensor:
+    def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
         """Class index, a scalar."""
-        return torch.tensor(index[self.names(cut)[0]])
+        name = field_of(cut, self.field)
+        return torch.tensor(index.get(name, IGNORED) if self.open_set else index[name])
 
 
-class FrameLabels:
+class SlotLabels(Labels):
+    """Several labels an utterance (an intent's action, object, location); names are ``slot=value``.
+
+    Args:
+        fields: Names of the slots, as in `UtteranceLabel`.
+        features: See `Labels`; not used.
+    """
+
+    def __init__(self, fields: Sequence[str], features: Framing | None = None) -> None:
+        super().__init__(features)
+        self.fields = list(fields)
+        if not self.fields or len(set(self.fields)) < len(self.fields) or any("=" in field for field in self.fields):
+            raise ValueError(f"downstream.labels.fields must be one or more different names without '=', found {self.fields}")
+
+    def names(self, cut: Cut) -> list[str]:
+        """``slot=value`` of each slot, in order."""
+        return [f"{field}={field_of(cut, field)}" for field in self.fields]
+
+    def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
+        """Class index of each slot's value (slots,), in the vocabulary of all slots."""
+        return torch.tensor([index[name] for name in self.names(cut)])
+
+
+class FrameLabels(Labels):
     """One label a frame: the interval of the alignment tier that the frame's centre lies in.
 
     Args:
         tier: Name of the alignment tier (``phone``).
-        features: The front end whose frames are labelled.
+        features: See `Labels`.
+        tolerance_s: An alignment may begin or end so much off the audio; None: anything goes. Frames that no interval covers are
+            ignored.
     """
 
-    per_frame = True
-
-    def __init__(self, tier: str, features: Features) -> None:
+    def __init__(self, tier: str, features: Framing | None = None, tolerance_s: float | None = 0.1) -> None:
+        super().__init__(features)
         self.tier = tier
-        self.features = features
+        self.tolerance_s = tolerance_s
 
     def _intervals(self, cut: Cut) -> list[tuple[float, float, str]]:
-        items = [
-            (item.start, item.end, item.symbol)
-            for supervision in cut.supervisions
-            for item in (supervision.alignment or {}).get(self.tier, [])
-        ]
-        if not items:
-            raise ValueError(f"utterance {cut.id} has no alignment tier {self.tier!r}; choose another task or data")
-        return sorted(items)
+        return tier_of(cut, self.tier)
 
     def names(self, cut: Cut) -> list[str]:
         """Every symbol of the tier."""
         return [symbol for _, _, symbol in self._intervals(cut)]
 
-    def encode(self, cut: Cut, index: dict[str, int]) -> Tensor:
+    def check(self, cut: Cut) -> None:
+        """Refuse an alignment that is shorter or longer than the audio.
+
+        Raises:
+            ValueError: by more than the tolerance.
+        """
+        intervals = self._intervals(cut)
+        begin, end = intervals[0][0], max(end for _, end, _ in intervals)
+        # Lhotse moves the supervisions of a cropped cut, but not their alignments: those count from the recording's start.
+        late, missing, excess = begin - cut.start, cut.end - end, end - cut.end
+        if self.tolerance_s is not None and max(late, missing, excess) > self.tolerance_s:
+            raise ValueError(
+                f"the {self.tier} alignment of utterance {cut.id} goes from {begin:.3f} to {end:.3f} s, its audio from "
+                f"{cut.start:.3f} to {cut.end:.3f} s: an alignment of another file? Mend it, leave the utterance out, or raise "
+                f"downstream.labels.tolerance_s={self.tolerance_s}"
+            )
+
+    def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
         """Class index of each frame (frames,), ``IGNORED`` where no interval covers its centre."""
         intervals = self._intervals(cut)
         num_frames = self.features.num_frames(cut.num_samples)
-        # Lhotse moves the supervisions of a cropped cut, but not their alignments: those count from the recording's start.
         rate = self.features.sample_rate
         centers = (self.features.frame_centers(num_frames).numpy() + round(cut.start * rate)) / rate
         starts = np.array([start for start, _, _ in intervals])
@@ -99,21 +191,223 @@ class FrameLabels:
         return torch.from_numpy(np.where(covered, classes[at.clip(0)], IGNORED))
 
 
-def vocabulary(cuts: CutSet, labels: Labels) -> list[str]:
-    """All label names in ``cuts``, sorted."""
-    return sorted({name for cut in cuts for name in labels.names(cut)})
+class TokenLabels(Labels):
+    """A sequence of tokens without times, for CTC; it must fit the frames (Graves et al. 2006: a blank between equal tokens)."""
+
+    def check(self, cut: Cut) -> None:
+        """Refuse a sequence that is longer than the frames can spell.
+
+        Raises:
+            ValueError: with both lengths.
+        """
+        tokens = self.names(cut)
+        repeats = sum(one == other for one, other in pairwise(tokens))
+        frames = self.features.num_tokens(cut.num_samples) * self.features.stack
+        if len(tokens) + repeats > frames:
+            blanks = f" and {repeats} blanks between equal ones" if repeats else ""
+            raise ValueError(
+                f"the target of utterance {cut.id} is longer than its input: {len(tokens)} tokens{blanks}, {frames} frames "
+                f"({cut.duration:.2f} s): a transcript of another file? Mend it or leave the utterance out"
+            )
+
+    def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
+        """Class index of each token (tokens,)."""
+        return torch.tensor([index[name] for name in self.names(cut)])
 
 
-def check_known(cuts: Iterable[Cut], labels: Labels, index: dict[str, int], split: str) -> None:
+class CharacterLabels(TokenLabels):
+    """Characters of the transcript, a space between words.
+
+    Args:
+        features: See `Labels`.
+        case: ``upper``, ``lower``, or null: as it is.
+        remove: Characters left out, such as punctuation.
+        alphabet: All characters that may occur; None: those of the training transcripts.
+    """
+
+    def __init__(
+        self, features: Framing | None = None, case: str | None = "upper", remove: str = "", alphabet: str | None = None
+    ) -> None:
+        super().__init__(features)
+        self.alphabet = None if alphabet is None else sorted(set(alphabet))
+        if case not in ("upper", "lower", None):
+            raise ValueError(f"downstream.labels.case must be upper, lower or null, found {case!r}")
+        self.case = case
+        self.remove = str.maketrans("", "", remove)
+
+    def names(self, cut: Cut) -> list[str]:
+        """The characters."""
+        return list(" ".join(self.words(cut)))
+
+    def words(self, cut: Cut) -> list[str]:
+        """The words.
+
+        Raises:
+            ValueError: there are none.
+        """
+        text = transcript(cut).translate(self.remove)
+        text = text.upper() if self.case == "upper" else text.lower() if self.case == "lower" else text
+        if not text.split():
+            raise ValueError(
+                f"the transcript of utterance {cut.id} is empty ({transcript(cut)!r}): mend it or leave the utterance out"
+            )
+        return text.split()
+
+
+class PhoneSequence(TokenLabels):
+    """Phones of an utterance in their order: of its alignment tier, or of its transcript by a pronunciation lexicon.
+
+    Args:
+        features: See `Labels`.
+        tier: Alignment tier, where there is no lexicon.
+        lexicon: File of lines ``WORD PHONE PHONE …``; probabilities (``0.98``) before the phones are left out, and the first
+            pronunciation of a word counts.
+        silences: Symbols that are no phones.
+        strip_stress: AH0 → AH.
+    """
+
+    def __init__(
+        self,
+        features: Framing | None = None,
+        tier: str = "phone",
+        lexicon: str | None = None,
+        silences: Sequence[str] = ("SIL", "sil", "sp", "spn", "SPN", ""),
+        strip_stress: bool = False,
+    ) -> None:
+        super().__init__(features)
+        self.tier = tier
+        self.lexicon = None if lexicon is None else read_lexicon(lexicon)
+        self.path = lexicon
+        self.silences = frozenset(silences)
+        self.strip_stress = strip_stress
+
+    def names(self, cut: Cut) -> list[str]:
+        """The phones."""
+        if self.lexicon is None:
+            phones = [symbol for _, _, symbol in tier_of(cut, self.tier)]
+        else:
+            phones = [phone for word in transcript(cut).split() for phone in self._pronounce(word, cut)]
+        phones = [phone.rstrip("012") if self.strip_stress else phone for phone in phones if phone not in self.silences]
+        if not phones:
+            raise ValueError(f"utterance {cut.id} has no phone: mend its transcript or alignment, or leave the utterance out")
+        return phones
+
+    def _pronounce(self, word: str, cut: Cut) -> tuple[str, ...]:
+        assert self.lexicon is not None
+        for form in (word, word.upper(), word.lower()):
+            if form in self.lexicon:
+                return self.lexicon[form]
+        raise ValueError(f"the word {word!r} of utterance {cut.id} is not in the lexicon {self.path}: add it")
+
+
+def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
+    """Intervals (start, end, symbol) of an alignment tier in the order of time, in seconds of the recording.
+
+    Raises:
+        ValueError: there is no such tier.
+    """
+    items = [
+        (item.start, item.end, item.symbol)
+        for supervision in cut.supervisions
+        for item in (supervision.alignment or {}).get(tier, [])
+    ]
+    if not items:
+        raise ValueError(f"utterance {cut.id} has no alignment tier {tier!r}; choose another task or data")
+    return sorted(items)
+
+
+def transcript(cut: Cut) -> str:
+    """The text of a cut.
+
+    Raises:
+        ValueError: it has none.
+    """
+    texts = [supervision.text for supervision in cut.supervisions if supervision.text is not None]
+    if not texts:
+        raise ValueError(f"utterance {cut.id} has no transcript; choose another task or data")
+    return " ".join(texts)
+
+
+def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Word → phones of its first pronunciation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has a word and no phone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no lexicon at {path}: lines of WORD PHONE PHONE … are expected there")
+    lexicon: dict[str, tuple[str, ...]] = {}
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            word, *phones = line.split() or [""]
+            phones = list(dropwhile(PROBABILITY.fullmatch, phones))
+            if word and not phones:
+                raise ValueError(f"{path}:{number}: the word {word!r} has no phones")
+            if word:
+                lexicon.setdefault(word, tuple(phones))
+    return lexicon
+
+
+def survey(cuts: Mapping[str, Iterable[Cut]], labels: Labels, new_speakers: bool = False) -> list[str]:
+    """Go through all cuts of a task once: the classes of training, everything checked on the way.
+
+    Args:
+        cuts: Role → cuts, ``train`` among the roles.
+        labels: Of the task.
+        new_speakers: No speaker of training may occur in another split.
+
+    Returns:
+        Label names that occur in training, or the labels' alphabet, sorted.
+
+    Raises:
+        ValueError: an utterance is in two splits, a label does not occur in training, labels do not fit their audio, or a speaker
+            of training is heard elsewhere though the task is about new ones.
+    """
+    index: dict[str, int] = dict.fromkeys(labels.alphabet or (), 0)
+    role_of: dict[str, str] = {}
+    speakers: dict[str, str] = {}
+    for role in sorted(cuts, key=lambda role: role != "train"):
+        for cut in cuts[role]:
+            if role_of.setdefault(cut.id, role) != role:
+                raise ValueError(
+                    f"utterance {cut.id} is in the {role_of[cut.id]} split and in the {role} split: a result would be worth "
+                    "nothing; leave it out of one"
+                )
+            labels.check(cut)
+            names = labels.names(cut)
+            if labels.alphabet is not None:
+                if unknown := sorted(set(names) - index.keys()):
+                    raise ValueError(
+                        f"{unknown[0]!r} of utterance {cut.id} ({role} split) is not in downstream.labels.alphabet: "
+                        "add it there, or to downstream.labels.remove"
+                    )
+            elif role == "train":
+                index.update(dict.fromkeys(names, 0))
+            elif not labels.open_set:
+                check_known(cut, names, index, role)
+            if new_speakers:
+                speaker = field_of(cut, "speaker")
+                if role == "train":
+                    speakers.setdefault(speaker, cut.id)
+                elif speaker in speakers:
+                    raise ValueError(
+                        f"speaker {speaker} of utterance {cut.id} ({role} split) is in training too ({speakers[speaker]}), and "
+                        "this task is about new speakers: leave them out of one, or set downstream.new_speakers=false"
+                    )
+    return sorted(index)
+
+
+def check_known(cut: Cut, names: Iterable[str], index: Mapping[str, int], split: str) -> None:
     """Refuse a label that training never saw.
 
     Raises:
         ValueError: naming the label, its utterance and the split.
     """
-    for cut in cuts:
-        for name in labels.names(cut):
-            if name not in index:
-                raise ValueError(
-                    f"label {name!r} of utterance {cut.id} ({split} split) does not occur in training "
-                    f"({len(index)} labels do): move an utterance with it into training, or leave it out of {split}"
-                )
+    for name in names:
+        if name not in index:
+            raise ValueError(
+                f"label {name!r} of utterance {cut.id} ({split} split) does not occur in training "
+                f"({len(index)} labels do): move an utterance with it into training, or leave it out of {split}"
+            )

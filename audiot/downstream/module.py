@@ -1,34 +1,34 @@
-"""Probing and fine-tuning as a LightningModule: upstream → layer selection → head → cross-entropy."""
+"""Probing and fine-tuning as a LightningModule: upstream → layer selection → head → objective."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from audiot.data.batches import Batch
-from audiot.data.labels import IGNORED
 from audiot.downstream.heads import LayerSelection
+from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
 from audiot.optimization import configure
 from audiot.random import key
 
 
 class DownstreamModule(pl.LightningModule):
-    """A classifier over an upstream's hidden states.
+    """A model of a speech task over an upstream's hidden states.
 
     Args:
         upstream: ``config`` of an upstream (see :mod:`audiot.downstream.upstream`); load its weights into ``self.upstream``.
-        head: Config of the head; ``input_dim``, ``num_classes`` and ``stack`` are given to it here.
+        head: Config of the head; ``input_dim``, ``num_outputs`` and ``stack`` are given to it here.
+        objective: Config of the objective; ``classes`` is given to it here.
         classes: Label names.
-        layers: ``last`` or ``weighted_sum``.
+        layers: See `LayerSelection`.
         train_encoder: Fine-tune the upstream; else it is frozen and in evaluation mode.
+        top_layers: Fine-tune so many of the upper layers alone; None: everything.
         optimizer, scheduler: Configs, as plain dicts.
         seed: Of dropout.
     """
@@ -37,94 +37,98 @@ class DownstreamModule(pl.LightningModule):
         self,
         upstream: Mapping[str, Any],
         head: Mapping[str, Any],
+        objective: Mapping[str, Any],
         classes: list[str],
-        layers: str,
+        layers: str | int | Sequence[int],
         train_encoder: bool,
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
+        top_layers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.upstream = rebuild(upstream)
-        self.train_encoder = train_encoder
         self.stack = self.upstream.stack
         self.layers = LayerSelection(layers, self.upstream.num_states)
-        self.head: nn.Module = instantiate(head, input_dim=self.upstream.state_dim, num_classes=len(classes), stack=self.stack)
-        self.upstream.requires_grad_(train_encoder)
+        self.objective: Objective = instantiate(objective, classes=classes)
+        width, outputs = self.upstream.state_dim, self.objective.num_outputs
+        self.head: nn.Module = instantiate(head, input_dim=width, num_outputs=outputs, stack=self.stack)
+        self.trained = self._trained(train_encoder, top_layers)
+        self.upstream.requires_grad_(False)
+        for part in self.trained:
+            part.requires_grad_(True)
         self.train()  # Lightning's fit doesn't call it
-        count = len(classes)
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(count, average="micro", ignore_index=IGNORED),
-                "macro_f1": MulticlassF1Score(count, average="macro", ignore_index=IGNORED),
-            }
-        )
-        self.valid_metrics = metrics.clone(prefix="valid/")
-        self.test_metrics = metrics.clone(prefix="test/")
-        self.confusion = MulticlassConfusionMatrix(count, ignore_index=IGNORED)
+
+    def _trained(self, train_encoder: bool, top_layers: int | None) -> list[nn.Module]:
+        """The parts of the upstream that are fine-tuned."""
+        if top_layers is None:
+            return [self.upstream] if train_encoder else []
+        if not train_encoder:
+            raise ValueError(f"downstream.top_layers={top_layers} says what to fine-tune: set downstream.train_encoder=true")
+        return self.upstream.top(top_layers)
 
     def train(self, mode: bool = True) -> DownstreamModule:
-        """Training mode, which leaves a frozen upstream in evaluation mode."""
+        """Training mode, which leaves what is frozen of the upstream in evaluation mode."""
         super().train(mode)
-        self.upstream.train(mode and self.train_encoder)
+        self.upstream.eval()
+        for part in self.trained:
+            part.train(mode)
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of a batch is drawn from the seed and the batch alone."""
         torch.manual_seed(key("dropout", self.hparams["seed"], *batch["position"]))
 
-    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden states (layers + 1, B, T, d) and lengths (B,): those kept from before, or the upstream's."""
+    def picked_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The chosen hidden states (chosen, B, T, d) and lengths (B,): those kept from before, or the upstream's."""
         if "hidden" in batch:
             return batch["hidden"], batch["lengths"]
-        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-            return self.upstream(batch["waveforms"], batch["lengths"])
+        with torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
+            hidden, lengths = self.upstream(batch["waveforms"], batch["lengths"])
+        return self.layers.pick(hidden), lengths
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores (B, frames, classes) or (B, classes), and lengths (B,) in hidden states."""
-        hidden, lengths = self.hidden_states(batch)
-        return self.head(self.layers(hidden), lengths), lengths
-
-    def _scores_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores (items, classes) in float32 and labels (items,)."""
-        scores, lengths = self(batch)
-        labels = batch["labels"]
-        if labels.ndim == 2:
-            num_frames = scores.shape[1]
-            labels = nn.functional.pad(labels, (0, max(0, num_frames - labels.shape[1])), value=IGNORED)[:, :num_frames]
-            # Frames left over when frames are stacked have no hidden state of their own.
-            ends = (lengths * self.stack).to(labels.device, non_blocking=True)[:, None]
-            labels = labels.masked_fill(torch.arange(num_frames, device=labels.device) >= ends, IGNORED)
-        return scores.flatten(0, -2).float(), labels.flatten()
+        """The head's outputs (B, frames, C) or (B, C), and lengths (B,) in frames."""
+        picked, lengths = self.picked_states(batch)
+        return self.head(self.layers(picked), lengths), lengths * self.stack
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy over labelled frames or utterances."""
-        loss = nn.functional.cross_entropy(*self._scores_and_labels(batch), ignore_index=IGNORED)
+        """The objective's loss."""
+        outputs, lengths = self(batch)
+        loss = self.objective.loss(outputs, lengths, batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin to measure."""
+        self.objective.reset("valid")
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy and macro F1."""
-        self.valid_metrics.update(*self._scores_and_labels(batch))
+        """Measure a batch."""
+        outputs, lengths = self(batch)
+        self.objective.update(outputs, lengths, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log and reset the metrics."""
-        values = self.valid_metrics.compute()
-        self.log_dict(values)
-        self.log("valid_accuracy", values["valid/accuracy"], prog_bar=True, logger=False)
-        self.valid_metrics.reset()
+        """Log the metrics."""
+        values = self.objective.compute()
+        # Every process has the figures of all; without sync_dist Lightning would warn of what each has for itself.
+        self.log_dict({f"valid/{name}": value for name, value in values.items()}, sync_dist=True)
+        first = next(iter(values))
+        self.log(f"valid_{first}", values[first], prog_bar=True, logger=False, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to measure."""
+        self.objective.reset("test")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy, macro F1 and the confusion matrix."""
-        scores, labels = self._scores_and_labels(batch)
-        self.test_metrics.update(scores, labels)
-        self.confusion.update(scores, labels)
+        """Measure a batch."""
+        outputs, lengths = self(batch)
+        self.objective.update(outputs, lengths, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics; the confusion matrix stays for the caller."""
-        self.log_dict(self.test_metrics.compute())
-        self.test_metrics.reset()
+        """Log the metrics; what was measured stays for the caller."""
+        self.log_dict({f"test/{name}": value for name, value in self.objective.compute().items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""

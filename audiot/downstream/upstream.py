@@ -1,15 +1,11 @@
-"""Upstreams: what a downstream task listens to. All map waveforms to hidden states through one interface.
-
-An upstream is an ``nn.Module`` whose call takes waveforms (B, N) and lengths (B,) in samples and gives hidden states
-(layers + 1, B, T, d) with lengths (B,); it has ``features`` (its front end), ``stack`` (spectrogram frames behind a hidden
-state), ``num_states`` (layers + 1), ``state_dim`` (d), and ``config``, from which :func:`rebuild` makes it again for its weights
-to be loaded.
-"""
+"""Upstreams: what a downstream task listens to. All map waveforms to hidden states through one interface."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from hydra.utils import instantiate
@@ -19,7 +15,42 @@ from audiot.checkpoint import AudioEncoder, load_encoder
 from audiot.features import Features
 
 
-class EncoderUpstream(nn.Module):
+class Upstream(nn.Module, ABC):
+    """Base of the upstreams.
+
+    Attributes:
+        features: How it cuts audio into frames.
+        stack: Frames behind a hidden state.
+        num_states: Hidden states it gives: layers + 1.
+        state_dim: d.
+        config: Plain dict from which :func:`rebuild` makes it again, untrained, for its weights to be loaded.
+    """
+
+    features: Any
+    stack: int
+    num_states: int
+    state_dim: int
+    config: dict[str, Any]
+
+    @abstractmethod
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (layers + 1, B, T, d), zero after an utterance's end, and lengths (B,) in states.
+
+        Args:
+            waveforms: (B, N) in [-1, 1] at ``features.sample_rate``.
+            lengths: (B,) samples, on the CPU.
+        """
+
+    @abstractmethod
+    def top(self, num_layers: int) -> list[nn.Module]:
+        """The modules of the top layers, to be fine-tuned alone.
+
+        Raises:
+            ValueError: there are not so many, or they share parameters with those below.
+        """
+
+
+class EncoderUpstream(Upstream):
     """Hidden states of an audiot encoder."""
 
     def __init__(self, encoder: AudioEncoder) -> None:
@@ -35,8 +66,16 @@ class EncoderUpstream(nn.Module):
         """Hidden states (layers + 1, B, T, d) and lengths (B,)."""
         return self.encoder(waveforms, lengths)
 
+    def top(self, num_layers: int) -> list[nn.Module]:
+        """The top layers, and the normalisation behind them."""
+        encoder = self.encoder.encoder
+        check_top(num_layers, encoder.num_layers)
+        if len(encoder.layers) < encoder.num_layers:
+            raise ValueError("downstream.top_layers: the layers of this encoder share their parameters: fine-tune all or none")
+        return [*list(encoder.layers)[-num_layers:], encoder.output_norm]
 
-class FeaturesUpstream(nn.Module):
+
+class FeaturesUpstream(Upstream):
     """The control without any encoder: spectrogram frames beside their neighbours.
 
     Args:
@@ -69,6 +108,10 @@ class FeaturesUpstream(nn.Module):
         around = nn.functional.pad(frames, (0, 0, self.context // 2, self.context // 2)).unfold(1, self.context, 1)
         return around.flatten(2)[None], num_frames
 
+    def top(self, num_layers: int) -> list[nn.Module]:
+        """There are none: refused."""
+        raise ValueError("upstream=features has no layers to train: drop downstream.train_encoder and downstream.top_layers")
+
 
 def checkpoint(path: str, trusted: tuple[str, ...] = ("audiot",)) -> EncoderUpstream:
     """An exported encoder (``RUN/encoder``)."""
@@ -79,19 +122,47 @@ def random_encoder(
     seed: int, path: str | None = None, features: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
 ) -> EncoderUpstream:
     """An untrained encoder: the architecture of the one at ``path``, else of ``features`` and ``model``."""
-    config = load_encoder(path).config if path is not None else {"features": features or {}, "model": model or {}}
+    if path is not None:
+        return untrained(checkpoint(path), seed)
+    with _seeded(seed):
+        fresh = EncoderUpstream(AudioEncoder(features or {}, model or {}))
+    if fresh.features.cmvn == "global":
+        raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder whose statistics to take")
+    return fresh
+
+
+AnyUpstream = TypeVar("AnyUpstream", bound=Upstream)
+
+
+def untrained(upstream: AnyUpstream, seed: int) -> AnyUpstream:
+    """An upstream of the same architecture and normalisation, with random weights."""
+    with _seeded(seed):
+        fresh = rebuild(upstream.config)
+    statistics = {name: value for name, value in upstream.state_dict().items() if ".cmvn_" in name}
+    fresh.load_state_dict(fresh.state_dict() | statistics)
+    assert isinstance(fresh, type(upstream))
+    return fresh
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
-        fresh = AudioEncoder(config["features"], config["model"])
-    if fresh.features.cmvn == "global":
-        if path is None:
-            raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder whose statistics to take")
-        fresh.features.load_state_dict(load_encoder(path).features.state_dict())
-    return EncoderUpstream(fresh)
+        yield
 
 
-def rebuild(config: Mapping[str, Any]) -> EncoderUpstream | FeaturesUpstream:
+def check_top(num_layers: int, available: int) -> None:
+    """Refuse a number of top layers that there is not."""
+    if not 1 <= num_layers <= available:
+        raise ValueError(f"downstream.top_layers must be between 1 and the upstream's {available} layers, found {num_layers}")
+
+
+def rebuild(config: Mapping[str, Any]) -> Upstream:
     """An upstream of the same shape as the one whose ``config`` this is; its weights are for the caller to load."""
     if config["kind"] == "encoder":
         return EncoderUpstream(AudioEncoder(config["features"], config["model"]))
+    if config["kind"] == "hf":
+        from audiot.downstream.hf_upstream import from_config  # needs transformers
+
+        return from_config(config)
     return FeaturesUpstream(config["features"], config["context"], config["cmvn"])

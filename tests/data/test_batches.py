@@ -88,6 +88,18 @@ def test_a_manifest_read_from_disk_gives_every_cut_once_an_epoch_too(demo_corpus
         assert [batch for turn in zip(*ranks, strict=True) for batch in turn] == described(batches)[:4]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batches_keep_to_their_utterances_too(training):
+    cuts = made_up(50)
+    options = {"max_utterances": 3, "training": training, "batch_s": 9.0}
+    batches = epoch_of(cuts, 0, **options) if training else list(stream(cuts, **options))
+    assert sorted(cut.id for _, batch in batches for cut in batch) == sorted(cuts.ids)
+    sizes = [len(batch) for _, batch in batches]
+    assert max(sizes) == 3
+    assert sum(size == 3 for size in sizes) > 10
+    assert all(sum(cut.duration for cut in batch) <= 9.0 for _, batch in batches)
+
+
 @pytest.mark.filterwarnings("ignore:We have exceeded the max_duration constraint")
 def test_a_cut_longer_than_the_budget_is_a_batch_by_itself():
     cuts = made_up(20)
@@ -252,6 +264,7 @@ def test_labels_are_stacked_or_padded(cuts):
     index = {name: number for number, name in enumerate(sorted({cut.supervisions[0].speaker for cut in cuts}))}
     batch = SpeechDataset(None, speakers, index)[(0, 0), chosen]
     assert batch["labels"].tolist() == [index[cut.supervisions[0].speaker] for cut in chosen]
+    assert batch["speakers"] == [cut.supervisions[0].speaker for cut in chosen]
     features = LogMel()
     phones = FrameLabels("phone", features)
     index = {name: number for number, name in enumerate(sorted({name for cut in cuts for name in phones.names(cut)}))}
@@ -284,6 +297,7 @@ def test_lengths_stay_on_the_cpu():
         ({"batch_s": 0.0}, "data.batch_s must be a positive number of seconds, found 0.0"),
         ({"batch_s": 8.0, "label_fraction": 0.0}, r"data.label_fraction must be in \(0, 1\], found 0.0"),
         ({"batch_s": 8.0, "label_fraction": 1.5}, r"data.label_fraction must be in \(0, 1\], found 1.5"),
+        ({"batch_s": 8.0, "max_utterances": 0}, "data.max_utterances must be at least 1 or null, found 0"),
     ],
 )
 def test_impossible_settings_are_refused(demo_corpus, options, message):

@@ -12,7 +12,16 @@ from lhotse.supervision import AlignmentItem
 
 from audiot.data.batches import Crop
 from audiot.data.datamodule import SpeechDataModule, open_cuts
-from audiot.data.labels import IGNORED, FrameLabels, UtteranceLabel, check_known, vocabulary
+from audiot.data.labels import (
+    IGNORED,
+    CharacterLabels,
+    FrameLabels,
+    PhoneSequence,
+    SlotLabels,
+    UtteranceLabel,
+    read_lexicon,
+    survey,
+)
 from audiot.features import LogMel
 
 
@@ -77,7 +86,7 @@ def test_frame_labels_of_a_crop_are_those_of_its_piece():
 def test_phones_of_the_demo_corpus_equal_a_loop(demo_corpus):
     cuts = open_cuts(demo_corpus.directory, "valid")
     labels = FrameLabels("phone", LogMel())
-    index = {name: number for number, name in enumerate(vocabulary(cuts, labels))}
+    index = {name: number for number, name in enumerate(survey({"train": cuts}, labels))}
     for cut in cuts:
         items = [
             (item.symbol, round(item.start * 16000), round(item.end * 16000)) for item in cut.supervisions[0].alignment["phone"]
@@ -108,18 +117,311 @@ def test_a_missing_label_names_the_utterance_and_what_there_is():
         FrameLabels("phone", LogMel()).names(cut)
 
 
-def test_vocabulary_is_sorted_and_without_repeats():
-    cuts = CutSet.from_cuts([made_up(ITEMS, "one"), made_up([("Z", 0, 9), ("A", 9, 20)], "two")])
-    assert vocabulary(cuts, FrameLabels("phone", LogMel())) == ["A", "B", "C", "Z"]
+def test_an_alignment_may_miss_the_audio_by_the_tolerance_and_no_more():
+    # Half a second of audio; begin and end of the alignment in samples.
+    for begin, end, fits in [
+        (0, 8000, True),
+        (790, 8000, True),
+        (810, 8000, False),
+        (0, 7210, True),
+        (0, 7190, False),
+        (0, 8790, True),
+        (0, 8810, False),
+        (-790, 8000, True),
+        (-8000, 8000, True),  # what lies before the audio labels nothing
+    ]:
+        cut = made_up([("A", begin, 3000), ("B", 3000, end)], "utt7")
+        labels = FrameLabels("phone", LogMel(), tolerance_s=0.05)
+        if fits:
+            labels.check(cut)
+        else:
+            with pytest.raises(
+                ValueError,
+                match=rf"the phone alignment of utterance utt7 goes from {begin / 16000:.3f} to {end / 16000:.3f} s, its audio "
+                r"from 0.000 to 0.500 s: an alignment of another file\? .* raise downstream.labels.tolerance_s=0.05",
+            ):
+                labels.check(cut)
+            FrameLabels("phone", LogMel(), tolerance_s=None).check(cut)
+
+
+def test_the_alignment_of_a_piece_is_compared_with_the_piece():
+    cut = made_up([("A", 0, 8000), ("B", 8000, 16000)], "long", 16000)
+    piece = cut.truncate(offset=0.3, duration=0.4, preserve_id=True)
+    short = made_up([("A", 0, 4000), ("B", 4000, 8000)], "long", 16000).truncate(offset=0.3, duration=0.4, preserve_id=True)
+    labels = FrameLabels("phone", LogMel(), tolerance_s=None)
+    labels.check(piece)
+    FrameLabels("phone", LogMel(), tolerance_s=0.25).check(short)
+    with pytest.raises(ValueError, match=r"utterance long goes from 0.000 to 0.500 s, its audio from 0.300 to 0.700 s"):
+        FrameLabels("phone", LogMel(), tolerance_s=0.15).check(short)
+
+
+# Slots
+
+
+def test_slots_are_custom_fields_in_the_order_given():
+    cut = made_up([], speaker="anna", custom={"action": "increase", "object": "heat", "location": "none"})
+    labels = SlotLabels(["object", "action", "speaker"])
+    assert labels.names(cut) == ["object=heat", "action=increase", "speaker=anna"]
+    index = {"action=increase": 4, "object=heat": 7, "speaker=anna": 1, "object=music": 5}
+    assert labels.encode(cut, index).tolist() == [7, 4, 1]
+    assert labels.collate([labels.encode(cut, index)] * 2).tolist() == [[7, 4, 1]] * 2
+    with pytest.raises(ValueError, match=r"utterance cut has no label 'place' \(its labels: action, location, object, speaker\)"):
+        SlotLabels(["object", "place"]).names(cut)
+
+
+@pytest.mark.parametrize("fields", [[], ["a", "a"], ["a=b"]])
+def test_slots_need_different_names(fields):
+    with pytest.raises(ValueError, match=r"downstream.labels.fields must be one or more different names without '='"):
+        SlotLabels(fields)
+
+
+# Characters
+
+
+def spoken(text, name="utt7", num_samples=16000):
+    return made_up([], name, num_samples, text=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ({}, "Hello  World ", "HELLO WORLD"),
+        ({"case": "lower"}, "Hello World", "hello world"),
+        ({"case": None}, "Hello World", "Hello World"),
+        ({"remove": ".,!"}, "Yes, no - maybe!", "YES NO - MAYBE"),
+        ({"remove": "-", "case": None}, "Yes - no", "Yes no"),
+        ({"case": "lower"}, "ÜBER dé", "über dé"),
+    ],
+)
+def test_characters_of_a_transcript(options, text, expected):
+    labels = CharacterLabels(LogMel(), **options)
+    assert labels.names(spoken(text)) == list(expected)
+    assert labels.words(spoken(text)) == expected.split()
+
+
+def test_characters_are_encoded_and_padded():
+    labels = CharacterLabels(LogMel())
+    index = {" ": 0, "A": 1, "B": 2}
+    rows = [labels.encode(spoken(text), index) for text in ("ab a", "b")]
+    assert labels.collate(rows).tolist() == [[1, 2, 0, 1], [2, IGNORED, IGNORED, IGNORED]]
+
+
+@pytest.mark.parametrize("text", ["", "  ", ".,"])
+def test_an_empty_transcript_names_its_utterance(text):
+    with pytest.raises(
+        ValueError, match=rf"the transcript of utterance utt7 is empty \('{text}'\): mend it or leave the utterance"
+    ):
+        survey({"train": [spoken(text)]}, CharacterLabels(LogMel(), remove=".,"))
+
+
+def test_a_missing_transcript_names_its_utterance():
+    with pytest.raises(ValueError, match="utterance utt7 has no transcript; choose another task or data"):
+        CharacterLabels(LogMel()).names(made_up([], "utt7"))
+
+
+def test_an_unknown_case_is_refused():
+    with pytest.raises(ValueError, match=r"downstream.labels.case must be upper, lower or null, found 'title'"):
+        CharacterLabels(LogMel(), case="title")
+
+
+def test_an_alphabet_gives_the_classes_and_refuses_other_characters():
+    labels = CharacterLabels(LogMel(), alphabet="CBA A")
+    assert survey({"train": [spoken("ab")], "test": [spoken("c", "two")]}, labels) == [" ", "A", "B", "C"]
+    for role in ("train", "test"):
+        cuts = {"train": [spoken("ab")]} | {role: [spoken("a bé?", "utt8")]}
+        with pytest.raises(
+            ValueError,
+            match=rf"'\?' of utterance utt8 \({role} split\) is not in downstream.labels.alphabet: add it there, or to "
+            "downstream.labels.remove",
+        ):
+            survey(cuts, labels)
+
+
+def test_without_an_alphabet_the_classes_are_the_training_characters():
+    labels = CharacterLabels(LogMel())
+    assert survey({"valid": [spoken("ba", "two")], "train": [spoken("a b")]}, labels) == [" ", "A", "B"]
+    with pytest.raises(ValueError, match=r"label 'C' of utterance two \(valid split\) does not occur in training"):
+        survey({"valid": [spoken("abc", "two")], "train": [spoken("a b")]}, labels)
+
+
+# Phones in their order
+
+
+LEXICON = """YES Y EH1 S
+YES Y AE S
+NO\t0.98 0.3 1.0 N OW1
+ne n 2 9
+
+THE DH AH0
+"""
+
+
+@pytest.fixture
+def lexicon(tmp_path):
+    (tmp_path / "lexicon.txt").write_text(LEXICON, encoding="utf-8")
+    return str(tmp_path / "lexicon.txt")
+
+
+def test_phones_are_those_of_the_tier_in_order_without_silences():
+    items = [("SIL", 0, 100), ("B", 500, 700), ("A", 100, 500), ("sp", 700, 800), ("B", 800, 900), ("", 900, 1000)]
+    cut = made_up(items)
+    assert PhoneSequence(LogMel()).names(cut) == ["A", "B", "B"]
+    assert PhoneSequence(LogMel(), silences=["B"]).names(cut) == ["SIL", "A", "sp", ""]
+    with pytest.raises(ValueError, match="utterance cut has no alignment tier 'word'"):
+        PhoneSequence(LogMel(), tier="word").names(cut)
+    with pytest.raises(ValueError, match="utterance quiet has no phone: mend its transcript or alignment"):
+        PhoneSequence(LogMel()).names(made_up([("SIL", 0, 100)], "quiet"))
+
+
+def test_phones_are_those_of_the_first_pronunciation_of_each_word(lexicon):
+    assert read_lexicon(lexicon) == {
+        "YES": ("Y", "EH1", "S"),
+        "NO": ("N", "OW1"),
+        "ne": ("n", "2", "9"),  # X-SAMPA has digits
+        "THE": ("DH", "AH0"),
+    }
+    phones = PhoneSequence(LogMel(), lexicon=lexicon).names(spoken("yes the NO Ne"))
+    assert " ".join(phones) == "Y EH1 S DH AH0 N OW1 n 2 9"
+    stripped = PhoneSequence(LogMel(), lexicon=lexicon, strip_stress=True)
+    assert stripped.names(spoken("YES the no")) == ["Y", "EH", "S", "DH", "AH", "N", "OW"]
+    silent = PhoneSequence(LogMel(), lexicon=lexicon, silences=["S"])
+    assert silent.names(spoken("yes")) == ["Y", "EH1"]
+
+
+def test_stress_is_stripped_from_a_tier_too():
+    items = [("AH0", 0, 100), ("SIL", 100, 200), ("N", 200, 300), ("OW2", 300, 400)]
+    assert PhoneSequence(LogMel(), strip_stress=True).names(made_up(items)) == ["AH", "N", "OW"]
+
+
+def test_a_word_that_the_lexicon_has_not_is_named(lexicon):
+    with pytest.raises(ValueError, match=f"the word 'maybe' of utterance utt7 is not in the lexicon {lexicon}: add it"):
+        PhoneSequence(LogMel(), lexicon=lexicon).names(spoken("yes maybe"))
+
+
+def test_a_missing_or_broken_lexicon_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no lexicon at {tmp_path}/none.txt: lines of WORD PHONE PHONE"):
+        PhoneSequence(LogMel(), lexicon=str(tmp_path / "none.txt"))
+    (tmp_path / "broken.txt").write_text("YES Y EH S\nNO 0.5\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}/broken.txt:2: the word 'NO' has no phones"):
+        read_lexicon(tmp_path / "broken.txt")
+
+
+# Targets and inputs
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_a_target_is_refused_exactly_where_no_path_of_frames_spells_it(stack):
+    """PyTorch's CTC loss is infinite where there is none."""
+    rng = np.random.default_rng(0)
+    labels = CharacterLabels(LogMel(stack=stack))
+    index = {"A": 0, "B": 1}
+    outcomes = []
+    for _ in range(200):
+        text = "".join(rng.choice(list("AB"), rng.integers(1, 9)))
+        frames = stack * int(rng.integers(1, 13 // stack))
+        left_over = int(rng.integers(0, stack))  # frames that fill no state
+        cut = spoken(text, num_samples=400 + 160 * (frames + left_over - 1) + int(rng.integers(0, 160)))
+        target = labels.encode(cut, index)[None] + 1
+        scores = torch.zeros(frames, 1, 3).log_softmax(-1)
+        loss = torch.nn.functional.ctc_loss(scores, target, torch.tensor([frames]), torch.tensor([len(text)]))
+        outcomes.append(bool(loss.isfinite()))
+        if outcomes[-1]:
+            labels.check(cut)
+        else:
+            with pytest.raises(ValueError, match="is longer than its input"):
+                labels.check(cut)
+    assert 20 < sum(outcomes) < 180
+
+
+def test_a_target_longer_than_its_input_says_how_long_both_are():
+    with pytest.raises(
+        ValueError,
+        match=r"the target of utterance utt7 is longer than its input: 4 tokens and 2 blanks between equal ones, 5 frames "
+        r"\(0.07 s\): a transcript of another file\? Mend it or leave the utterance out",
+    ):
+        CharacterLabels(LogMel()).check(spoken("aabb", num_samples=400 + 4 * 160))
+    with pytest.raises(ValueError, match=r": 6 tokens, 5 frames"):
+        CharacterLabels(LogMel()).check(spoken("ababab", num_samples=400 + 4 * 160))
+
+
+def test_labels_of_frames_say_that_they_need_frames():
+    with pytest.raises(ValueError, match="CharacterLabels needs the features whose frames it labels"):
+        CharacterLabels().check(spoken("a"))
+
+
+# All cuts of a task
+
+
+def voices(*names):
+    """Cuts named after their speakers, ``anna1`` of anna."""
+    return [made_up([], name, speaker=name.rstrip("0123456789")) for name in names]
+
+
+def test_classes_are_those_of_training_sorted_and_without_repeats():
+    cuts = CutSet.from_cuts([made_up([*ITEMS, ("A", 7000, 8000)], "one"), made_up([("Z", 0, 9), ("A", 9, 8000)], "two")])
+    assert survey({"train": cuts}, FrameLabels("phone", LogMel())) == ["A", "B", "C", "Z"]
+    # Whatever the order of the roles.
+    assert survey({"valid": voices("anna9"), "train": voices("bert1", "anna1")}, UtteranceLabel("speaker")) == ["anna", "bert"]
 
 
 def test_a_label_that_training_never_saw_names_itself_and_its_utterance():
     cuts = [made_up([], "one", speaker="anna"), made_up([], "two", speaker="bert")]
-    check_known(cuts[:1], UtteranceLabel("speaker"), {"anna": 0}, "valid")
+    survey({"train": cuts[:1], "valid": voices("anna1")}, UtteranceLabel("speaker"))
     with pytest.raises(
         ValueError, match=r"label 'bert' of utterance two \(test split\) does not occur in training \(1 labels do\)"
     ):
-        check_known(cuts, UtteranceLabel("speaker"), {"anna": 0}, "test")
+        survey({"test": cuts[1:], "train": cuts[:1]}, UtteranceLabel("speaker"))
+
+
+def test_an_unknown_phone_names_itself_and_its_utterance():
+    train, test = made_up([("A", 0, 8000)], "one"), made_up([("A", 0, 4000), ("Q", 4000, 8000)], "two")
+    for labels in (FrameLabels("phone", LogMel()), PhoneSequence(LogMel())):
+        with pytest.raises(ValueError, match=r"label 'Q' of utterance two \(test split\) does not occur in training"):
+            survey({"train": [train], "test": [test]}, labels)
+
+
+@pytest.mark.parametrize("roles", [("train", "test"), ("train", "valid"), ("valid", "test")])
+def test_an_utterance_in_two_splits_is_refused(roles):
+    cuts = {"train": voices("anna1", "bert1"), "valid": voices("anna2"), "test": voices("anna3")}
+    survey(cuts, UtteranceLabel("speaker"))
+    for role in roles:
+        cuts[role] = [*cuts[role], *voices("anna7")]
+    with pytest.raises(
+        ValueError,
+        match=rf"utterance anna7 is in the {roles[0]} split and in the {roles[1]} split: a result would be worth nothing",
+    ):
+        survey(cuts, UtteranceLabel("speaker"))
+
+
+def test_every_split_is_checked_against_its_audio():
+    good, bad = (made_up([("A", 0, end)], f"to{end}") for end in (8000, 4000))
+    for role in ("train", "valid", "test"):
+        cuts = {"train": [good], "valid": [], "test": []}
+        cuts[role] = [*cuts[role], bad]
+        with pytest.raises(ValueError, match=r"alignment of utterance to4000 goes from 0.000 to 0.250 s"):
+            survey(cuts, FrameLabels("phone", LogMel()))
+
+
+def test_new_speakers_must_be_new():
+    labels = UtteranceLabel("speaker", open_set=True)
+    cuts = {"train": voices("anna1", "bert1"), "valid": voices("carl1"), "test": voices("dora1", "carl2")}
+    assert survey(cuts, labels, new_speakers=True) == ["anna", "bert"]
+    for role in ("valid", "test"):
+        overlapping = cuts | {role: voices("emil1", "bert2")}
+        survey(overlapping, labels)
+        with pytest.raises(
+            ValueError,
+            match=rf"speaker bert of utterance bert2 \({role} split\) is in training too \(bert1\), and this task is about new "
+            "speakers: leave them out of one, or set downstream.new_speakers=false",
+        ):
+            survey(overlapping, labels, new_speakers=True)
+
+
+def test_an_open_set_ignores_labels_that_training_never_saw():
+    labels = UtteranceLabel("speaker", open_set=True)
+    classes = survey({"train": voices("bert1", "anna1"), "test": voices("carl1")}, labels)
+    index = {name: number for number, name in enumerate(classes)}
+    assert [labels.encode(cut, index).item() for cut in voices("carl1", "anna1", "bert1")] == [IGNORED, 0, 1]
 
 
 def test_a_data_module_refuses_unseen_labels_and_knows_its_classes(demo_corpus):

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from audiot.data.datamodule import SpeechDataModule
-from audiot.data.labels import IGNORED, FrameLabels, UtteranceLabel
+from audiot.data.labels import IGNORED, CharacterLabels, FrameLabels, UtteranceLabel
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, random_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 FRAMES = {"_target_": "audiot.downstream.heads.FrameClassifier"}
 UTTERANCES = {"_target_": "audiot.downstream.heads.UtteranceClassifier"}
+CLASSIFICATION = {"_target_": "audiot.downstream.objectives.Classification"}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,28 @@ def upstream(tiny):
 
 
 def data(corpus, upstream, task="phone", **options):
-    labels = FrameLabels("phone", upstream.features) if task == "phone" else UtteranceLabel("speaker")
+    if task == "asr":
+        labels = CharacterLabels(upstream.features, remove=".,;?!", alphabet=" 'ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    else:
+        labels = FrameLabels("phone", upstream.features) if task == "phone" else UtteranceLabel("speaker")
     return SpeechDataModule(corpus, task, batch_s=8.0, num_buckets=2, num_workers=0, labels=labels, **options)
 
 
-def module(tiny, upstream, classes, head=FRAMES, layers="weighted_sum", train_encoder=False):
+def module(
+    tiny, upstream, classes, head=FRAMES, layers="weighted_sum", train_encoder=False, top_layers=None, objective=CLASSIFICATION
+):
     torch.manual_seed(1)
-    made = DownstreamModule(upstream.config, head, classes, layers, train_encoder, tiny["optimizer"], tiny["scheduler"])
+    made = DownstreamModule(
+        upstream=upstream.config,
+        head=head,
+        objective=objective,
+        classes=classes,
+        layers=layers,
+        train_encoder=train_encoder,
+        top_layers=top_layers,
+        optimizer=tiny["optimizer"],
+        scheduler=tiny["scheduler"],
+    )
     made.upstream.load_state_dict(upstream.state_dict())
     return made
 
@@ -128,7 +144,7 @@ def plain_figures(probe, source, role, per_frame):
         waveform = torch.from_numpy(cut.load_audio())
         with torch.no_grad():
             hidden, lengths = probe.upstream(waveform, torch.tensor([waveform.shape[1]]))
-            scores = probe.head(probe.layers(hidden), lengths)[0]
+            scores = probe.head(probe.layers(probe.layers.pick(hidden)), lengths)[0]
         label = source.labels.encode(cut, source.index)
         if per_frame:
             pairs += [(int(label[t]), int(scores[t].argmax())) for t in range(len(scores)) if label[t] != IGNORED]
@@ -152,7 +168,7 @@ def test_metrics_equal_a_plain_count(tiny, demo_corpus, upstream, tmp_path, task
         hits = sum(true == guess for true, guess in pairs)
         assert values[f"{prefix}/accuracy"] == pytest.approx(hits / len(pairs), abs=2e-4 if task == "phone" else 1e-6)
     counts = Counter(pairs)
-    confusion = probe.confusion.compute()
+    confusion = probe.objective.counts()
     difference = sum(
         abs(int(confusion[true, guess]) - counts[true, guess])
         for true in range(len(source.classes))
@@ -178,7 +194,7 @@ def test_loss_is_the_mean_cross_entropy_of_labelled_frames(tiny, demo_corpus, up
     scores, lengths = probe(batch)
     total = []
     for row, length in enumerate(lengths.tolist()):
-        for t in range(3 * length):  # three frames a state
+        for t in range(length):  # frames, three a state
             if batch["labels"][row, t] != IGNORED:
                 total.append(-scores[row, t].log_softmax(0)[batch["labels"][row, t]].item())
     assert loss == pytest.approx(sum(total) / len(total), rel=1e-5)
@@ -199,6 +215,98 @@ def test_a_saved_probe_loads_without_its_configs(tiny, demo_corpus, upstream, tm
     fit.fit(probe, source)
     fit.save_checkpoint(tmp_path / "probe.ckpt")
     loaded = DownstreamModule.load_from_checkpoint(tmp_path / "probe.ckpt", weights_only=False)
-    assert loaded.hparams["classes"] == source.classes
+    assert loaded.hparams["classes"] == loaded.objective.classes == source.classes
     batch = next(iter(source.test_dataloader()))
     assert loaded.eval()(batch)[0].equal(probe.eval()(batch)[0])
+
+
+def grouped(names):
+    """Parts of an encoder that the names of parameters belong to."""
+    return {".".join(name.removeprefix("encoder.encoder.").split(".")[: 2 if ".layers." in name else 1]) for name in names}
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("top_layers", [1, 2])
+def test_top_layers_are_trained_alone(tiny, demo_corpus, tmp_path, top_layers, norm):
+    upstream = random_encoder(0, features=tiny["features"], model=tiny["model"] | {"norm": norm})
+    source = data(demo_corpus, upstream)
+    tuned = module(tiny, upstream, source.classes, train_encoder=True, top_layers=top_layers)
+    encoder = tuned.upstream.encoder.encoder
+    modes = []
+    for part in (encoder, encoder.dropout, *encoder.layers):
+        part.register_forward_hook(partial(lambda name, part, *_: modes.append((name, part.training)), id(part)))
+    before = weights(tuned.upstream)
+    trainer(tmp_path).fit(tuned, source)
+    expected = {f"layers.{number}" for number in range(2 - top_layers, 2)} | ({"output_norm"} if norm == "pre" else set())
+    assert grouped(changed(before, tuned.upstream)) == expected
+    assert grouped(name for name, tensor in tuned.upstream.named_parameters() if tensor.requires_grad) == expected
+    trained = {name for name, training in modes if training}
+    assert trained == {id(layer) for layer in encoder.layers[2 - top_layers :]}  # the others have no dropout
+    assert any(not training for name, training in modes if name in trained)  # nor these in validation
+
+
+def test_top_layers_that_cannot_be_trained_alone_are_refused(tiny):
+    upstream = random_encoder(0, features=tiny["features"], model=tiny["model"])
+    with pytest.raises(ValueError, match=r"downstream.top_layers=1 says what to fine-tune: set downstream.train_encoder=true"):
+        module(tiny, upstream, ["a"], top_layers=1)
+    for count in (0, 3):
+        with pytest.raises(
+            ValueError, match=rf"downstream.top_layers must be between 1 and the upstream's 2 layers, found {count}"
+        ):
+            module(tiny, upstream, ["a"], train_encoder=True, top_layers=count)
+    shared = random_encoder(0, features=tiny["features"], model=tiny["model"] | {"share_layers": True})
+    with pytest.raises(ValueError, match=r"downstream.top_layers: the layers of this encoder share their parameters"):
+        module(tiny, shared, ["a"], train_encoder=True, top_layers=1)
+    with pytest.raises(ValueError, match=r"upstream=features has no layers to train"):
+        module(tiny, FeaturesUpstream(tiny["features"]), ["a"], train_encoder=True, top_layers=1)
+
+
+RECOGNISER = {
+    "_target_": "audiot.downstream.heads.RecurrentClassifier",
+    "hidden_dim": 8,
+    "num_layers": 1,
+    "projector_dim": None,
+}
+CTC = {"_target_": "audiot.downstream.ctc.CTC", "unit": "character"}
+
+
+@pytest.mark.parametrize("task", ["phone", "asr"])
+def test_a_step_in_bfloat16_is_near_one_in_full_precision(tiny, demo_corpus, upstream, task):
+    source = data(demo_corpus, upstream, task)
+    parts = {"head": RECOGNISER, "objective": CTC} if task == "asr" else {}
+    tuned = module(tiny, upstream, source.classes, train_encoder=True, **parts).eval()
+    batch = next(iter(source.train_dataloader()))
+    expected = tuned.training_step(batch, 0).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = tuned.training_step(batch, 0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+    gradients = [tensor.grad for tensor in tuned.parameters() if tensor.requires_grad and tensor.grad is not None]
+    assert len(gradients) > 20
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_recogniser_learns_and_is_loaded_again(tiny, demo_corpus, upstream, tmp_path):
+    source = data(demo_corpus, upstream, "asr")
+    parts = {"head": RECOGNISER, "objective": CTC}
+    probe = module(tiny, upstream, source.classes, **parts)
+    batch = next(iter(source.train_dataloader()))
+    optimizer = torch.optim.Adam([tensor for tensor in probe.parameters() if tensor.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(12):
+        loss = probe.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    fit = trainer(tmp_path)
+    fit.fit(probe, source)
+    fit.save_checkpoint(tmp_path / "asr.ckpt")
+    loaded = DownstreamModule.load_from_checkpoint(tmp_path / "asr.ckpt", weights_only=False)
+    (one,) = trainer(tmp_path).test(probe, source, verbose=False)
+    (other,) = trainer(tmp_path).test(loaded, source, verbose=False)
+    assert one == other
+    assert set(one) == {"test/wer", "test/cer"}
+    assert [row["utterance"] for row in loaded.objective.all_rows()] == sorted(source.cuts("test").ids)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from audiot.checkpoint import AudioEncoder, save_encoder
-from audiot.downstream.upstream import EncoderUpstream, FeaturesUpstream, checkpoint, random_encoder, rebuild
+from audiot.downstream.upstream import (
+    EncoderUpstream,
+    FeaturesUpstream,
+    checkpoint,
+    random_encoder,
+    rebuild,
+    untrained,
+)
 from audiot.features import LogMel
 
 LENGTHS = torch.tensor([8000, 5000])
@@ -126,6 +133,30 @@ def test_random_encoder_takes_global_statistics_from_the_trained_one(tiny, expor
     assert fresh.features.cmvn_std.equal(encoder.features.cmvn_std)
     with pytest.raises(ValueError, match=r"features.cmvn=global needs upstream.path"):
         random_encoder(0, features=tiny["features"] | {"cmvn": "global"}, model=tiny["model"])
+
+
+def test_an_untrained_upstream_has_the_shape_and_the_normalisation_and_other_weights(tiny, exported):
+    trained = checkpoint(exported[1])
+    fresh = untrained(trained, 3)
+    assert fresh.config == trained.config
+    assert same(fresh, random_encoder(3, exported[1]))
+    for (name, one), other in zip(fresh.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert one.shape == other.shape
+        if ".cmvn_" in name:
+            assert one.equal(other)
+        elif name.endswith("weight") and one.ndim == 2:  # biases and norms begin alike
+            assert not one.equal(other)
+    features = FeaturesUpstream(tiny["features"], cmvn="global")
+    features.fit([(speech(), LENGTHS)])
+    assert same(untrained(features, 0), features)  # there is nothing to train
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, [1]), (2, [0, 1])])
+def test_the_top_layers_are_the_last_ones(tiny, count, layers):
+    upstream = random_encoder(0, features=tiny["features"], model=tiny["model"])
+    encoder = upstream.encoder.encoder
+    parts = upstream.top(count)
+    assert [id(part) for part in parts] == [*(id(encoder.layers[number]) for number in layers), id(encoder.output_norm)]
 
 
 def test_rebuild_makes_the_same_shape_for_the_weights_to_be_loaded(tiny, exported):

@@ -1,0 +1,98 @@
+"""``audiot compare RUN RUN …``: the results of several runs in one table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from audiot.files import read_json, replacing
+from audiot.tables import aligned, markdown
+
+RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table, and write it as CSV and Markdown."""
+    parser = argparse.ArgumentParser(prog="audiot compare", description="Results of several runs in one table.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a fine-tuning or pre-training run, or of a sweep")
+    parser.add_argument(
+        "--output", default=".", metavar="FOLDER", help="where comparison.csv and comparison.md go (default: here)"
+    )
+    options = parser.parse_args(arguments)
+    runs = [run for name in options.runs for run in _runs(Path(name))]
+    print(write_comparison({str(run): _results(run) for run in runs}, Path(options.output)))
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folder itself where it is a run's, else the runs of a sweep."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run at {folder}: there is no such folder")
+    if _file(folder):
+        return [folder]
+    runs = sorted(
+        (path for path in folder.iterdir() if path.is_dir() and _file(path)), key=lambda path: (len(path.name), path.name)
+    )
+    if not runs:
+        raise FileNotFoundError(f"no run at {folder}: it has neither metrics.json nor summary.json, nor has a folder in it")
+    return runs
+
+
+def _file(run: Path) -> Path | None:
+    return next((run / name for name in ("metrics.json", "summary.json") if (run / name).is_file()), None)
+
+
+def _results(run: Path) -> dict[str, Any]:
+    path = _file(run)
+    assert path is not None
+    return read_json(path, "results")
+
+
+def comparison(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, a line a run: what it is, and its test metrics or pre-training figures."""
+    about = [name for name in ("task", "upstream", "layers", "fine_tuned", "train_utterances") if _apart(results, name)]
+    figures = list(
+        dict.fromkeys(
+            name for run in results.values() for name in run if name.startswith(("test/", "pretrain/", "probe/", "finetune/"))
+        )
+    )
+    header = ["run", *(name.replace("_", " ") for name in about), *(_title(name) for name in figures)]
+    lines = [
+        [run, *(str(result.get(name, "")) for name in about), *(_cell(name, result.get(name)) for name in figures)]
+        for run, result in results.items()
+    ]
+    return header, lines
+
+
+def _apart(results: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    return len({str(run.get(name)) for run in results.values()}) > 1
+
+
+def is_rate(name: str) -> bool:
+    """Whether a figure is a rate, shown in per cent."""
+    return name.startswith(("probe/", "finetune/")) or name.removeprefix("test/").startswith(RATES)
+
+
+def _title(name: str) -> str:
+    return name.removeprefix("test/") + (", %" if is_rate(name) else "")
+
+
+def _cell(name: str, value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}" if is_rate(name) else f"{value:.3f}"
+
+
+def write_comparison(results: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """Write ``comparison.csv`` and ``comparison.md``; the table as text.
+
+    Args:
+        results: Name of a run → what its ``metrics.json`` or ``summary.json`` holds.
+        folder: Where the files go.
+    """
+    header, lines = comparison(results)
+    with replacing(folder / "comparison.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([header, *lines])
+    with replacing(folder / "comparison.md") as temporary:
+        temporary.write_text(markdown([header, *lines]) + "\n", encoding="utf-8")
+    return f"{aligned([header, *lines])}\nwrote   {folder / 'comparison.csv'}, {folder / 'comparison.md'}"

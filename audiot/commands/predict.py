@@ -1,0 +1,130 @@
+"""``audiot predict RUN FILE …``: what a fine-tuned model says of audio files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from audiot.data.corpora.folder import READABLE, UNREADABLE
+from audiot.downstream.classifier import load_classifier
+from audiot.downstream.objectives import Row
+from audiot.downstream.verification import Verification
+
+
+def main(arguments: list[str]) -> None:
+    """Print a prediction a file, in the order given; files that can't be used are listed at the end, and the exit code is 1."""
+    parser = argparse.ArgumentParser(
+        prog="audiot predict",
+        description="What a fine-tuned model says of audio files: labels with scores, segments, text, or how alike speakers are.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a fine-tuning run, or of a probe: RUN/probes/NAME")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio of any format and rate; a folder: all audio in it")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K best labels of each file (default: 1)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line and file, with everything there is to say")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
+    )
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, found {options.top}")
+    classifier = load_classifier(options.run, options.device, ("audiot", *options.trust))
+    paths = [path for name in options.files for path in audio_files(name)]
+    pairs = isinstance(classifier.objective, Verification) and not options.json
+    if pairs and len(paths) < 2:
+        raise ValueError(
+            f"{options.run} compares speakers, and one file makes no pair: give two or more, or --json for its embedding"
+        )
+    width = max(map(len, paths))
+    bad: list[str] = []
+    embeddings: list[tuple[str, list[float]]] = []
+    for row in classifier.stream(paths, keep_going=True, progress=True):
+        if "error" in row:
+            bad.append(f"  {row['file']}: {row['error']}")
+        if options.json:
+            _print(json.dumps(shortened(row, options.top), ensure_ascii=False))
+        elif pairs and "embedding" in row:
+            embeddings.append((row["file"], row["embedding"]))
+        elif "error" not in row:
+            _print(in_words(row, options.top, width))
+    for (first, one), (second, other) in combinations(embeddings, 2):
+        cosine = sum(ours * theirs for ours, theirs in zip(one, other, strict=True))
+        _print(f"{first:<{width}}  {second:<{width}}  {cosine:6.3f}")
+    if bad:
+        listed = "\n".join(bad)
+        sys.exit(_printable(f"audiot: error: {len(bad)} of {len(paths)} files can't be used:\n{listed}"))
+
+
+def _print(text: str) -> None:
+    tqdm.write(_printable(text), file=sys.stdout)  # above the bar
+
+
+def _printable(text: str) -> str:
+    """A file name need not be UTF-8: its odd bytes as ``\\xNN``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def audio_files(name: str) -> Iterator[str]:
+    """The file of that name, or all audio below the folder of that name, sorted.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    if not Path(name).is_dir():
+        yield name
+        return
+    suffixes = {f".{suffix}" for suffix in (*READABLE, *UNREADABLE)}
+    found = [path for path in Path(name).rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    shown = [str(path) for path in found if not any(part.startswith(".") for part in path.relative_to(name).parts)]
+    if not shown:
+        raise FileNotFoundError(f"{name} has no audio files ({', '.join(READABLE)})")
+    yield from sorted(shown)
+
+
+def best(scores: dict[str, float], count: int) -> list[dict[str, Any]]:
+    """The labels of the highest scores."""
+    ranked = sorted(scores.items(), key=lambda item: -item[1])[:count]
+    return [{"label": label, "score": round(score, 4)} for label, score in ranked]
+
+
+def shortened(row: Row, top: int) -> Row:
+    """A prediction for JSON: the ``top`` labels in place of the scores of all."""
+    short: Row = {}
+    for name, value in row.items():
+        if name == "scores":
+            short["top"] = best(value, top)
+        elif name == "slots":
+            short["slots"] = {slot: shortened(own, top) for slot, own in value.items()}
+        elif name == "segments":
+            short["segments"] = [shortened(segment, top) for segment in value]
+        else:
+            short[name] = round(value, 4) if isinstance(value, float) else value
+    return short
+
+
+def in_words(row: Row, top: int, width: int) -> str:
+    """A prediction as text: a line a file; of frames, a line a segment below the file's name."""
+    name = f"{row['file']:<{width}}"
+    if "segments" in row:
+        parts = row["segments"]
+        widest = max(len(part["label"]) for part in parts)
+        lines = [f"{part['start']:9.3f} {part['end']:9.3f}  {part['label']:<{widest}}  {part['score']:.2f}" for part in parts]
+        return "\n".join([row["file"], *lines])
+    if "text" in row:
+        return f"{name}  {row['score']:.2f}  {row['text']}"
+    if "slots" in row and top > 1:
+        return f"{name}  " + ";  ".join(f"{slot}: {_ranked(own['scores'], top)}" for slot, own in row["slots"].items())
+    if "scores" in row:
+        return f"{name}  {_ranked(row['scores'], top)}"
+    return f"{name}  {row['label']} {row['score']:.2f}"
+
+
+def _ranked(scores: dict[str, float], top: int) -> str:
+    return "  ".join(f"{choice['label']} {choice['score']:.2f}" for choice in best(scores, top))

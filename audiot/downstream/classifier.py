@@ -1,0 +1,271 @@
+"""A fine-tuned model by itself: audio files in, labels, segments, text or embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TypeVar
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from audiot.checkpoint import _check_targets
+from audiot.commands.common import check_archive, finetune_command
+from audiot.data.labels import Framing
+from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
+from audiot.downstream.module import DownstreamModule
+from audiot.downstream.objectives import Row
+
+WINDOW = 256  # files looked at together, to find those of similar length
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Classifier(nn.Module):
+    """A model of a speech task, ready to be asked; `load_classifier` makes one.
+
+    Args:
+        module: What `audiot finetune` trained.
+
+    Attributes:
+        features: How it cuts audio into frames.
+        objective: Of its task.
+        sample_rate: Of the waveforms that it takes, Hz.
+        classes: Label names.
+    """
+
+    def __init__(self, module: DownstreamModule) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.features = module.upstream.features
+        self.objective = module.objective
+        self.sample_rate: int = self.features.sample_rate
+        self.classes = self.objective.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return next(self.module.parameters()).device
+
+    @torch.inference_mode()
+    def outputs(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the head gives: (B, frames, C) or (B, C), and lengths (B,) in frames.
+
+        Args:
+            waveforms: (B, N) in [-1, 1] at ``sample_rate``, padded at the end with anything.
+            lengths: (B,) samples; None: nothing is padded.
+
+        Raises:
+            ValueError: an utterance is too short for one frame, or too long for the model.
+        """
+        if lengths is None:
+            lengths = torch.full((len(waveforms),), waveforms.shape[1])
+        return self.module({"waveforms": waveforms.to(self.device), "lengths": lengths.cpu()})
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> list[Row]:
+        """What the model says of each utterance, a dict by the kind of task.
+
+        Of an utterance: ``label``, its ``score`` and the ``scores`` of all classes; with slots (intents), ``slots`` has them
+        for each. Of frames: ``segments`` of ``label``, ``start`` and ``end`` (seconds) and ``score``, which cover the audio.
+        By CTC: ``text`` and ``score``. Of speaker verification: the ``embedding``, of length 1, a list. Arguments and errors
+        are those of `outputs`.
+        """
+        outputs, num_frames = self.outputs(waveforms, lengths)
+        rows = self.objective.predict(outputs, num_frames)
+        samples = [waveforms.shape[1]] * len(waveforms) if lengths is None else lengths.tolist()
+        for row, count, num_samples in zip(rows, num_frames.tolist(), samples, strict=True):
+            if "segments" in row:
+                edges = frame_edges(self.features, count, num_samples)
+                for segment in row["segments"]:
+                    segment |= {"start": round(edges[segment["start"]], 4), "end": round(edges[segment["end"]], 4)}
+        return rows
+
+    def read(self, path: str | Path) -> Tensor:
+        """The samples (N,) of an audio file of any format that soundfile reads, mono, at the model's rate.
+
+        Raises:
+            BadAudioError: it can't be used; the message is the reason.
+        """
+        samples = torch.from_numpy(read_audio(path, self.sample_rate))
+        if self.features.num_tokens(len(samples)) < 1:
+            raise BadAudioError(f"too short: {len(samples) / self.sample_rate:.3f} s do not fill a frame of the model")
+        return samples
+
+    def predict(
+        self, paths: Sequence[str | Path], *, keep_going: bool = False, batch_s: float = 60.0, progress: bool = False
+    ) -> list[Row]:
+        """What the model says of audio files, in their order: the dicts of `forward`, with ``file`` in front.
+
+        Args:
+            paths: Files.
+            keep_going: A file that can't be used gets ``error``, the reason, in place of a prediction; else it is raised.
+            batch_s: Seconds of audio, padded, that are computed at a time.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: a file can't be used.
+        """
+        return list(self.stream(paths, keep_going=keep_going, batch_s=batch_s, progress=progress))
+
+    def stream(
+        self, paths: Sequence[str | Path], *, keep_going: bool = False, batch_s: float = 60.0, progress: bool = False
+    ) -> Iterator[Row]:
+        """`predict`, as the predictions get ready."""
+        with tqdm(total=len(paths), desc="predict", unit="file", disable=not progress, leave=False, delay=1) as bar:
+            for first in range(0, len(paths), WINDOW):
+                for row in self._window(paths[first : first + WINDOW], batch_s, bar):
+                    if "error" in row and not keep_going:
+                        raise ValueError(f"{row['file']}: {row['error']}")
+                    yield row
+
+    def _window(self, paths: Sequence[str | Path], batch_s: float, bar: tqdm) -> list[Row]:
+        rows: list[Row] = [{"file": str(path)} for path in paths]
+        seconds: dict[int, float] = {}
+        for number, path in enumerate(paths):
+            try:
+                with open_audio(path) as file:
+                    seconds[number] = file.frames / file.samplerate
+            except BadAudioError as reason:
+                rows[number]["error"] = str(reason)
+        bar.update(len(paths) - len(seconds))
+        for batch in by_length(seconds, batch_s):
+            waveforms: dict[int, Tensor] = {}
+            for number in batch:
+                try:
+                    waveforms[number] = self.read(paths[number])
+                except BadAudioError as reason:
+                    rows[number]["error"] = str(reason)
+            answers = together(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
+            for number, answer in zip(waveforms, answers, strict=True):
+                rows[number] |= {"error": answer} if isinstance(answer, str) else answer
+            bar.update(len(batch))
+        return rows
+
+
+def load_classifier(run: str | Path, device: str = "cpu", trusted: tuple[str, ...] = ("audiot",)) -> Classifier:
+    """Load the best checkpoint of a fine-tuning run, in evaluation mode. No code of the file is run.
+
+    Args:
+        run: Its folder, or that of a probe (``RUN/probes/NAME``).
+        device: ``cpu``, ``cuda``, …; ``auto``: a GPU if there is one.
+        trusted: Packages whose classes the checkpoint may name; add your own for your own heads and mechanisms.
+
+    Raises:
+        FileNotFoundError: there is no fine-tuned model.
+        ValueError: the run is one of pre-training, the checkpoint is of another kind or damaged, or there is no such device.
+    """
+    place = find_device(device)
+    path = _best_checkpoint(Path(run))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or holds more than weights and settings: {words}") from error
+    settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    if not {"upstream", "head", "objective", "classes"} <= settings.keys():
+        raise ValueError(f"{path} is no checkpoint of this audiot's finetune: use the version that wrote it")
+    _check_targets({name: settings[name] for name in ("upstream", "head", "objective")}, trusted, path)
+    if settings["objective"].get("trials"):
+        settings["objective"]["trials"] = None  # a file that only the test needs
+    module = DownstreamModule(**settings)
+    module.load_state_dict(content["state_dict"])
+    return Classifier(module).eval().requires_grad_(False).to(place)
+
+
+def _best_checkpoint(run: Path) -> Path:
+    path = run / "checkpoints" / "best.ckpt"
+    if path.is_file():
+        return check_archive(path)
+    found = sorted(str(path.parent.parent) for depth in ("*", "*/*") for path in run.glob(f"{depth}/checkpoints/best.ckpt"))
+    below = f"; fine-tuned models below it: {', '.join(found)}" if found else ""
+    if (run / "encoder").is_dir() or any((run / "checkpoints").glob("step=*.ckpt")):
+        raise ValueError(
+            f"{run} is a pre-training run, its encoder is not a classifier: fine-tune it: {finetune_command(run)}{below}"
+        )
+    raise FileNotFoundError(f"no fine-tuned model at {run}: expected {path}, which audiot finetune writes{below}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto``: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+
+
+def frame_edges(features: Framing, num_frames: int, num_samples: int) -> list[float]:
+    """Where one frame gives way to the next, seconds, ``num_frames + 1`` of them: halfway between the frames' centres.
+
+    The first frame begins and the last ends with the audio, so that intervals between edges cover it; read off at the frames'
+    centres, as `audiot.data.labels.FrameLabels` does it, they give each frame its own.
+
+    Args:
+        features: How the audio is cut into frames.
+        num_frames: T, at least one.
+        num_samples: Of the audio.
+    """
+    centers = features.frame_centers(num_frames).double()
+    middles = ((centers[1:] + centers[:-1]) / 2 / features.sample_rate).tolist()
+    return [0.0, *middles, num_samples / features.sample_rate]
+
+
+def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
+    """The samples (N,) of an audio file in float32: the average of its channels, at ``sample_rate``.
+
+    Raises:
+        BadAudioError: missing, unreadable, truncated, empty or non-finite.
+    """
+    with open_audio(path) as file:
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise BadAudioError(f"unreadable: {error}") from None
+        rate, declared = file.samplerate, file.frames
+    if declared - len(samples) > SHORTFALL_S * rate:
+        raise BadAudioError(f"truncated: {len(samples)} samples of {declared}")
+    with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN
+        mono = samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise BadAudioError("non-finite samples")
+    return mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate, quality="HQ")
+
+
+def collate(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Zero-padded waveforms (B, N) and their lengths (B,)."""
+    return pad_sequence(list(waveforms), batch_first=True), torch.tensor([len(samples) for samples in waveforms])
+
+
+def by_length(seconds: Mapping[int, float], batch_s: float) -> list[list[int]]:
+    """The keys in batches of similar length, of at most ``batch_s`` seconds with padding, or of one item."""
+    batches: list[list[int]] = []
+    for number in sorted(seconds, key=seconds.__getitem__):
+        if batches and (len(batches[-1]) + 1) * seconds[number] <= batch_s:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def together(items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Answer]]) -> list[Answer | str]:
+    """``compute(items)``; where that fails, each item by itself, and the reason in place of what fails alone.
+
+    One utterance that is too long for a model must not take the others of its batch with it.
+    """
+    try:
+        return [*compute(items)] if items else []
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if len(items) == 1:
+            return [" ".join(str(error).split())]
+    return [answer for item in items for answer in together([item], compute)]

@@ -1,0 +1,222 @@
+"""Connectionist temporal classification: phones or characters of an utterance without their times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import torch
+from torch import Tensor, nn
+
+from audiot.analysis.plots import plot_confusion
+from audiot.data.batches import Batch
+from audiot.data.labels import IGNORED
+from audiot.downstream.objectives import Objective, Row, write_csv
+
+BLANK = 0  # output 0; class k is output k + 1
+SPACE = "|"  # stands for the space between words, as in torchaudio
+NOTHING = "(none)"
+KINDS = {"substituted": "substitute", "deleted": "delete", "inserted": "insert"}  # ours, jiwer's
+
+
+class CTC(Objective):
+    """Connectionist temporal classification (Graves et al. 2006): phone error rate, or character and word error rate.
+
+    Validation decodes greedily; the test and predictions with a beam where one is given.
+
+    Args:
+        classes: Tokens, without the blank.
+        unit: ``phone`` or ``character``.
+        beam: Arguments of `BeamDecoder`; None: greedy.
+    """
+
+    def __init__(self, classes: Sequence[str], unit: str = "phone", beam: Mapping[str, Any] | None = None) -> None:
+        super().__init__(classes)
+        if unit not in ("phone", "character"):
+            raise ValueError(f"downstream.objective.unit must be phone or character, found {unit!r}")
+        self.unit = unit
+        self.num_outputs = len(self.classes) + 1
+        self.beam = None if beam is None else BeamDecoder(self.classes, **beam)
+        self.stage = "test"
+
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """Negative log-likelihood of the tokens, a token's mean, averaged over utterances."""
+        labels = batch["labels"]
+        log_probabilities = outputs.float().log_softmax(-1).transpose(0, 1)  # T, B, C
+        counts = (labels != IGNORED).sum(1)
+        targets = labels.clamp(min=0) + 1
+        return nn.functional.ctc_loss(log_probabilities, targets, lengths.to(labels.device), counts, blank=BLANK)
+
+    def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
+        """Decode, and note what was said and heard."""
+        beam = self.stage == "test"
+        for name, labels, heard in zip(batch["ids"], batch["labels"].tolist(), self._decode(outputs, lengths, beam), strict=True):
+            said = [self.classes[label] for label in labels if label != IGNORED]
+            self.rows.append({"utterance": name, "reference": self.join(said), "hypothesis": self.join(heard)})
+
+    def reset(self, stage: str) -> None:
+        """Begin anew."""
+        super().reset(stage)
+        self.stage = stage
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Text of tokens: phones with spaces between them, characters as they are."""
+        return " ".join(tokens) if self.unit == "phone" else " ".join("".join(tokens).split())
+
+    def split(self, text: str) -> list[str]:
+        """Tokens of a text."""
+        return text.split() if self.unit == "phone" else list(text)
+
+    def _decode(self, outputs: Tensor, lengths: Tensor, beam: bool) -> list[list[str]]:
+        if beam and self.beam is not None:
+            return self.beam(outputs, lengths)
+        return [[self.classes[number] for number in best] for best in greedy(outputs, lengths)]
+
+    def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
+        """``text`` of each utterance, and ``score``, the mean over frames of the best output's probability."""
+        best = outputs.float().softmax(-1).amax(-1)
+        texts = [self.join(heard) for heard in self._decode(outputs, lengths, beam=True)]
+        scores = [float(row[:length].mean()) for row, length in zip(best, lengths.tolist(), strict=True)]
+        return [{"text": text, "score": score} for text, score in zip(texts, scores, strict=True)]
+
+    def compute(self) -> dict[str, float]:
+        """``per``; or ``wer`` and ``cer``: errors over tokens of the reference, of all utterances together."""
+        rows = self.all_rows()
+        if self.unit == "phone":
+            return {"per": _error_rate(self._aligned(rows))}
+        words = jiwer.process_words([row["reference"] for row in rows], [row["hypothesis"] for row in rows])
+        return {"wer": _error_rate(words), "cer": _error_rate(self._aligned(rows))}
+
+    def _aligned(self, rows: Sequence[Row]) -> jiwer.WordOutput:
+        """Alignment of the tokens of references and hypotheses."""
+        spelt = [
+            [" ".join(SPACE if token == " " else token for token in self.split(row[side])) for row in rows]
+            for side in ("reference", "hypothesis")
+        ]
+        return jiwer.process_words(spelt[0], spelt[1])
+
+    def write(self, folder: Path, title: str) -> list[str]:
+        """``per_class.csv`` of the tokens, ``per_utterance.csv``, ``confusion.png``."""
+        rows = self.all_rows()
+        aligned = self._aligned(rows)
+        pairs: Counter[tuple[str, str]] = Counter()
+        table = []
+        for row, said, heard, chunks in zip(rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True):
+            errors: Counter[str] = Counter()
+            for chunk in chunks:
+                true = said[chunk.ref_start_idx : chunk.ref_end_idx] or [NOTHING] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
+                found = heard[chunk.hyp_start_idx : chunk.hyp_end_idx] or [NOTHING] * len(true)
+                pairs.update(zip(true, found, strict=True))
+                if chunk.type != "equal":
+                    errors[chunk.type] += len(true)
+            counted = {name: errors[kind] for name, kind in KINDS.items()}
+            table.append({**row, "tokens": len(said), **counted})
+        names = [*sorted({SPACE if name == " " else name for name in self.classes}), NOTHING]
+        counts = torch.tensor([[pairs[true, found] for found in names] for true in names], dtype=torch.float64)
+        per_class = []
+        for number, name in enumerate(names[:-1]):
+            count, right, deleted = counts[number].sum(), counts[number, number], counts[number, -1]
+            inserted = counts[-1, number]
+            figures = {"count": count, "correct": right, "substituted": count - right - deleted, "deleted": deleted}
+            per_class.append({"class": name} | {key: int(value) for key, value in (figures | {"inserted": inserted}).items()})
+        write_csv(folder / "per_class.csv", per_class)
+        write_csv(folder / "per_utterance.csv", table)
+        plot_confusion(counts, names, title, folder / "confusion.png")
+        return ["per_class.csv", "per_utterance.csv", "confusion.png"]
+
+
+def greedy(outputs: Tensor, lengths: Tensor) -> list[list[int]]:
+    """The best output of each frame, repetitions merged and blanks removed: classes of each utterance."""
+    found = []
+    for row, length in zip(outputs.argmax(-1).cpu(), lengths.tolist(), strict=True):
+        merged = torch.unique_consecutive(row[:length])
+        found.append((merged[merged != BLANK] - 1).tolist())
+    return found
+
+
+class BeamDecoder:
+    """Beam search by torchaudio's ``ctc_decoder``, with a lexicon and a KenLM language model where they are given.
+
+    Args:
+        classes: Tokens, without the blank.
+        lexicon: File of lines ``WORD TOKEN TOKEN …``: only its words are found, ``|`` being the token between words; None: any
+            sequence of tokens.
+        language_model: KenLM file (.arpa or .bin), over words with a lexicon and else over tokens; None: none.
+        beam_size: Hypotheses kept.
+        lm_weight: Weight of the language model's score.
+        word_score: Added for each word.
+
+    Raises:
+        ImportError: flashlight-text is not installed.
+        FileNotFoundError: a file is missing.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        lexicon: str | None = None,
+        language_model: str | None = None,
+        beam_size: int = 50,
+        lm_weight: float = 2.0,
+        word_score: float = 0.0,
+    ) -> None:
+        for name, path in (("lexicon", lexicon), ("language_model", language_model)):
+            if path is not None and not Path(path).is_file():
+                raise FileNotFoundError(f"downstream.objective.beam.{name}: there is no file {path}")
+        try:
+            from torchaudio.models.decoder import ctc_decoder
+        except RuntimeError as error:
+            raise ImportError("downstream.objective.beam needs flashlight-text: pip install 'audiot[beam]'") from error
+        self.classes = list(classes)
+        tokens = [SPACE if name == " " else name for name in classes]
+        if len(set(tokens)) < len(tokens):
+            raise ValueError(f"{SPACE!r} stands for the space between words: leave it out by downstream.labels.remove")
+        self.space = tokens.index(SPACE) + 1 if SPACE in tokens else None
+        outputs = ["<blank>", *tokens]
+        try:
+            self.decoder = ctc_decoder(
+                lexicon=lexicon,
+                tokens=outputs,
+                lm=_token_model(language_model, outputs) if language_model and lexicon is None else language_model,
+                beam_size=beam_size,
+                lm_weight=lm_weight,
+                word_score=word_score,
+                blank_token="<blank>",
+                sil_token="<blank>" if self.space is None else SPACE,
+            )
+        except (RuntimeError, ValueError) as error:  # a token that is no class, a file of another format
+            reason = str(error).splitlines()[-1]
+            raise ValueError(f"downstream.objective.beam, lexicon={lexicon} language_model={language_model}: {reason}") from error
+
+    def __call__(self, outputs: Tensor, lengths: Tensor) -> list[list[str]]:
+        """Tokens of each utterance, for outputs (B, T, C)."""
+        log_probabilities, lengths = outputs.float().log_softmax(-1).cpu(), lengths.cpu()
+        if self.space is not None:
+            # A lexicon's word ends with the token between words, for which the last word of an utterance may have no frame left.
+            log_probabilities = nn.functional.pad(log_probabilities, (0, 0, 0, 1))
+            rows = torch.arange(len(lengths))
+            log_probabilities[rows, lengths] = -1e4
+            log_probabilities[rows, lengths, self.space] = 0.0
+            lengths = lengths + 1
+        found = self.decoder(log_probabilities.contiguous(), lengths)
+        return [[self.classes[number - 1] for number in best.tokens.tolist()] if best else [] for best in map(_first, found)]
+
+
+def _token_model(path: str, tokens: Sequence[str]) -> Any:
+    """A KenLM model over tokens; of the path alone, torchaudio 2.11 would number the tokens in the order of a hash table."""
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+
+    return KenLM(path, Dictionary(list(tokens)))
+
+
+def _first(hypotheses: Sequence[Any]) -> Any:
+    return hypotheses[0] if hypotheses else None
+
+
+def _error_rate(output: Any) -> float:
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors / max(1, output.hits + output.substitutions + output.deletions)

@@ -1,0 +1,301 @@
+"""Objectives of the downstream tasks: what is minimised, what is measured, what is written."""
+
+from __future__ import annotations
+
+import csv
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from audiot.analysis.plots import plot_confusion
+from audiot.data.batches import Batch
+from audiot.data.labels import IGNORED
+from audiot.files import replacing
+from audiot.model import length_mask
+
+Row = dict[str, Any]
+
+
+class Objective(nn.Module, ABC):
+    """Base of the objectives.
+
+    ``outputs`` are a head's, (B, frames, C) or (B, C); ``lengths`` (B,) counts frames and lies on the CPU; a batch has
+    ``labels``, ``ids`` and ``speakers``.
+
+    Args:
+        classes: Label names of the task.
+
+    Attributes:
+        num_outputs: C that the head needs.
+        rows: What was measured of each utterance since `reset`, on this process.
+    """
+
+    num_outputs: int
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.classes = list(classes)
+        self.rows: list[Row] = []
+
+    def check(self, utterances: Iterable[str]) -> None:
+        """Refuse a test split that can't be measured, before training.
+
+        Args:
+            utterances: Ids of the test split.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """What training minimises."""
+
+    @abstractmethod
+    def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
+        """Measure a batch."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Metrics of all that was measured since `reset`, on all processes."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
+        """What the model says of each utterance: ``label`` and ``score``, or ``text``, …"""
+
+    @abstractmethod
+    def write(self, folder: Path, title: str) -> list[str]:
+        """Write what was measured since `reset` to CSV files and pictures.
+
+        Returns:
+            Their names.
+        """
+
+    def reset(self, stage: str) -> None:
+        """Begin to measure ``valid`` or ``test``."""
+        self.rows = []
+
+    def all_rows(self) -> list[Row]:
+        """Rows of all processes, in the order of the utterances' ids."""
+        rows = self.rows
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: list[list[Row]] = [[] for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        return sorted(rows, key=lambda row: row["utterance"])
+
+
+class Classification(Objective):
+    """Cross-entropy over classes, of utterances or frames; a label of the utterance may be asked of every frame of it."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(classes)
+        self.num_outputs = len(self.classes)
+        self.confusion = MulticlassConfusionMatrix(max(2, len(self.classes)), ignore_index=IGNORED)
+
+    def _matched(self, outputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """Labels of the shape of the outputs: (B,) or (B, frames), ``IGNORED`` beyond an utterance's frames."""
+        if outputs.ndim == 2:
+            return labels
+        num_frames = outputs.shape[1]
+        if labels.ndim == 1:
+            labels = labels[:, None].expand(-1, num_frames)
+        labels = nn.functional.pad(labels, (0, max(0, num_frames - labels.shape[1])), value=IGNORED)[:, :num_frames]
+        # Frames left over when frames are stacked have no hidden state of their own.
+        valid = length_mask(lengths, num_frames, labels.device)
+        return labels if valid is None else labels.masked_fill(~valid, IGNORED)
+
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy over labelled frames or utterances; zero where nothing is labelled."""
+        labels = self._matched(outputs, lengths, batch["labels"])
+        total = nn.functional.cross_entropy(
+            outputs.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
+        """Count into the confusion matrix and note each utterance."""
+        labels = self._matched(outputs, lengths, batch["labels"])
+        self.confusion.update(outputs.argmax(-1).flatten(), labels.flatten())
+        if outputs.ndim == 2:
+            scores, best = (values.tolist() for values in outputs.float().softmax(-1).max(-1))
+            for name, label, number, score in zip(batch["ids"], labels.tolist(), best, scores, strict=True):
+                known = None if label == IGNORED else self.classes[label]  # open set
+                self.rows.append(
+                    {"utterance": name, "label": known, "prediction": self.classes[number], "score": round(score, 4)}
+                )
+        else:
+            labelled = (labels != IGNORED).sum(1)
+            correct = ((outputs.argmax(-1) == labels) & (labels != IGNORED)).sum(1)
+            for name, count, right in zip(batch["ids"], labelled.tolist(), correct.tolist(), strict=True):
+                self.rows.append({"utterance": name, "frames": count, "accuracy": round(right / count, 4) if count else None})
+
+    def reset(self, stage: str) -> None:
+        """Begin anew."""
+        super().reset(stage)
+        self.confusion.reset()
+
+    def counts(self) -> Tensor:
+        """(classes, classes), rows true, columns predicted."""
+        return self.confusion.compute()[: len(self.classes), : len(self.classes)].double().cpu()
+
+    def compute(self) -> dict[str, float]:
+        """``accuracy``, and ``macro_f1`` over the classes that occur or were predicted."""
+        counts = self.counts()
+        seen = (counts.sum(0) + counts.sum(1)) > 0
+        return {
+            "accuracy": float(counts.diagonal().sum() / counts.sum().clamp(min=1)),
+            "macro_f1": float(_f1(counts)[seen].mean()) if seen.any() else 0.0,
+        }
+
+    def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
+        """The best class of each utterance and its probability, ``scores`` of all; of frames, the stretches of equal classes."""
+        probabilities = outputs.float().softmax(-1).cpu()
+        if outputs.ndim == 2:
+            best = [int(row.argmax()) for row in probabilities]
+            return [
+                {
+                    "label": self.classes[number],
+                    "score": float(row[number]),
+                    "scores": dict(zip(self.classes, row.tolist(), strict=False)),
+                }
+                for row, number in zip(probabilities, best, strict=True)
+            ]
+        found = []
+        for row, length in zip(probabilities, lengths.tolist(), strict=True):
+            scores, classes = row[:length].max(-1)
+            segments, at = [], 0
+            for number, stretch in groupby(classes.tolist()):
+                end = at + len(list(stretch))
+                score = float(scores[at:end].mean())
+                segments.append({"label": self.classes[number], "start": at, "end": end, "score": score})
+                at = end
+            found.append({"segments": segments})
+        return found
+
+    def write(self, folder: Path, title: str) -> list[str]:
+        """``per_class.csv``, ``per_utterance.csv``, ``confusion.png``."""
+        counts = self.counts()
+        write_csv(folder / "per_class.csv", per_class(counts, self.classes))
+        write_csv(folder / "per_utterance.csv", self.all_rows())
+        plot_confusion(counts, self.classes, title, folder / "confusion.png")
+        return ["per_class.csv", "per_utterance.csv", "confusion.png"]
+
+
+class Slots(Objective):
+    """A classification for each slot of an utterance, trained together; an utterance is right when all its slots are.
+
+    Args:
+        classes: ``slot=value`` of all slots, as `audiot.data.labels.SlotLabels` names them.
+        fields: The slots in the order of the labels.
+    """
+
+    def __init__(self, classes: Sequence[str], fields: Sequence[str]) -> None:
+        super().__init__(classes)
+        self.num_outputs = len(self.classes)
+        self.fields = list(fields)
+        # Vocabularies are sorted, so that a slot's values are neighbours.
+        self.first = [next(place for place, name in enumerate(self.classes) if name.startswith(f"{field}=")) for field in fields]
+        values = [[name.split("=", 1)[1] for name in self.classes if name.startswith(f"{field}=")] for field in fields]
+        self.slots = nn.ModuleList(Classification(names) for names in values)
+
+    def _parts(self, outputs: Tensor) -> list[tuple[str, int, Classification, Tensor]]:
+        """Name, first class, objective and outputs (B, values) of each slot."""
+        parts = []
+        for field, first, slot in zip(self.fields, self.first, self.slots, strict=True):
+            assert isinstance(slot, Classification)
+            parts.append((field, first, slot, outputs[:, first : first + slot.num_outputs]))
+        return parts
+
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """Sum of the slots' cross-entropies."""
+        columns = batch["labels"].unbind(1)
+        parts = zip(self._parts(outputs), columns, strict=True)
+        losses = [slot.loss(own, lengths, {"labels": column - first}) for (_, first, slot, own), column in parts]
+        return torch.stack(losses).sum()
+
+    def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
+        """Count each slot and note each utterance."""
+        rows: list[Row] = [{"utterance": name} for name in batch["ids"]]
+        for (field, first, slot, own), column in zip(self._parts(outputs), batch["labels"].unbind(1), strict=True):
+            true, best = column - first, own.argmax(1)
+            slot.confusion.update(best, true)
+            for row, label, number in zip(rows, true.tolist(), best.tolist(), strict=True):
+                row |= {field: slot.classes[label], f"{field} predicted": slot.classes[number]}
+        for row in rows:
+            row["correct"] = all(row[field] == row[f"{field} predicted"] for field in self.fields)
+        self.rows += rows
+
+    def reset(self, stage: str) -> None:
+        """Begin anew."""
+        super().reset(stage)
+        for slot in self.slots:
+            assert isinstance(slot, Classification)
+            slot.reset(stage)
+
+    def compute(self) -> dict[str, float]:
+        """``accuracy`` of whole utterances, and ``accuracy_SLOT`` of each slot."""
+        rows = self.all_rows()
+        metrics = {"accuracy": sum(row["correct"] for row in rows) / max(1, len(rows))}
+        for field, slot in zip(self.fields, self.slots, strict=True):
+            assert isinstance(slot, Classification)
+            metrics[f"accuracy_{field}"] = slot.compute()["accuracy"]
+        return metrics
+
+    def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
+        """``label`` (the values of all slots), its ``score`` (their product), and each of the ``slots`` with its own."""
+        said = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
+        found = []
+        for number in range(len(outputs)):
+            slots = {field: rows[number] for field, rows in said.items()}
+            score = 1.0
+            for slot in slots.values():
+                score *= slot["score"]
+            found.append({"label": " ".join(slot["label"] for slot in slots.values()), "score": score, "slots": slots})
+        return found
+
+    def write(self, folder: Path, title: str) -> list[str]:
+        """``per_class.csv``, ``per_utterance.csv``, ``confusion-SLOT.png``."""
+        table: list[Row] = []
+        pictures = []
+        for field, slot in zip(self.fields, self.slots, strict=True):
+            assert isinstance(slot, Classification)
+            counts = slot.counts()
+            table += [{"slot": field, **row} for row in per_class(counts, slot.classes)]
+            pictures.append(f"confusion-{field}.png")
+            plot_confusion(counts, slot.classes, f"{title}, {field}", folder / pictures[-1])
+        write_csv(folder / "per_class.csv", table)
+        write_csv(folder / "per_utterance.csv", self.all_rows())
+        return ["per_class.csv", "per_utterance.csv", *pictures]
+
+
+def per_class(counts: Tensor, classes: Sequence[str]) -> list[Row]:
+    """How often each class occurred, and its precision, recall and F1, from a confusion matrix (rows true)."""
+    right = counts.diagonal()
+    precision, recall = right / counts.sum(0).clamp(min=1), right / counts.sum(1).clamp(min=1)
+    return [
+        {
+            "class": name,
+            "count": int(counts[number].sum()),
+            "precision": round(float(precision[number]), 4),
+            "recall": round(float(recall[number]), 4),
+            "f1": round(float(f1), 4),
+        }
+        for number, (name, f1) in enumerate(zip(classes, _f1(counts), strict=True))
+    ]
+
+
+def _f1(counts: Tensor) -> Tensor:
+    return 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clamp(min=1)
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys, a header first."""
+    rows = list(rows)
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,208 @@
+"""Speaker verification: are two utterances of one speaker?"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from math import isqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_eer, binary_roc
+
+from audiot.analysis.plots import plot_scores
+from audiot.data.batches import Batch
+from audiot.downstream.objectives import Objective, Row, write_csv
+from audiot.random import key
+
+Trial = tuple[bool, str, str]  # same speaker, utterance, utterance
+
+
+class Verification(Objective):
+    """Embeddings that the training speakers' identities teach, compared by their cosine.
+
+    Training minimises the additive-margin softmax (Wang et al. 2018, arXiv:1801.05599). The metrics are the equal error rate
+    and the minimum of the normalised detection cost (NIST; both errors cost 1).
+
+    Args:
+        classes: Training speakers.
+        embedding_dim: Of the head's output.
+        scale, margin: s and m of the loss.
+        trials: File of the test's trials, lines ``1|0 UTTERANCE UTTERANCE`` (1: same speaker; .wav may follow); None: all pairs
+            of test utterances. Validation always takes all pairs.
+        max_trials: More pairs than that are sampled.
+        p_target: Prior probability of one speaker, in the detection cost.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        embedding_dim: int = 512,
+        scale: float = 30.0,
+        margin: float = 0.4,
+        trials: str | None = None,
+        max_trials: int = 200_000,
+        p_target: float = 0.01,
+    ) -> None:
+        super().__init__(classes)
+        if not 0 < p_target < 1:
+            raise ValueError(f"downstream.objective.p_target must be between 0 and 1, found {p_target}")
+        self.num_outputs = embedding_dim
+        self.speakers = nn.Parameter(torch.empty(len(self.classes), embedding_dim))
+        nn.init.xavier_uniform_(self.speakers)
+        self.scale, self.margin, self.p_target = scale, margin, p_target
+        self.max_trials = max_trials
+        self.trials = None if trials is None else read_trials(trials)
+        self.path = trials
+        self.stage = "test"
+
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy over training speakers, the true one's cosine less the margin."""
+        cosines = nn.functional.normalize(outputs.float()) @ nn.functional.normalize(self.speakers.float()).T
+        margins = nn.functional.one_hot(batch["labels"], len(self.classes)) * self.margin
+        return nn.functional.cross_entropy(self.scale * (cosines - margins), batch["labels"])
+
+    def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
+        """Keep the embeddings."""
+        embeddings = nn.functional.normalize(outputs.float()).cpu()
+        for name, speaker, embedding in zip(batch["ids"], batch["speakers"], embeddings, strict=True):
+            self.rows.append({"utterance": name, "speaker": speaker, "embedding": embedding})
+
+    def reset(self, stage: str) -> None:
+        """Begin anew."""
+        super().reset(stage)
+        self.stage = stage
+
+    def check(self, utterances: Iterable[str]) -> None:
+        """Refuse trials of utterances that the test split has not."""
+        missing = sorted({name for _, *pair in self.trials or () for name in pair} - set(utterances))
+        if missing:
+            raise ValueError(
+                f"{self.path} names {len(missing)} utterances that the test split has not, {missing[0]} first: were they "
+                "rejected by preparation? Mend them, or leave their trials out"
+            )
+
+    def scored(self) -> list[Row]:
+        """Every trial with its cosine.
+
+        Raises:
+            ValueError: an utterance of a trial was not measured, or the trials are all of one kind.
+        """
+        rows = {row["utterance"]: row for row in self.all_rows()}
+        if self.trials is not None and self.stage == "test":
+            self.check(rows)
+            trials = self.trials
+        else:
+            trials = _pairs(list(rows.values()), self.max_trials)
+        if len({same for same, _, _ in trials}) < 2:
+            raise ValueError(
+                "the trials are all of one kind: verification needs two utterances of one speaker and utterances of two speakers"
+            )
+        embeddings = torch.stack([row["embedding"] for row in rows.values()])
+        place = {name: number for number, name in enumerate(rows)}
+        first, second = (torch.tensor([place[trial[side]] for trial in trials]) for side in (1, 2))
+        cosines = torch.cat(
+            [
+                (embeddings[one] * embeddings[two]).sum(1)
+                for one, two in zip(first.split(50_000), second.split(50_000), strict=True)
+            ]
+        )
+        return [
+            {"same": int(same), "first": one, "second": two, "score": cosine}
+            for (same, one, two), cosine in zip(trials, cosines.tolist(), strict=True)
+        ]
+
+    def compute(self) -> dict[str, float]:
+        """``eer`` and ``min_dcf``."""
+        trials = self.scored()
+        scores = torch.tensor([trial["score"] for trial in trials])
+        same = torch.tensor([trial["same"] for trial in trials])
+        return error_rates(scores, same, self.p_target)
+
+    def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
+        """The ``embedding`` of each utterance, of length 1: the cosine of two is their score."""
+        return [{"embedding": embedding} for embedding in nn.functional.normalize(outputs.float()).cpu().tolist()]
+
+    def write(self, folder: Path, title: str) -> list[str]:
+        """``trials.csv``, ``per_class.csv`` (each speaker's mean scores), ``scores.png``."""
+        trials = self.scored()
+        speaker_of = {row["utterance"]: row["speaker"] for row in self.all_rows()}
+        write_csv(folder / "trials.csv", [{**trial, "score": round(trial["score"], 4)} for trial in trials])
+        scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for trial in trials:
+            for speaker in {speaker_of[trial["first"]], speaker_of[trial["second"]]}:
+                scores[speaker, trial["same"]].append(trial["score"])
+        table = []
+        for speaker in sorted(set(speaker_of.values())):
+            row: Row = {"speaker": speaker}
+            for name, kind in (("same", 1), ("other", 0)):
+                own = scores[speaker, kind]
+                row |= {f"{name} trials": len(own), f"{name} mean": round(sum(own) / len(own), 4) if own else None}
+            table.append(row)
+        write_csv(folder / "per_class.csv", table)
+        kinds = {
+            name: [trial["score"] for trial in trials if trial["same"] == kind]
+            for name, kind in (("same speaker", 1), ("different speakers", 0))
+        }
+        plot_scores(kinds, title, folder / "scores.png")
+        return ["trials.csv", "per_class.csv", "scores.png"]
+
+
+def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[str, float]:
+    """Equal error rate and minimum detection cost of scored trials.
+
+    Args:
+        scores: (trials,), larger for one speaker.
+        same: (trials,), 1 for one speaker and 0 for two.
+        p_target: Prior probability of one speaker.
+
+    Returns:
+        ``eer`` and ``min_dcf``, normalised by the cost of deciding without looking.
+    """
+    # Between 0 and 1: other scores would pass for logits.
+    scores = (scores.double() + 1) / 2
+    false_alarms, hits, _ = binary_roc(scores, same.long())
+    cost = p_target * (1 - hits) + (1 - p_target) * false_alarms
+    return {
+        "eer": float(binary_eer(scores, same.long())),
+        "min_dcf": float(cost.min()) / min(p_target, 1 - p_target),
+    }
+
+
+def read_trials(path: str) -> list[Trial]:
+    """Trials of a file of lines ``1|0 UTTERANCE UTTERANCE``, as VoxCeleb's; suffixes of audio files are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is of another form.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"downstream.objective.trials: there is no file {path}")
+    trials = []
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            words = line.split()
+            if not words:
+                continue
+            if len(words) != 3 or words[0] not in ("0", "1"):
+                raise ValueError(f"{path}:{number}: expected 1 or 0 and two utterances, found {line.strip()[:80]!r}")
+            names = [word.rpartition(".")[0] if word.lower().endswith((".wav", ".flac", ".m4a")) else word for word in words[1:]]
+            trials.append((words[0] == "1", names[0], names[1]))
+    return trials
+
+
+def _pairs(rows: Sequence[Row], limit: int) -> list[Trial]:
+    """All pairs of utterances, or ``limit`` of them chosen by a hash."""
+    count = len(rows) * (len(rows) - 1) // 2
+    pairs = list(combinations(range(len(rows)), 2)) if count <= limit else _sampled(len(rows), limit)
+    return [(rows[one]["speaker"] == rows[two]["speaker"], rows[one]["utterance"], rows[two]["utterance"]) for one, two in pairs]
+
+
+def _sampled(count: int, limit: int) -> list[tuple[int, int]]:
+    """``limit`` different pairs of ``count`` utterances."""
+    drawn = sorted(random.Random(key("verification trials", count)).sample(range(count * (count - 1) // 2), limit))
+    later = [(1 + isqrt(1 + 8 * number)) // 2 for number in drawn]  # pair number two (two − 1) / 2 + one
+    return [(number - two * (two - 1) // 2, two) for number, two in zip(drawn, later, strict=True)]

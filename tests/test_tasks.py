@@ -1,0 +1,161 @@
+"""Every task of conf/downstream, from its config to its files, on demo speech."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from itertools import combinations
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_module
+from test_cli import DATA, REPOSITORY, read, run, succeed
+
+from audiot.checkpoint import AudioEncoder, save_encoder
+from audiot.commands.evaluate import evaluate_downstream
+from audiot.commands.finetune import finetune
+
+SPEAKERS = ["data.corpus.num_valid_speakers=2", "data.corpus.num_test_speakers=2"]  # of one alone, nothing is to be verified
+SHORT = [given for given in DATA if given.split("=")[0] not in {pair.split("=")[0] for pair in SPEAKERS}] + SPEAKERS
+SHORT += ["trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1", "logger=none"]
+
+ACCURACY = {"accuracy", "macro_f1"}
+LSTM = ["downstream.head.hidden_dim=8", "downstream.head.projector_dim=8"]
+CLASSIFIED = {"per_class.csv", "per_utterance.csv", "confusion.png"}
+WEIGHTED = {"layer_weights.png"}
+# Task: small sizes of its parts; the test's metrics; its files.
+TASKS = {
+    "phone_linear": ([], ACCURACY, CLASSIFIED),
+    "phone_1hidden": ([], ACCURACY, CLASSIFIED),
+    "phone_concat": ([], ACCURACY, CLASSIFIED),
+    "speaker_frame": ([], ACCURACY, CLASSIFIED),
+    "speaker_utterance": ([], ACCURACY, CLASSIFIED),
+    "speaker_identification": ([], ACCURACY, CLASSIFIED | WEIGHTED),
+    "keyword": ([], ACCURACY, CLASSIFIED),
+    "intent": (
+        ["downstream.labels.fields=[keyword,accent]"],  # what demo speech has
+        {"accuracy", "accuracy_keyword", "accuracy_accent"},
+        CLASSIFIED - {"confusion.png"} | {"confusion-keyword.png", "confusion-accent.png"} | WEIGHTED,
+    ),
+    "speaker_verification": (
+        ["downstream.objective.embedding_dim=8", "downstream.head.projector_dim=8", "downstream.head.channels=8"],
+        {"eer", "min_dcf"},
+        {"trials.csv", "per_class.csv", "scores.png"} | WEIGHTED,
+    ),
+    "phone_recognition": ([], {"per"}, CLASSIFIED | WEIGHTED),
+    "asr": (LSTM, {"wer", "cer"}, CLASSIFIED | WEIGHTED),
+}
+MEASURED_AGAIN = ("phone_linear", "intent", "speaker_verification", "asr")  # one of each objective
+FILES = sorted(path.stem for path in (REPOSITORY / "conf" / "downstream").glob("*.yaml") if path.name[0] != "_")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny):
+    """A folder for ``AUDIOT_DATA``, and an encoder that has learned nothing."""
+    pytest.importorskip("espeakng_loader")
+    torch.manual_seed(0)
+    base = tmp_path_factory.mktemp("tasks")
+    save_encoder(base / "encoder", AudioEncoder(tiny["features"], tiny["model"]))
+    return SimpleNamespace(data=base / "data", encoder=base / "encoder")
+
+
+@pytest.fixture
+def made(folders, tmp_path, monkeypatch):
+    """The folders, the corpus in ``AUDIOT_DATA``; the current folder is an empty one."""
+    monkeypatch.setenv("AUDIOT_DATA", str(folders.data))
+    monkeypatch.chdir(tmp_path)
+    return folders
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def figures(folder, file="metrics.json"):
+    return {name: value for name, value in read(folder / file).items() if name.startswith("test/")}
+
+
+@pytest.mark.parametrize("task", FILES)
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
+    options, metrics, files = TASKS[task]
+    folder = tmp_path / "run"
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        given = [*SHORT, f"downstream={task}", f"upstream.path={made.encoder}", *options]
+        cfg = compose("finetune", [*given, f"run_dir={folder}"])
+    with caplog.at_level(logging.INFO, "audiot"):
+        assert finetune(cfg) == read(folder / "metrics.json")
+    found = read(folder / "metrics.json")
+    assert {name.removeprefix("test/") for name in figures(folder)} == metrics
+    assert all(0 <= value <= 1 or name in ("test/wer", "test/cer", "test/per") for name, value in figures(folder).items())
+    assert found["monitor"] in metrics
+    assert f"valid/{found['monitor']}" in found
+    assert found["classes"] > 1
+    assert {path.name for path in folder.glob("*.csv")} | {path.name for path in folder.glob("*.png")} == files
+    assert all(name in caplog.messages[-1] for name in files)
+    rows = table(folder / ("trials.csv" if "trials.csv" in files else "per_utterance.csv"))
+    split = "speaker_test" if task in ("speaker_frame", "speaker_utterance", "speaker_identification", "intent") else "test"
+    names = {name for row in rows for name in ([row["utterance"]] if "utterance" in row else [row["first"], row["second"]])}
+    assert len(names) == {"speaker_test": 2 * 2, "test": 2 * 4}[split]  # speakers, utterances of each
+    assert len(rows) == len(names) if "trials.csv" not in files else len(list(combinations(names, 2)))
+    assert table(folder / "per_class.csv")
+    if task in MEASURED_AGAIN:
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        assert evaluate_downstream(trainer, cfg, folder) == pytest.approx(figures(folder), abs=1e-4)
+
+
+def test_compare_sets_a_run_beside_its_controls(made, tmp_path):
+    folder = tmp_path / "run"
+    options = ["downstream=speaker_utterance", "downstream.layers=weighted_sum", f"upstream.path={made.encoder}", "compare=true"]
+    out = succeed("finetune", *SHORT, *options, f"hydra.run.dir={folder}")
+    assert out.strip().splitlines()[-1] == f"next:   audiot predict {folder} FILE.wav"
+    rows = table(folder / "comparison.csv")
+    assert [row["run"] for row in rows] == ["encoder", "random", "features"]
+    assert [row["upstream"] for row in rows] == ["checkpoint", "untrained", "FeaturesUpstream"]
+    assert [row["layers"] for row in rows] == ["weighted_sum", "weighted_sum", "last"]
+    assert (folder / "comparison.md").is_file()
+    for row, place in zip(rows, (folder, folder / "random", folder / "features"), strict=True):
+        metrics = figures(place)
+        for name in ACCURACY:
+            assert row[f"{name}, %"] == f"{100 * metrics[f'test/{name}']:.1f}"
+        assert (place / "confusion.png").is_file()
+        assert " ".join(row.values()) in " ".join(out.split())
+        if place != folder:  # a control is a run like any other
+            succeed("evaluate", f"run={place}")
+            assert figures(place, "evaluation.json") == pytest.approx(metrics, abs=1e-4)
+    control = torch.load(folder / "features" / "checkpoints" / "best.ckpt", weights_only=False)["hyper_parameters"]
+    assert (control["head"]["pooling"], control["upstream"]["cmvn"], control["upstream"]["context"]) == (
+        "statistics",
+        "global",
+        1,
+    )
+
+
+def test_comparing_features_with_themselves_is_refused_before_training(made, tmp_path):
+    failed = run("finetune", *SHORT, "upstream=features", "compare=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert failed.code == 1
+    assert failed.err.strip().splitlines()[-1] == (
+        "audiot: error: compare=true sets an encoder beside features and itself untrained: choose another upstream"
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fine_tuning_the_top_layer_is_a_setting(made, tmp_path):
+    options = ["downstream=phone_linear", f"upstream.path={made.encoder}", "downstream.train_encoder=true"]
+    succeed(
+        "finetune", *SHORT, *options, "downstream.top_layers=1", "downstream.layers=[1,2]", f"hydra.run.dir={tmp_path / 'run'}"
+    )
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert (metrics["fine_tuned"], metrics["layers"]) == (1, [1, 2])
+    assert sum(metrics["layer_weights"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_list_of_trials_is_checked_before_training(made, tmp_path):
+    (tmp_path / "trials.txt").write_text("1 test000-test-0000 test000-test-0001\n0 test000-test-0000 nobody\n")
+    options = ["downstream=speaker_verification", f"upstream.path={made.encoder}", *TASKS["speaker_verification"][0]]
+    failed = run("finetune", *SHORT, *options, "downstream.objective.trials=trials.txt", f"hydra.run.dir={tmp_path / 'run'}")
+    assert "audiot: error: trials.txt names 1 utterances that the test split has not, nobody first" in failed.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
