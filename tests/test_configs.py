@@ -37,6 +37,8 @@ def command_of(group, option):
         return "benchmark"
     if group in ("downstream", "upstream") or (group, option) == ("callbacks", "downstream"):
         return "finetune"
+    if group == "experiment" and option.startswith(("s3prl_", "superb_")):
+        return "finetune"
     return "pretrain"
 
 
@@ -44,8 +46,12 @@ def command_of(group, option):
 def test_every_option_of_every_group_composes_and_resolves(choice):
     group, option = choice.split("/")
     given = {"data/folder": ["data.root=audio"], "data/manifest": ["data.train=train.jsonl"]}.get(choice, [])
-    given += ["upstream.path=encoder"] if choice == "upstream/checkpoint" else []
-    path = ["upstream.path=encoder"] if group in ("downstream", "callbacks") and command_of(group, option) == "finetune" else []
+    given += ["upstream.path=encoder"] if group == "upstream" and "path: ???" in (CONF / f"{choice}.yaml").read_text() else []
+    path = (
+        ["upstream.path=encoder"]
+        if group in ("downstream", "callbacks", "experiment") and command_of(group, option) == "finetune"
+        else []
+    )
     cfg = compose(command_of(group, option), [f"{group}={option}", *given, *path, *GIVEN])
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert group in resolved or group == "experiment"
