@@ -96,7 +96,7 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
         raise ValueError(
             f"{path} has format_version {config['format_version']}, this audiot reads {FORMAT_VERSION}: use the one that wrote it"
         )
-    _check_targets(config, trusted, path)
+    check_targets(config, trusted, path)
     encoder = AudioEncoder(config["features"], config["model"])
     weights = _read_weights(path / "model.safetensors")
     head_weights = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
@@ -106,15 +106,24 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
     return encoder.eval()
 
 
-def _check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:
-    """Refuse all but modules of trusted packages: a config names code to run."""
+def check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:
+    """Refuse all but modules of trusted packages in a config, which names code to run.
+
+    Args:
+        config: Dicts and lists, at any depth.
+        trusted: Packages.
+        path: Of the config, for errors.
+
+    Raises:
+        ValueError: naming what is refused.
+    """
     if isinstance(config, list):
         config = dict(enumerate(config))
     if isinstance(config, dict):
         if "_target_" in config:
             _check_target(str(config["_target_"]), trusted, path)
         for value in config.values():
-            _check_targets(value, trusted, path)
+            check_targets(value, trusted, path)
 
 
 def _check_target(target: str, trusted: tuple[str, ...], path: Path) -> None:

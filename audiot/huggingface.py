@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audiot.checkpoint import AudioEncoder, _check_targets
+from audiot.checkpoint import AudioEncoder, check_targets
 from audiot.model import length_mask
 
 try:
@@ -89,7 +89,7 @@ class AudiotModel(PreTrainedModel):
         if not config.features or not config.model:
             raise ValueError("the config of an audiot model needs `features` and `model`: load one that audiot wrote")
         where: Any = config.name_or_path or "the config"
-        _check_targets({"features": config.features, "model": config.model}, self.trusted, where)
+        check_targets({"features": config.features, "model": config.model}, self.trusted, where)
         with _plain_tensors():
             self.encoder = AudioEncoder(config.features, config.model)
         self.encoder.to(torch.get_default_dtype())  # the one that from_pretrained was asked for

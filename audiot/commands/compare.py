@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from audiot.files import read_json, replacing
 from audiot.tables import aligned, markdown
 
@@ -23,7 +25,13 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     runs = [run for name in options.runs for run in _runs(Path(name))]
-    print(write_comparison({str(run): _results(run) for run in runs}, Path(options.output)))
+    settings = {run: _overrides(run) for run in runs}
+    shared = set.intersection(*map(set, settings.values()))
+    results = {}
+    for run in runs:
+        apart = [override for override in settings[run] if override not in shared]
+        results[str(run)] = _results(run) | {"setting": " ".join(apart)}
+    print(write_comparison(results, Path(options.output)))
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -50,9 +58,17 @@ def _results(run: Path) -> dict[str, Any]:
     return read_json(path, "results")
 
 
+def _overrides(run: Path) -> list[str]:
+    """What the run was started with, but for where it went and which encoder it heard."""
+    path = run / ".hydra" / "overrides.yaml"
+    overrides = [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
+    return [override for override in overrides if not override.startswith(("hydra.", "upstream.path="))]
+
+
 def comparison(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells, a line a run: what it is, and its test metrics or pre-training figures."""
-    about = [name for name in ("task", "upstream", "layers", "fine_tuned", "train_utterances") if _apart(results, name)]
+    kinds = ("setting", "task", "upstream", "layers", "fine_tuned", "train_utterances")
+    about = [name for name in kinds if _apart(results, name)]
     figures = list(
         dict.fromkeys(
             name for run in results.values() for name in run if name.startswith(("test/", "pretrain/", "probe/", "finetune/"))

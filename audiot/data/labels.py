@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+PUNCTUATION = ".,;:?!\"()"
 IGNORED = -100  # label of a frame that no interval of the alignment covers, and padding; losses and metrics leave it out
 PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # of a pronunciation; a bare digit is a phone of X-SAMPA
 
@@ -261,7 +262,7 @@ class PhoneSequence(TokenLabels):
         features: See `Labels`.
         tier: Alignment tier, where there is no lexicon.
         lexicon: File of lines ``WORD PHONE PHONE …``; probabilities (``0.98``) before the phones are left out, and the first
-            pronunciation of a word counts.
+            pronunciation of a word counts. Case does not, nor does punctuation around a word.
         silences: Symbols that are no phones.
         strip_stress: AH0 → AH.
     """
@@ -294,7 +295,10 @@ class PhoneSequence(TokenLabels):
 
     def _pronounce(self, word: str, cut: Cut) -> tuple[str, ...]:
         assert self.lexicon is not None
-        for form in (word, word.upper(), word.lower()):
+        bare = word.strip(PUNCTUATION)
+        if not bare:
+            return ()
+        for form in (word, bare, bare.upper(), bare.lower()):
             if form in self.lexicon:
                 return self.lexicon[form]
         raise ValueError(f"the word {word!r} of utterance {cut.id} is not in the lexicon {self.path}: add it")

@@ -551,6 +551,13 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
         if supervision.alignment and cut.start:  # Lhotse counts a supervision's time from the cut's start, an alignment's not
             shifted = {name: [item.with_offset(-cut.start) for item in tier] for name, tier in supervision.alignment.items()}
             supervision = fastcopy(supervision, alignment=shifted)
+        if supervision.alignment and cut.has_recording and isinstance(cut, MonoCut) and cut.duration < cut.recording.duration:
+            # A window into a longer recording: what is said before and behind it is not in the new one.
+            heard = {
+                name: [item.trim(duration) for item in tier if item.start < duration and item.end > 0]
+                for name, tier in supervision.alignment.items()
+            }
+            supervision = fastcopy(supervision, alignment={name: tier for name, tier in heard.items() if tier} or None)
         if 0 <= supervision.start < duration < supervision.end <= cut.duration + 1e-6:
             # It ended with the cut, which is a fraction of a sample shorter now, or a decoder's last frame.
             tiers = supervision.alignment or {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from audiot.checkpoint import _check_targets
+from audiot.checkpoint import check_targets
 from audiot.commands.common import check_archive, finetune_command
 from audiot.data.labels import Framing
 from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
@@ -170,7 +170,7 @@ def load_classifier(run: str | Path, device: str = "cpu", trusted: tuple[str, ..
     settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
     if not {"upstream", "head", "objective", "classes"} <= settings.keys():
         raise ValueError(f"{path} is no checkpoint of this audiot's finetune: use the version that wrote it")
-    _check_targets({name: settings[name] for name in ("upstream", "head", "objective")}, trusted, path)
+    check_targets({name: settings[name] for name in ("upstream", "head", "objective")}, trusted, path)
     if settings["objective"].get("trials"):
         settings["objective"]["trials"] = None  # a file that only the test needs
     module = DownstreamModule(**settings)

@@ -282,6 +282,8 @@ def test_phones_are_those_of_the_first_pronunciation_of_each_word(lexicon):
     }
     phones = PhoneSequence(LogMel(), lexicon=lexicon).names(spoken("yes the NO Ne"))
     assert " ".join(phones) == "Y EH1 S DH AH0 N OW1 n 2 9"
+    marked = PhoneSequence(LogMel(), lexicon=lexicon).names(spoken('"Yes," no... the ?'))
+    assert " ".join(marked) == "Y EH1 S N OW1 DH AH0"
     stripped = PhoneSequence(LogMel(), lexicon=lexicon, strip_stress=True)
     assert stripped.names(spoken("YES the no")) == ["Y", "EH", "S", "DH", "AH", "N", "OW"]
     silent = PhoneSequence(LogMel(), lexicon=lexicon, silences=["S"])

@@ -171,6 +171,16 @@ def test_supervisions_alignments_and_custom_fields_survive_with_their_times(tmp_
     assert (new.start, new.duration, new.sampling_rate) == (0, 1.0, 16000)
 
 
+def test_the_alignment_of_a_window_ends_with_it(tmp_path):
+    spoken = [AlignmentItem(symbol, number / 2, 0.5) for number, symbol in enumerate("abcd")]  # 0 to 2 s
+    whole_cut = whole(write(tmp_path / "a.wav", tone(2.0)), "long")
+    whole_cut.supervisions = [SupervisionSegment("s", whole_cut.recording.id, 0.0, 2.0, alignment={"phone": spoken})]
+    cut = whole_cut.truncate(offset=0.75, duration=0.9).with_id("window")
+    (kept,) = next(iter(run(manifests(cut), tmp_path / "out").cuts("train"))).supervisions
+    found = [(item.symbol, round(item.start, 6), round(item.end, 6)) for item in kept.alignment["phone"]]
+    assert found == [("b", 0.0, 0.25), ("c", 0.25, 0.75), ("d", 0.75, 0.9)]
+
+
 def test_the_alignment_of_a_piece_counts_from_the_start_of_the_new_recording(tmp_path):
     path = write(tmp_path / "a.wav", noise(32000), 16000)
     cut = whole(path)
