@@ -23,10 +23,10 @@ class Features(nn.Module, ABC):
     """Base of the front ends: framing, deltas, mean and variance normalisation (CMVN), stacking and exact lengths.
 
     Nothing is padded at the ends: frame t covers the samples [t·hop_length, t·hop_length + win_length), and samples
-    that do not fill a frame are left out. So lengths are exact, and what lies behind the end of an utterance in a
-    padded batch reaches none of its frames.
+    that do not fill a frame are left out; with `center`, each utterance is first reflected at its own ends. So lengths
+    are exact, and what lies behind the end of an utterance in a padded batch reaches none of its frames.
 
-    The order is frames → deltas → CMVN → stacking. Deltas repeat the utterance's own first and last frame. CMVN
+    The order is level → frames → deltas → CMVN → stacking. Deltas repeat the utterance's own first and last frame. CMVN
     subtracts the mean and divides by the unbiased (n - 1) standard deviation, floored at `eps`, so that a constant
     channel comes out as zero. Padded tokens are zero.
 
@@ -43,6 +43,9 @@ class Features(nn.Module, ABC):
         eps: Smallest standard deviation that CMVN divides by.
         delta_order: 0, 1 (add first differences in time) or 2 (and differences of those).
         delta_window: Frames that a delta looks at, odd.
+        center: Centre frame t on sample t·hop_length and reflect each utterance at its own ends, as torch.stft does by
+            default: N // hop_length + 1 frames of N samples.
+        level_db: Level, in dB of full scale (root mean square), that each utterance is brought to first; None leaves it.
 
     Attributes:
         num_channels: C, channels of a frame: frame_channels · (delta_order + 1).
@@ -61,6 +64,8 @@ class Features(nn.Module, ABC):
         eps: float = 1e-3,
         delta_order: int = 0,
         delta_window: int = 5,
+        center: bool = False,
+        level_db: float | None = None,
     ) -> None:
         super().__init__()
         if cmvn not in ("utterance", "global", "none"):
@@ -83,6 +88,9 @@ class Features(nn.Module, ABC):
         self.eps = eps
         self.delta_order = delta_order
         self.delta_window = delta_window
+        self.center = center
+        self.level_db = level_db
+        self.reflected = (win_length - win_length // 2, win_length // 2) if center else (0, 0)  # samples before and behind
         self.num_channels = frame_channels * (delta_order + 1)
         self.output_dim = self.num_channels * stack
         self.cmvn_mean: Tensor
@@ -94,9 +102,9 @@ class Features(nn.Module, ABC):
 
     @abstractmethod
     def frames(self, waveforms: Tensor) -> Tensor:
-        """Features of every full frame, before deltas: (B, N) → (B, F, frame_channels), F = num_frames(N).
+        """Features of every full frame, before deltas: (B, N) → (B, F, frame_channels).
 
-        The waveforms are float32 or float64, and so is the result.
+        The waveforms are float32 or float64, and so is the result; they are at their level and reflected already.
         """
 
     @torch.no_grad()
@@ -118,15 +126,14 @@ class Features(nn.Module, ABC):
                 ``cmvn="global"`` has no statistics yet.
         """
         self._check(waveforms, lengths)
-        frame_lengths = None
-        if lengths is not None:
-            frame_lengths = self.num_frames(lengths).to(waveforms.device, non_blocking=True)
+        frame_lengths = None if lengths is None else self._frame_lengths(lengths, waveforms)
         with torch.autocast(waveforms.device.type, enabled=False):
-            channels = self._channels(waveforms, frame_lengths)
+            channels = self._channels(self._prepared(waveforms, lengths), frame_lengths)
             tokens = self._stack(self._normalize(channels, frame_lengths))
-        if lengths is None or frame_lengths is None:
+        if lengths is None:
             return tokens, waveforms.new_full((len(waveforms),), tokens.shape[1], dtype=torch.long)
-        tokens = tokens.masked_fill(_padding(frame_lengths // self.stack, tokens.shape[1]), 0.0)
+        if frame_lengths is not None:
+            tokens = tokens.masked_fill(_padding(frame_lengths // self.stack, tokens.shape[1]), 0.0)
         return tokens, self.num_tokens(lengths)
 
     @torch.no_grad()
@@ -151,7 +158,7 @@ class Features(nn.Module, ABC):
             waveforms = waveforms.to(device)
             frame_lengths = self.num_frames(lengths).to(device)
             with torch.autocast(device.type, enabled=False):
-                channels = self._channels(waveforms, frame_lengths)
+                channels = self._channels(self._prepared(waveforms, lengths), frame_lengths)
             valid = ~_padding(frame_lengths, channels.shape[1]).squeeze(-1)
             frames = channels[valid].cpu().double()  # some devices lack float64
             count += len(frames)
@@ -171,8 +178,10 @@ class Features(nn.Module, ABC):
     def num_frames(self, num_samples: Tensor) -> Tensor: ...
     def num_frames(self, num_samples: int | Tensor) -> int | Tensor:
         """Frames, before stacking, in so many samples."""
-        count = (num_samples - self.win_length) // self.hop_length + 1
-        return count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
+        before, behind = self.reflected
+        enough = num_samples > before  # to be reflected
+        count = (num_samples + before + behind - self.win_length) // self.hop_length + 1
+        return count.clamp(min=0) * enough if isinstance(count, Tensor) else max(count, 0) * enough
 
     @overload
     def num_tokens(self, num_samples: int) -> int: ...
@@ -184,11 +193,12 @@ class Features(nn.Module, ABC):
 
     def num_samples(self, num_tokens: int) -> int:
         """Fewest samples that give so many tokens: the length of a crop."""
-        return (num_tokens * self.stack - 1) * self.hop_length + self.win_length
+        before, behind = self.reflected
+        return max((num_tokens * self.stack - 1) * self.hop_length + self.win_length - before - behind, before + 1)
 
     def frame_centers(self, num_frames: int) -> Tensor:
-        """Middle of each frame in samples, t·hop_length + win_length // 2: (num_frames,), to look up labels."""
-        return torch.arange(num_frames) * self.hop_length + self.win_length // 2
+        """Middle of each frame in samples (num_frames,), to look up labels: t·hop_length, half a window on unless `center`."""
+        return torch.arange(num_frames) * self.hop_length + (0 if self.center else self.win_length // 2)
 
     def unstack(self, tokens: Tensor) -> Tensor:
         """Undo stacking: (B, T, C·stack) → (B, T·stack, C), for any C."""
@@ -207,9 +217,37 @@ class Features(nn.Module, ABC):
         """View of the waveforms as frames: (B, N) → (B, F, win_length)."""
         return waveforms.unfold(-1, self.win_length, self.hop_length)
 
+    def _frame_lengths(self, lengths: Tensor, waveforms: Tensor) -> Tensor | None:
+        """Frames of each utterance (B,), beside the waveforms; None where it can be seen that no frame is padding."""
+        frame_lengths = self.num_frames(lengths)
+        if lengths.device.type == "cpu" and bool((frame_lengths == self.num_frames(waveforms.shape[1])).all()):
+            return None
+        return frame_lengths.to(waveforms.device, non_blocking=True)
+
+    def _prepared(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+        """Waveforms in single precision or better, at their level, reflected: (B, N) → (B, N + samples before and behind)."""
+        waveforms = waveforms if waveforms.dtype == torch.float64 else waveforms.float()
+        if self.level_db is None and not self.center:
+            return waveforms
+        if lengths is None:
+            lengths = waveforms.new_full((len(waveforms),), waveforms.shape[1], dtype=torch.long)
+        ends = lengths.to(waveforms.device, non_blocking=True)[:, None]
+        if self.level_db is not None:
+            padded = torch.arange(waveforms.shape[1], device=waveforms.device) >= ends
+            level = (waveforms.masked_fill(padded, 0.0).square().sum(1, keepdim=True) / ends.clamp(min=1)).sqrt()
+            waveforms = waveforms * (10 ** (self.level_db / 20) / (level + 1e-10))  # silence stays silent
+        if not self.center:
+            return waveforms
+        before, behind = self.reflected
+        extended = nn.functional.pad(waveforms, (before, behind))
+        extended[:, :before] = waveforms[:, 1 : before + 1].flip(1)
+        beyond = torch.arange(behind, device=waveforms.device)
+        mirrored = waveforms.gather(1, (ends - 2 - beyond).clamp(min=0))
+        return extended.scatter_(1, before + ends + beyond, mirrored)
+
     def _channels(self, waveforms: Tensor, frame_lengths: Tensor | None) -> Tensor:
-        """Frames with their deltas, before CMVN: (B, N) → (B, F, C)."""
-        channels = [self.frames(waveforms if waveforms.dtype == torch.float64 else waveforms.float())]
+        """Frames with their deltas, before CMVN, of prepared waveforms (B, N) → (B, F, C)."""
+        channels = [self.frames(waveforms)]
         for _ in range(self.delta_order):
             channels.append(_deltas(channels[-1], frame_lengths, self.delta_window))
         return torch.cat(channels, dim=-1) if self.delta_order else channels[0]
@@ -221,14 +259,15 @@ class Features(nn.Module, ABC):
             self._check_fitted()
             return (channels - self.cmvn_mean) / self.cmvn_std
         if frame_lengths is None:
-            correction = min(1, channels.shape[1] - 1)  # one frame deviates by zero, not NaN
-            std, mean = torch.std_mean(channels, dim=1, correction=correction, keepdim=True)
-            return (channels - mean) / std.clamp(min=self.eps)
-        padded = _padding(frame_lengths, channels.shape[1])
-        count = frame_lengths[:, None, None]
-        centred = channels - channels.masked_fill(padded, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-        squares = centred.masked_fill(padded, 0.0).square().sum(1, keepdim=True)
-        return centred / (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=self.eps)
+            count = torch.tensor(channels.shape[1])
+            centred = channels - channels.sum(1, keepdim=True) / count
+        else:
+            count = frame_lengths[:, None, None]
+            padded = _padding(frame_lengths, channels.shape[1])
+            channels = channels.masked_fill(padded, 0.0)
+            centred = (channels - channels.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill_(padded, 0.0)
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # one frame deviates by zero, not NaN
+        return centred.div_(variance.sqrt().clamp(min=self.eps))
 
     def _stack(self, frames: Tensor) -> Tensor:
         num_tokens = frames.shape[1] // self.stack
@@ -287,8 +326,8 @@ class Features(nn.Module, ABC):
 class LogMel(Features):
     """Natural logarithm of the mel power spectrum under a periodic Hann window, as in librosa and torchaudio.
 
-    Equals ``log(max(melspectrogram, floor))`` of librosa with ``center=False, power=2`` and of torchaudio's
-    MelSpectrogram with ``center=False`` where n_fft = win_length. A longer n_fft pads each windowed frame with zeros.
+    Equals ``log(max(melspectrogram, floor))`` of librosa with the same ``center`` (reflecting) and ``power=2`` and of
+    torchaudio's MelSpectrogram where n_fft = win_length. A longer n_fft pads each windowed frame with zeros.
 
     Args:
         n_mels: Mel filters. More than about 100 need a longer n_fft: 160 go with n_fft 1024.
@@ -300,12 +339,15 @@ class LogMel(Features):
         mel_scale: ``"htk"`` or ``"slaney"``.
         norm: None (triangles of height one) or ``"slaney"`` (of area one).
         floor: Smallest power before the logarithm.
+        add_floor: Add the floor to every power in place of raising smaller ones to it.
         sample_rate: See `Features`, as for the remaining arguments.
         cmvn: See `Features`.
         stack: See `Features`.
         eps: See `Features`.
         delta_order: See `Features`.
         delta_window: See `Features`.
+        center: See `Features`.
+        level_db: See `Features`.
 
     Warns:
         UserWarning: filters lie between two bins of the Fourier transform, so that their channels are constant.
@@ -323,12 +365,15 @@ class LogMel(Features):
         mel_scale: str = "htk",
         norm: str | None = None,
         floor: float = 1e-10,
+        add_floor: bool = False,
         sample_rate: int = 16000,
         cmvn: str = "utterance",
         stack: int = 1,
         eps: float = 1e-3,
         delta_order: int = 0,
         delta_window: int = 5,
+        center: bool = False,
+        level_db: float | None = None,
     ) -> None:
         super().__init__(
             frame_channels=n_mels,
@@ -340,6 +385,8 @@ class LogMel(Features):
             eps=eps,
             delta_order=delta_order,
             delta_window=delta_window,
+            center=center,
+            level_db=level_db,
         )
         _check_n_fft(n_fft, win_length)
         if mel_scale not in ("htk", "slaney"):
@@ -350,6 +397,7 @@ class LogMel(Features):
         _check_band("f_min", f_min, "f_max", f_max, sample_rate)
         self.n_fft = n_fft
         self.floor = floor
+        self.add_floor = add_floor
         with warnings.catch_warnings():  # ours, below, names the remedy
             warnings.filterwarnings("ignore", message="At least one mel filterbank")
             filters = torchaudio.functional.melscale_fbanks(
@@ -370,7 +418,7 @@ class LogMel(Features):
     def frames(self, waveforms: Tensor) -> Tensor:
         """(B, N) → (B, F, n_mels)."""
         power = _power_spectrum(self._framed(waveforms) * self.window, self.n_fft)
-        return (power @ self.filters.to(power.dtype)).clamp(min=self.floor).log()
+        return _log(power @ self.filters.to(power.dtype), self.floor, self.add_floor)
 
 
 class Spectrogram(Features):
@@ -381,12 +429,15 @@ class Spectrogram(Features):
         win_length: Samples in a frame.
         hop_length: Samples from one frame to the next.
         floor: Smallest power before the logarithm.
+        add_floor: Add the floor to every power in place of raising smaller ones to it.
         sample_rate: See `Features`, as for the remaining arguments.
         cmvn: See `Features`.
         stack: See `Features`.
         eps: See `Features`.
         delta_order: See `Features`.
         delta_window: See `Features`.
+        center: See `Features`.
+        level_db: See `Features`.
     """
 
     def __init__(
@@ -396,12 +447,15 @@ class Spectrogram(Features):
         win_length: int = 400,
         hop_length: int = 160,
         floor: float = 1e-10,
+        add_floor: bool = False,
         sample_rate: int = 16000,
         cmvn: str = "utterance",
         stack: int = 1,
         eps: float = 1e-3,
         delta_order: int = 0,
         delta_window: int = 5,
+        center: bool = False,
+        level_db: float | None = None,
     ) -> None:
         super().__init__(
             frame_channels=n_fft // 2 + 1,
@@ -413,16 +467,19 @@ class Spectrogram(Features):
             eps=eps,
             delta_order=delta_order,
             delta_window=delta_window,
+            center=center,
+            level_db=level_db,
         )
         _check_n_fft(n_fft, win_length)
         self.n_fft = n_fft
         self.floor = floor
+        self.add_floor = add_floor
         self.window: Tensor
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
 
     def frames(self, waveforms: Tensor) -> Tensor:
         """(B, N) → (B, F, n_fft / 2 + 1)."""
-        return _power_spectrum(self._framed(waveforms) * self.window, self.n_fft).clamp(min=self.floor).log()
+        return _log(_power_spectrum(self._framed(waveforms) * self.window, self.n_fft), self.floor, self.add_floor)
 
 
 class _Kaldi(Features):
@@ -455,7 +512,7 @@ class _Kaldi(Features):
         self.n_fft = 1 << (win_length - 1).bit_length()
         self.window: Tensor
         self.filters: Tensor
-        window = torch.hann_window(win_length, periodic=False, dtype=torch.float64).pow(0.85).float()
+        window = torch.hann_window(win_length, periodic=False).pow(0.85)
         # Triangles that are straight on the mel scale; the bin at half the sample rate belongs to none of them.
         filters, _ = kaldi.get_mel_banks(num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0)
         filters = nn.functional.pad(filters, (0, 1)).T.contiguous()
@@ -463,13 +520,18 @@ class _Kaldi(Features):
         self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, num_mel_bins
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
-        # (x - mean) - p·(previous x - mean) is x - p·previous x, which overlapping frames share, less (1 - p)·mean.
-        # The first sample of a frame has no previous one there, but the Povey window begins with a zero.
-        means = self._framed(waveforms).mean(-1, keepdim=True)
-        emphasised = waveforms - self.PRE_EMPHASIS * nn.functional.pad(waveforms, (1, 0))[:, :-1]
-        frames = self._framed(emphasised) - (1 - self.PRE_EMPHASIS) * means
-        power = _power_spectrum(frames * self.window, self.n_fft)
-        return (power @ self.filters.to(power.dtype)).clamp(min=self.FLOOR).log()
+        # A CPU has a cache for some 30 s of audio; a GPU wants the whole batch at once.
+        rows = max(1, 2**19 // waveforms.shape[1]) if waveforms.device.type == "cpu" else len(waveforms)
+        return torch.cat([self._log_mel_of(part) for part in waveforms.split(rows)])
+
+    def _log_mel_of(self, waveforms: Tensor) -> Tensor:
+        # torchaudio's steps in torchaudio's order: weak bins beside strong ones are mostly rounding, which is then the same.
+        frames = self._framed(waveforms)
+        frames = frames - frames.mean(-1, keepdim=True)
+        # The first sample of a frame has no previous one, but the Povey window begins with a zero.
+        frames[..., 1:].sub_(self.PRE_EMPHASIS * frames[..., :-1])
+        power = _power_spectrum(frames.mul_(self.window), self.n_fft)
+        return (power @ self.filters.to(power.dtype)).clamp_(min=self.FLOOR).log_()
 
 
 class KaldiFbank(_Kaldi):
@@ -598,7 +660,11 @@ class MFCC(_Kaldi):
 def _power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
     """(..., win_length) → (..., n_fft / 2 + 1)."""
     spectrum = torch.fft.rfft(windowed, n=n_fft)
-    return spectrum.real.square() + spectrum.imag.square()
+    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+
+
+def _log(power: Tensor, floor: float, add_floor: bool) -> Tensor:
+    return (power + floor if add_floor else power.clamp(min=floor)).log()
 
 
 def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,14 +25,23 @@ class EncoderLayer(nn.Module):
         ffn_dim: Width of the feed-forward network.
         dropout: Probability, on the output of both blocks.
         norm: ``post`` normalises after the residual sum (Vaswani et al. 2017), ``pre`` before the block (Xiong et al. 2020).
+        norm_eps: Added to the variance in the LayerNorms.
     """
 
-    def __init__(self, attention: SelfAttention, embed_dim: int, ffn_dim: int, dropout: float, norm: str) -> None:
+    def __init__(
+        self,
+        attention: SelfAttention,
+        embed_dim: int,
+        ffn_dim: int,
+        dropout: float,
+        norm: str,
+        norm_eps: float = LAYER_NORM_EPS,
+    ) -> None:
         super().__init__()
         self.attention = attention
-        self.attention_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.ffn = nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, embed_dim))
-        self.ffn_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.ffn_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = norm == "pre"
 
@@ -68,6 +78,11 @@ class Encoder(nn.Module):
             drown the features at first) for the input projection. Its bias starts from N(0, init_std), where the published
             one is 0: a frame of zeros, as masks make them, would else be a zero vector wherever positions add nothing and
             attention brings nothing, and gradients would explode in its LayerNorms.
+        norm_states: With ``pre``, give each hidden state a LayerNorm of its own, as S3PRL does, not the last one alone. Layers
+            hear each other without them, so pre-training doesn't train them.
+        norm_eps: Added to the variance in the LayerNorms.
+        chunk_frames: Encode an input that is longer in the fewest equal chunks of at most so many frames, each by itself with
+            positions from 0, as S3PRL does; None encodes any input whole.
     """
 
     def __init__(
@@ -85,23 +100,29 @@ class Encoder(nn.Module):
         share_layers: bool = False,
         init_std: float = 0.02,
         input_init: str = "xavier",
+        norm_states: bool = False,
+        norm_eps: float = LAYER_NORM_EPS,
+        chunk_frames: int | None = None,
     ) -> None:
         super().__init__()
         if norm not in ("post", "pre"):
             raise ValueError(f"model.norm must be post or pre, found {norm!r}")
         if input_init not in ("xavier", "normal"):
             raise ValueError(f"model.input_init must be xavier or normal, found {input_init!r}")
+        if norm_states and norm != "pre":
+            raise ValueError("model.norm_states=true needs model.norm=pre: with post, every hidden state is normalised already")
         sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": num_heads, "ffn_dim": ffn_dim}
-        for name, size in (sizes | {"max_frames": max_frames}).items():
-            if size < 1:
+        for name, size in (sizes | {"max_frames": max_frames, "chunk_frames": chunk_frames}).items():
+            if size is not None and size < 1:
                 raise ValueError(f"model.{name} must be at least 1, found {size}")
         shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers
         self.max_frames = max_frames
+        self.chunk_frames = chunk_frames
         self.input = nn.Linear(input_dim, embed_dim)
         self.positions: Positions = instantiate(positions, **shape)
-        self.input_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.input_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         layers = [
             EncoderLayer(
@@ -110,11 +131,14 @@ class Encoder(nn.Module):
                 ffn_dim,
                 dropout,
                 norm,
+                norm_eps,
             )
             for _ in range(1 if share_layers else num_layers)
         ]
         self.layers = nn.ModuleList(layers)
-        self.output_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if norm == "pre" else nn.Identity()
+        norms = [nn.LayerNorm(embed_dim, eps=norm_eps) if norm_states else nn.Identity() for _ in range(num_layers)]
+        self.state_norms = nn.ModuleList(norms).requires_grad_(False)  # until a downstream task asks for it
+        self.output_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm == "pre" else nn.Identity()
         initialise_linear(self, init_std)
         nn.init.normal_(self.input.bias, std=init_std)
         if input_init == "xavier":
@@ -139,19 +163,52 @@ class Encoder(nn.Module):
 
         Returns:
             The input embedding and the output of each layer, ``num_layers + 1`` tensors (B, T, d). With pre-LN the last one is
-            normalised.
+            normalised, the others with ``norm_states`` alone.
         """
-        hidden = [self.embed(features)]
+        if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
+            return self._in_chunks(features, valid, self.chunk_frames)
+        norms = [*self.state_norms, self.output_norm]
+        return [norm(state) for norm, state in zip(norms, self._states(features, valid), strict=True)]
+
+    def _states(self, features: Tensor, valid: Tensor | None) -> list[Tensor]:
+        """The input of each layer, and the output of the last."""
+        states = [self.embed(features)]
         for index in range(self.num_layers):
-            hidden.append(self.layer(index)(hidden[-1], valid))
-        hidden[-1] = self.output_norm(hidden[-1])
+            states.append(self.layer(index)(states[-1], valid))
+        return states
+
+    def _in_chunks(self, features: Tensor, valid: Tensor | None, longest: int) -> list[Tensor]:
+        """Hidden states of chunks of each utterance, put together again; zero behind an utterance's end."""
+        if valid is None:
+            valid = features.new_ones(features.shape[:2], dtype=torch.bool)
+        chunks: list[Tensor] = []
+        for utterance, length in zip(features, valid.sum(1).tolist(), strict=True):
+            chunks += utterance[:length].split(math.ceil(length / max(1, math.ceil(length / longest))))
+        lengths = torch.tensor([len(chunk) for chunk in chunks])
+        padded = nn.utils.rnn.pad_sequence(chunks, batch_first=True)
+        mask = length_mask(lengths, padded.shape[1], features.device)
+        inside = slice(None) if mask is None else mask
+        hidden = []
+        for state in self(padded, mask):
+            whole = state.new_zeros(*valid.shape, self.embed_dim)
+            whole[valid] = state[inside].reshape(-1, self.embed_dim)
+            hidden.append(whole)
         return hidden
 
     def attention_inputs(self, features: Tensor, valid: Tensor | None = None) -> list[tuple[SelfAttention, Tensor]]:
-        """Every layer's attention and its input (B, T, d) for features (B, T, C)."""
-        hidden = self(features, valid)
+        """Every layer's attention and its input (B, T, d) for features (B, T, C).
+
+        Raises:
+            ValueError: the input is longer than ``chunk_frames``: attention does not reach from one chunk to another.
+        """
+        if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
+            raise ValueError(
+                f"attention over {features.shape[1]} frames, where the model encodes chunks of at most {self.chunk_frames} by "
+                "themselves (model.chunk_frames): take a shorter utterance"
+            )
         layers = [self.layer(index) for index in range(self.num_layers)]
-        return [(layer.attention, layer.attention_input(state)) for layer, state in zip(layers, hidden, strict=False)]
+        states = self._states(features, valid)
+        return [(layer.attention, layer.attention_input(state)) for layer, state in zip(layers, states, strict=False)]
 
     def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""

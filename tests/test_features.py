@@ -46,6 +46,8 @@ def every_front_end() -> list[Features]:
         KaldiFbank(delta_window=9, stack=2, cmvn="none"),
         MFCC(delta_order=2),
         Spectrogram(stack=4),
+        LogMel(center=True, level_db=-25.0, add_floor=True, delta_order=2),
+        Spectrogram(center=True, stack=3),
     ]
 
 
@@ -136,6 +138,44 @@ def test_spectrogram_equals_librosa() -> None:
     torch.testing.assert_close(raw(Spectrogram(cmvn="none"), waveform), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("num_samples", [201, 320, 559, 560, 561, 16123])
+@pytest.mark.parametrize(("win_length", "n_fft"), [(400, 400), (400, 512), (399, 400), (321, 400)])
+def test_centred_frames_are_those_of_an_stft_that_reflects_the_ends(num_samples: int, win_length: int, n_fft: int) -> None:
+    if num_samples <= n_fft // 2:
+        pytest.skip("torch.stft reflects more than the window hears")
+    waveform = speech_like(num_samples, dtype=torch.float64)
+    window = torch.hann_window(win_length)
+    spectrum = torch.stft(waveform, n_fft, 160, win_length, window.double(), center=True, pad_mode="reflect", return_complex=True)
+    expected = spectrum.abs().square().T
+    options = {"n_fft": n_fft, "win_length": win_length, "center": True, "cmvn": "none"}
+    assert len(expected) == Spectrogram(**options).num_frames(num_samples)
+    torch.testing.assert_close(raw(Spectrogram(**options), waveform), expected.clamp(min=1e-10).log(), atol=1e-9, rtol=0)
+    mels = torchaudio.transforms.MelScale(n_mels=20, n_stft=n_fft // 2 + 1)(expected.T.float()).T
+    actual = raw(LogMel(n_mels=20, **options), waveform).float()
+    torch.testing.assert_close(actual, mels.clamp(min=1e-10).log(), atol=1e-4, rtol=0)
+
+
+def test_the_floor_is_added_where_that_is_asked_for() -> None:
+    for front_end in (LogMel, Spectrogram):
+        quiet = 1e-6 * speech_like(3000, dtype=torch.float64)
+        power = raw(front_end(cmvn="none", floor=1e-30), quiet).exp()
+        actual = raw(front_end(cmvn="none", floor=1e-10, add_floor=True), quiet)
+        torch.testing.assert_close(actual, (power + 1e-10).log(), atol=1e-9, rtol=0)
+        assert (power < 1e-10).any()
+
+
+def test_level_db_brings_every_utterance_to_the_level_of_its_own_samples() -> None:
+    lengths = [4000, 2500]
+    waveforms = batch(lengths, torch.float64, fill=float("nan")) * torch.tensor([[0.01], [2.0]])
+    levelled, num = Spectrogram(cmvn="none", level_db=-25.0)(waveforms, torch.tensor(lengths))
+    for i, length in enumerate(lengths):
+        own = waveforms[i, :length]
+        scaled = own * 10 ** (-25 / 20) / own.square().mean().sqrt()
+        assert scaled.square().mean().log10().item() == pytest.approx(-2.5)
+        torch.testing.assert_close(levelled[i, : num[i]], raw(Spectrogram(cmvn="none"), scaled), atol=1e-6, rtol=0)
+    assert raw(LogMel(level_db=-25.0, cmvn="none"), torch.zeros(1000)).isfinite().all()
+
+
 @pytest.mark.parametrize("window", [3, 5, 9])
 def test_deltas_equal_torchaudio_for_each_utterance_of_a_batch(window: int) -> None:
     lengths = [4000, 560, 400, 2345]  # 23, 2, 1 and 13 frames: some shorter than the window
@@ -155,8 +195,14 @@ def test_kaldi_fbank_equals_the_features_of_s3prl(name: str) -> None:
     stored = np.load(Path(os.environ["AUDIOT_TEST_DATA"]) / "s3prl" / f"{name}.npz")
     features = KaldiFbank(delta_order=2 if name.endswith("240") else 0)
     actual = raw(features, torch.from_numpy(stored["wav0"]))
-    # CMVN divides the deltas by deviations of about 0.1, and their float32 rounding with them.
-    torch.testing.assert_close(actual, torch.from_numpy(stored["features0"]), atol=5e-4, rtol=0)
+    torch.testing.assert_close(actual, torch.from_numpy(stored["features0"]), atol=1e-4, rtol=0)
+
+
+def test_weak_bins_beside_strong_ones_are_rounded_as_torchaudio_rounds_them() -> None:
+    waveform = speech_like(160000, seed=3)
+    expected = kaldi.fbank(waveform[None], num_mel_bins=80)
+    assert (expected.double() - kaldi.fbank(waveform[None].double(), num_mel_bins=80)).abs().max() > 1e-4
+    torch.testing.assert_close(raw(KaldiFbank(delta_order=0, cmvn="none"), waveform), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.7, float("nan"), float("inf")])
@@ -185,7 +231,11 @@ def test_global_cmvn_is_padding_exact() -> None:
 
 @pytest.mark.parametrize("stack", [1, 3])
 def test_num_tokens_agrees_with_forward_and_num_samples_is_the_fewest(stack: int) -> None:
-    for features in (LogMel(stack=stack, n_mels=4), KaldiFbank(stack=stack, num_mel_bins=4, sample_rate=8000)):
+    for features in (
+        LogMel(stack=stack, n_mels=4),
+        LogMel(stack=stack, n_mels=4, center=True),
+        KaldiFbank(stack=stack, num_mel_bins=4, sample_rate=8000),
+    ):
         fewest = features.num_samples(1)
         for num_samples in [*range(fewest, fewest + 700, 23), fewest + 159, fewest + 160, fewest + 161]:
             tokens, lengths = features(torch.zeros(1, num_samples))
@@ -266,6 +316,12 @@ def test_frame_centers_are_the_middles_of_what_a_frame_hears() -> None:
         click = torch.zeros(1000)
         click[center] = 1.0  # the Hann window is 1 in its middle, where a click has a power of 1 in every bin
         torch.testing.assert_close(raw(features, click)[t], torch.zeros(201), atol=1e-5, rtol=0)
+    centred = Spectrogram(cmvn="none", center=True)
+    assert centred.frame_centers(4).tolist() == [0, 160, 320, 480]
+    for t, center in enumerate(centred.frame_centers(6).tolist()):
+        click = torch.zeros(960)
+        click[center] = 1.0
+        torch.testing.assert_close(raw(centred, click)[t], torch.zeros(201), atol=1e-5, rtol=0)
 
 
 def test_autocast_and_a_half_precision_model_leave_the_features_unchanged() -> None:
@@ -306,6 +362,8 @@ def test_a_gpu_is_not_waited_for_wherever_the_lengths_are(device: str) -> None:
 def test_too_short_utterances_are_named() -> None:
     with pytest.raises(ValueError, match="item 1 of the batch has 300 samples: one token needs 400"):
         LogMel()(torch.zeros(3, 1000), torch.tensor([1000, 300, 900]))
+    with pytest.raises(ValueError, match="item 1 of the batch has 200 samples: one token needs 201"):
+        LogMel(center=True)(torch.zeros(2, 1000), torch.tensor([1000, 200]))  # half a window is reflected
     with pytest.raises(ValueError, match=r"too short, at 719 samples: one token needs 720.*0\.045 s"):
         LogMel(stack=3)(torch.zeros(3, 719))
 

@@ -99,6 +99,60 @@ def test_encoder_equals_a_plain_computation(norm):
             np.testing.assert_allclose(state[number].detach().numpy(), values, rtol=1e-9, atol=1e-10)
 
 
+def test_norm_states_normalise_what_is_given_and_not_what_layers_hear():
+    model, plain = stir(encoder(norm="pre", norm_states=True)), encoder(norm="pre")
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("state_norms.")})
+    features = randn(2, 9, 10)
+    given, heard = model(features), plain(features)
+    for norm, one, other in zip(model.state_norms, given, heard, strict=False):
+        assert not one.equal(other)
+        np.testing.assert_allclose(one.detach().numpy(), normalised(other.detach().numpy(), norm), rtol=1e-9, atol=1e-10)
+    assert given[-1].equal(heard[-1])
+    for one, other in zip(model.attention_weights(features), plain.attention_weights(features), strict=True):
+        assert one.equal(other)
+
+
+def test_states_norms_need_no_gradient_until_they_are_asked_for():
+    model = encoder(norm="pre", norm_states=True)
+    idle = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert idle == {f"state_norms.{index}.{part}" for index in (0, 1) for part in ("weight", "bias")}
+    model(randn(2, 9, 10))[-1].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_an_encoder_without_them_has_no_states_norms_in_its_checkpoint():
+    for norm in ("post", "pre"):
+        assert not [name for name in encoder(norm=norm).state_dict() if name.startswith("state_norms")]
+
+
+def test_norm_eps_reaches_every_norm():
+    model = encoder(norm="pre", norm_states=True, norm_eps=0.5)
+    assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {0.5}
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_long_inputs_are_encoded_in_the_fewest_equal_chunks(norm):
+    positions = {"_target_": "audiot.positions.Sinusoid"}
+    model = stir(encoder(norm=norm, positions=positions, chunk_frames=5))
+    whole = encoder(norm=norm, positions=positions)
+    whole.load_state_dict(model.state_dict())
+    lengths, cuts = [12, 5, 6, 1], [[4, 4, 4], [5], [3, 3], [1]]
+    features = randn(4, 12, 10)
+    hidden = model(features, length_mask(torch.tensor(lengths), 12))
+    for number, (length, sizes) in enumerate(zip(lengths, cuts, strict=True)):
+        chunks = [whole(chunk[None]) for chunk in features[number, :length].split(sizes)]
+        for layer, state in enumerate(hidden):
+            expected = torch.cat([chunk[layer][0] for chunk in chunks])
+            torch.testing.assert_close(state[number, :length], expected, rtol=1e-9, atol=1e-10)
+            assert not state[number, length:].any()
+    for one, other in zip(model(features), model(features, torch.ones(4, 12, dtype=torch.bool)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    for one, other in zip(model(features[:, :5]), whole(features[:, :5]), strict=True):
+        assert one.equal(other)
+    with pytest.raises(ValueError, match="attention over 12 frames, where the model encodes chunks of at most 5"):
+        model.attention_weights(features)
+
+
 def test_reconstruction_head_equals_a_plain_computation():
     torch.manual_seed(0)
     head = stir(ReconstructionHead(24, 10).double())
@@ -201,6 +255,8 @@ def test_dropout_acts_in_training_alone():
         ({"norm": "layer"}, "model.norm must be post or pre, found 'layer'"),
         ({"input_init": "zeros"}, "model.input_init must be xavier or normal, found 'zeros'"),
         ({"num_layers": 0}, "model.num_layers must be at least 1, found 0"),
+        ({"chunk_frames": 0}, "model.chunk_frames must be at least 1, found 0"),
+        ({"norm_states": True}, "model.norm_states=true needs model.norm=pre"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.cli import main
+from audiot.s3prl import export_s3prl
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -39,10 +41,12 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     command, *rest = [argument.replace("RUN", str(run)) for argument in arguments]
     if command == "benchmark":
         return [command, *rest, *BENCHMARK]
+    if command == "align":
+        return [command, *rest, *DEMO]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]
     rest = [argument for argument in rest if not argument.startswith("trainer.max_steps")]
-    if "data=folder" not in rest:
+    if not any(argument in rest for argument in ("data=folder", "data=manifest")):
         rest += DEMO
     if command != "prepare":
         rest += TRAINING if any(argument.startswith("init=") for argument in rest) else [*MODEL, *TRAINING]
@@ -50,6 +54,8 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
     if "-m" in rest:
         return [command, *rest, f"hydra.sweep.dir={folder / f'sweep{number}'}"]
+    if any(argument.startswith("hydra.run.dir=") for argument in rest):
+        return [command, *rest]
     return [command, *rest, f"hydra.run.dir={run if number == 0 else folder / str(number)}"]
 
 
@@ -64,7 +70,22 @@ def folder(tmp_path_factory):
             for take in range(8):
                 noise = 0.1 * generator.standard_normal(4000)
                 soundfile.write(folder / "fsdd" / f"{digit}_{speaker}_{take}.wav", noise, 8000)
+    soundfile.write(folder / "recording.wav", 0.1 * generator.standard_normal(20000), 16000)
+    write_s3prl_checkpoint(folder / "mockingjay.ckpt")
     return folder
+
+
+def write_s3prl_checkpoint(path: Path) -> None:
+    """A tiny one."""
+    shape = {"embed_dim": 24, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "max_frames": 1500}
+    parts = {
+        "attention": {"_target_": "audiot.attention.query_key.QueryKey"},
+        "positions": {"_target_": "audiot.positions.Sinusoid"},
+    }
+    features = {"_target_": "audiot.features.KaldiFbank", "num_mel_bins": 20}
+    encoder = AudioEncoder(features, {"_target_": "audiot.model.Encoder", **shape, **parts})
+    save_encoder(path.parent / "for-s3prl", encoder)
+    export_s3prl(path.parent / "for-s3prl", path)
 
 
 def test_commands_of_the_readme_run(folder, monkeypatch):
@@ -72,7 +93,7 @@ def test_commands_of_the_readme_run(folder, monkeypatch):
     monkeypatch.setenv("AUDIOT_DATA", str(folder / "data"))
     run, number = folder / "first", 0
     for line in COMMANDS:
-        if line in OF_THE_GATE:
+        if line in OF_THE_GATE or not line.strip():
             continue
         words = shlex.split(line)
         arguments = words[1:] if words[0] == "audiot" else [Path(words[1]).stem, *words[2:]]
@@ -84,7 +105,7 @@ def test_commands_of_the_readme_run(folder, monkeypatch):
             pytest.fail(f"{line}: {stop}")
         number += arguments[0] in ("pretrain", "finetune", "prepare")
     assert number > 15
-    assert len(list(folder.glob("sweep*/sweep.csv"))) == sum(" -m " in line for line in COMMANDS)
+    assert len(list(folder.glob("sweep*/sweep.csv"))) == sum("pretrain.py -m " in line for line in COMMANDS)
 
 
 def test_python_of_the_readme_runs(folder, monkeypatch):

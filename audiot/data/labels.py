@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-PUNCTUATION = ".,;:?!\"()"
+PUNCTUATION = '.,;:?!"()'
 IGNORED = -100  # label of a frame that no interval of the alignment covers, and padding; losses and metrics leave it out
 PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # of a pronunciation; a bare digit is a phone of X-SAMPA
 

@@ -1,0 +1,30 @@
+"""``audiot import-s3prl X.ckpt OUT``: make an encoder of an S3PRL checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from audiot.checkpoint import save_encoder
+from audiot.s3prl import import_s3prl
+
+
+def main(arguments: list[str]) -> None:
+    """Write the encoder's folder, with the reconstruction head where there is one for its input."""
+    parser = argparse.ArgumentParser(prog="audiot import-s3prl", description="Make an encoder of an S3PRL checkpoint.")
+    parser.add_argument("checkpoint", metavar="X.ckpt", help="of a Mockingjay, TERA or AudioALBERT; no code in it is run")
+    parser.add_argument("output", metavar="OUT", help="folder to write the encoder to")
+    options = parser.parse_args(arguments)
+    output = Path(options.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already: choose another folder, or remove it")
+    encoder, head = import_s3prl(options.checkpoint)
+    save_encoder(output, encoder, head)
+    model = encoder.encoder
+    print(
+        f"model   {model.num_layers} layers × {model.embed_dim}, {sum(part.numel() for part in model.parameters()) / 1e6:.2f} M "
+        f"parameters; hears {type(encoder.features).__name__}, {encoder.features.output_dim} channels"
+    )
+    print("head    " + ("kept" if head is not None else "none for this input: continued pre-training is not possible"))
+    print(f"wrote   {output}")
+    print(f"next:   audiot finetune downstream=phone_linear upstream.path={output}")
