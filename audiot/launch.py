@@ -39,6 +39,8 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
         window, hop = features.win_length, features.hop_length
     else:  # Kaldi's
         window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    if features.get("center"):  # each utterance is reflected by a window in all
+        window = 0
     return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
 
 

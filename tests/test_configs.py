@@ -65,8 +65,13 @@ def test_every_command_has_a_config_and_a_description(command):
 
 @pytest.mark.parametrize("features", sorted(path.stem for path in (CONF / "features").glob("*.yaml")))
 @pytest.mark.parametrize("stack", [1, 3])
-def test_max_frames_is_what_the_longest_crop_gives(features, stack):
+@pytest.mark.parametrize("center", [False, True])
+def test_max_frames_is_what_the_longest_crop_gives(features, stack, center):
     cfg = compose("pretrain", [f"features={features}", f"features.stack={stack}", "data.crop_s=1.7", *GIVEN])
+    if center:
+        if "center" not in cfg.features:
+            pytest.skip("Kaldi's frames are never centred")
+        cfg.features.center = True
     front_end = instantiate(plain(cfg.features))
     assert cfg.model.max_frames == front_end.num_tokens(round(1.7 * cfg.features.sample_rate))
 
