@@ -15,6 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would onl
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes comes first, for the other processes not to wait for it in the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_presets.py"))
+
+
 TINY = {
     "features": {"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 3},
     "model": {
