@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from audiot import devices
 from audiot.analysis.plots import plot_benchmark
 from audiot.files import replacing
 from audiot.tables import aligned as aligned
@@ -302,12 +303,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: there is no such device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-        raise ValueError(f"benchmark.device={name} is not here: {str(error).splitlines()[0]}") from error
+    return devices.find_device(name, f"benchmark.device={name} is not here")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -21,6 +23,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_text(path: str | Path) -> Iterator[IO[str]]:
+    """`replacing`, open for text in UTF-8 whose line ends stay as they are written."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        yield stream
+
+
+@contextmanager
+def replacing_gzip(path: str | Path) -> Iterator[gzip.GzipFile]:
+    """`replacing`, open for bytes to be compressed; no name and no time inside, so that the same content has the same bytes."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream,
+    ):
+        yield stream
+
+
+def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys, a header first."""
+    rows = list(rows)
+    with replacing_text(path) as stream:
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from audiot.commands.compare import is_rate
+from audiot.commands.compare import is_rate, run_overrides
 from audiot.files import read_json, replacing
 
 RESULTS = {
@@ -45,7 +45,7 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     for folder in sorted((path for path in sweep.iterdir() if path.is_dir()), key=lambda path: (len(path.name), path.name)):
         if not (folder / ".hydra" / "overrides.yaml").is_file():
             continue
-        overrides = [str(override) for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+        overrides = run_overrides(folder)
         figures = {
             name: float(value)
             for file, wanted in RESULTS.items()

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from audiot.alignment import Aligned, Aligner
 from audiot.commands.common import open_corpus, plain, say, table
+from audiot.commands.compare import run_overrides
 from audiot.commands.evaluate import run_config
 from audiot.data.labels import CharacterLabels, TokenLabels
 from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.downstream.classifier import WINDOW, Classifier, load_classifier
 from audiot.downstream.ctc import CTC
-from audiot.files import replacing
+from audiot.files import replacing_gzip, replacing_text
 
 
 @dataclass
@@ -101,10 +99,10 @@ def align_corpus(corpus: PreparedCorpus, aligner: Aligner, output: Path) -> Resu
         ExitStack() as files,
         tqdm(total=sum(corpus.counts.values()), desc="align", unit="utt", leave=False) as bar,
     ):
-        table = csv.writer(files.enter_context(_text(output / "alignments.csv")), lineterminator="\n")
+        table = csv.writer(files.enter_context(replacing_text(output / "alignments.csv")), lineterminator="\n")
         table.writerow(("split", "utterance", "seconds", "tokens", "score", "worst_token", "worst_score"))
         for split in corpus.counts:
-            manifest = files.enter_context(_gzipped(output / f"{split}.jsonl.gz"))
+            manifest = files.enter_context(replacing_gzip(output / f"{split}.jsonl.gz"))
             result.counts[split] = 0
             cuts = iter(corpus.cuts(split))
             while window := list(islice(cuts, WINDOW)):
@@ -119,7 +117,7 @@ def align_corpus(corpus: PreparedCorpus, aligner: Aligner, output: Path) -> Resu
                         result.frames += found.frames
                         result.confidence += found.frames * found.confidence
                 bar.update(len(window))
-        with _text(output / "rejected.csv") as stream:
+        with replacing_text(output / "rejected.csv") as stream:
             csv.writer(stream, lineterminator="\n").writerows([("split", "utterance", "reason"), *result.rejected])
         if not result.frames:
             raise ValueError(f"no utterance could be aligned, see {output / 'rejected.csv'}; the first: {result.rejected[0][2]}")
@@ -134,31 +132,12 @@ def _row(split: str, found: Aligned) -> tuple[str | int | float, ...]:
     return split, found.cut.id, duration, len(scores), round(mean, 4), found.names[worst], round(scores[worst], 4)
 
 
-@contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        yield stream
-
-
-@contextmanager
-def _gzipped(path: Path) -> Iterator[gzip.GzipFile]:
-    # No name and no time inside, so that the same content has the same bytes.
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream,
-    ):
-        yield stream
-
-
 def next_command(run: Path, corpus: PreparedCorpus, result: Result, output: Path, tier: str) -> str:
     """What to run on the aligned corpus: a probe of the upstream that aligned it."""
     splits = {role: corpus.task_splits.get("phone", {}).get(role, role) for role in ROLES}
     data = [f"data.{role}={output / split}.jsonl.gz" for role, split in splits.items() if result.counts.get(split)]
     task = ["downstream=phone_linear", *([] if tier == "phone" else [f"downstream.labels.tier={tier}"])]
-    path = run / ".hydra" / "overrides.yaml"
-    given = [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
-    upstream = [override for override in given if override.startswith("upstream")] or ["upstream=features"]
+    upstream = [override for override in run_overrides(run) if override.startswith("upstream")] or ["upstream=features"]
     return shlex.join(["audiot", "finetune", "data=manifest", *data, *task, *upstream])
 
 

@@ -323,9 +323,11 @@ class AttentionBenchmark:
     def _positions(self, entry: Entry, shape: tuple[int, int, int]) -> Positions:
         choice = self.positions
         if choice == "own":
-            chosen = [value for default in _config("attention", entry.name).get("defaults", []) for value in default.values()]
+            chosen = [
+                value for default in published_config("attention", entry.name).get("defaults", []) for value in default.values()
+            ]
             (choice,) = chosen or ["none"]
-        config = _config("positions", choice)
+        config = published_config("positions", choice)
         return get_class(config.pop("_target_"))(*shape, **config)
 
     def _check(self, entry: Entry) -> None:
@@ -512,7 +514,8 @@ def _check_choices(key: str, given: Sequence[Any], known: Sequence[Any]) -> None
             raise ValueError(f"benchmark.{key}: no {value!r}{near}; there are {', '.join(map(str, known))}")
 
 
-def _config(group: str, name: str) -> dict[str, Any]:
+def published_config(group: str, name: str) -> dict[str, Any]:
+    """The file of an option of a config group, as plain dicts."""
     config = OmegaConf.to_container(OmegaConf.load(str(resources.files("audiot.conf") / group / f"{name}.yaml")))
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,16 +10,15 @@ from typing import Any
 import torch
 import torchaudio
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
 from audiot import benchmark
 from audiot.cli import nearest, options
+from audiot.commands.benchmark import published_config
 from audiot.commands.common import say
-from audiot.downstream.objectives import write_csv
 from audiot.features import MFCC, Features, KaldiFbank, LogMel, Spectrogram
-from audiot.files import replacing
+from audiot.files import replacing, write_csv
 from audiot.random import key
 from audiot.tables import aligned, markdown
 
@@ -58,7 +56,7 @@ class FeatureBenchmark:
         self.device = benchmark.find_device(device)
         self.duration_s = duration_s
         self.rounds = rounds
-        self.front_ends = {name: _front_end(name).to(self.device) for name in features}
+        self.front_ends = {name: instantiate(published_config("features", name)).to(self.device) for name in features}
         num_samples = round(duration_s * 16000)
         for name, front_end in self.front_ends.items():
             if front_end.num_tokens(num_samples) < 2:
@@ -116,10 +114,6 @@ class FeatureBenchmark:
             benchmark.time_of(call, WARM_UP, self.device)
         taken = [[benchmark.time_of(call, 1, self.device) for call in calls] for _ in range(self.rounds)]
         return [median(times) for times in zip(*taken, strict=True)]
-
-
-def _front_end(name: str) -> Features:
-    return instantiate(OmegaConf.load(str(resources.files("audiot.conf") / "features" / f"{name}.yaml")))
 
 
 def torchaudio_frames(front_end: Features, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
 
 log = logging.getLogger("audiot")
@@ -141,9 +142,9 @@ def check_archive(path: Path) -> Path:
 
 def same_data(run: Path) -> str:
     """The data settings that a run was started with, as arguments of a next command."""
-    path = run / ".hydra" / "overrides.yaml"
-    given = [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
-    return "".join(f" {shlex.quote(override)}" for override in given if override.startswith(("data=", "data.", "data_dir=")))
+    return "".join(
+        f" {shlex.quote(override)}" for override in run_overrides(run) if override.startswith(("data=", "data.", "data_dir="))
+    )
 
 
 def finetune_command(run: Path) -> str:

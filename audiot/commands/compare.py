@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from audiot.files import read_json, replacing
+from audiot.files import read_json, replacing, replacing_text
 from audiot.tables import aligned, markdown
 
 RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     runs = [run for name in options.runs for run in _runs(Path(name))]
-    settings = {run: _overrides(run) for run in runs}
+    settings = {run: _setting(run) for run in runs}
     shared = set.intersection(*map(set, settings.values()))
     results = {}
     for run in runs:
@@ -58,11 +58,15 @@ def _results(run: Path) -> dict[str, Any]:
     return read_json(path, "results")
 
 
-def _overrides(run: Path) -> list[str]:
-    """What the run was started with, but for where it went and which encoder it heard."""
+def run_overrides(run: Path) -> list[str]:
+    """What a run was started with on the command line; nothing where that is not known."""
     path = run / ".hydra" / "overrides.yaml"
-    overrides = [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
-    return [override for override in overrides if not override.startswith(("hydra.", "upstream.path="))]
+    return [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
+
+
+def _setting(run: Path) -> list[str]:
+    """The same, but for where it went and which encoder it heard."""
+    return [override for override in run_overrides(run) if not override.startswith(("hydra.", "upstream.path="))]
 
 
 def comparison(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -107,7 +111,7 @@ def write_comparison(results: Mapping[str, Mapping[str, Any]], folder: Path) -> 
         folder: Where the files go.
     """
     header, lines = comparison(results)
-    with replacing(folder / "comparison.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with replacing_text(folder / "comparison.csv") as stream:
         csv.writer(stream, lineterminator="\n").writerows([header, *lines])
     with replacing(folder / "comparison.md") as temporary:
         temporary.write_text(markdown([header, *lines]) + "\n", encoding="utf-8")

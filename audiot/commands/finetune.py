@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
 from audiot.commands.common import data_options, make_trainer, open_corpus, plain, say, table
-from audiot.commands.compare import write_comparison
+from audiot.commands.compare import is_rate, write_comparison
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing
 from audiot.data.prepare import PreparedCorpus
@@ -132,9 +132,7 @@ def test(trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningData
 def figures(metrics: dict[str, Any]) -> str:
     """The test's metrics in words; rates in per cent."""
     tested = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
-    return ", ".join(
-        f"{name} {value:.3f}" if name == "min_dcf" else f"{name} {100 * value:.1f}%" for name, value in tested.items()
-    )
+    return ", ".join(f"{name} {100 * value:.1f}%" if is_rate(name) else f"{name} {value:.3f}" for name, value in tested.items())
 
 
 def describe(metrics: dict[str, Any], run: Path, files: list[str]) -> str:

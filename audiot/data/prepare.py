@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import gzip
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from audiot.files import read_json, replacing, write_json
+from audiot.files import read_json, replacing_gzip, replacing_text, write_json
 
 if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
     from lhotse import CutSet
@@ -577,7 +576,7 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
     rejected += [(line["id"], _printable(line["path"]), line["reason"]) for line in results if "reason" in line]
     good = {result["id"]: result for result in results if "reason" not in result}
     report = directory / "rejected.csv"
-    with replacing(report) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with replacing_text(report) as stream:
         csv.writer(stream, lineterminator="\n").writerows([("utterance", "path", "reason"), *rejected])
     kinds = Counter(reason.split(":")[0] for _, _, reason in rejected).most_common()
     if rejected:
@@ -590,12 +589,7 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
     counts, hours = {}, {}
     for split, cuts in corpus.splits.items():
         counts[split] = num_samples = 0
-        with (
-            replacing(directory / f"{split}.jsonl.gz") as temporary,
-            temporary.open("wb") as raw,
-            # No name and no time inside, so that the same content has the same bytes.
-            gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream,
-        ):
+        with replacing_gzip(directory / f"{split}.jsonl.gz") as stream:
             for cut in cuts:
                 if result := good.get(cut.id):
                     line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict(), ensure_ascii=False)

@@ -19,6 +19,7 @@ from audiot.checkpoint import check_targets
 from audiot.commands.common import check_archive, finetune_command
 from audiot.data.labels import Framing
 from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
+from audiot.devices import find_device
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
 
@@ -160,7 +161,7 @@ def load_classifier(run: str | Path, device: str = "cpu", trusted: tuple[str, ..
         FileNotFoundError: there is no fine-tuned model.
         ValueError: the run is one of pre-training, the checkpoint is of another kind or damaged, or there is no such device.
     """
-    place = find_device(device)
+    place = find_device(device, f"no device {device!r} here")
     path = _best_checkpoint(Path(run))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,20 +190,6 @@ def _best_checkpoint(run: Path) -> Path:
             f"{run} is a pre-training run, its encoder is not a classifier: fine-tune it: {finetune_command(run)}{below}"
         )
     raise FileNotFoundError(f"no fine-tuned model at {run}: expected {path}, which audiot finetune writes{below}")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; ``auto``: a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
-        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
 
 
 def frame_edges(features: Framing, num_frames: int, num_samples: int) -> list[float]:

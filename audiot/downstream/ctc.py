@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from audiot.analysis.plots import plot_confusion
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
-from audiot.downstream.objectives import Objective, Row, write_csv
+from audiot.downstream.objectives import Objective, Row
+from audiot.files import write_csv
 
 BLANK = 0  # output 0; class k is output k + 1
 SPACE = "|"  # stands for the space between words, as in torchaudio

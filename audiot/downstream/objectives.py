@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from audiot.analysis.plots import plot_confusion
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
-from audiot.files import replacing
+from audiot.files import write_csv
 from audiot.model import length_mask
 
 Row = dict[str, Any]
@@ -290,12 +289,3 @@ def per_class(counts: Tensor, classes: Sequence[str]) -> list[Row]:
 
 def _f1(counts: Tensor) -> Tensor:
     return 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys, a header first."""
-    rows = list(rows)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

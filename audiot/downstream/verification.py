@@ -15,7 +15,8 @@ from torchmetrics.functional.classification import binary_eer, binary_roc
 
 from audiot.analysis.plots import plot_scores
 from audiot.data.batches import Batch
-from audiot.downstream.objectives import Objective, Row, write_csv
+from audiot.downstream.objectives import Objective, Row
+from audiot.files import write_csv
 from audiot.random import key
 
 Trial = tuple[bool, str, str]  # same speaker, utterance, utterance

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import http.client
 import os
 import re
 import shutil
-import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +19,7 @@ from lhotse.lazy import LazyMapper
 from lhotse.utils import resumable_download
 
 from audiot.data.corpora.phone_labels import Tier, aligned, read_phone_labels
-from audiot.data.corpora.published import Utterance, labelled_manifests
+from audiot.data.corpora.published import Utterance, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.random import key
 
@@ -322,13 +318,8 @@ class LibriSpeechCorpus:
             fetch(self._url(subset), archive, published.size)
         verify(archive, published.size, published.sha256)
         unpacked = self.root / f".{subset}.part"
-        shutil.rmtree(unpacked, ignore_errors=True)
         print(f"LibriSpeech: unpacking {archive}", flush=True)
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(unpacked, filter="data")
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{archive} is damaged ({error}): delete it and run again") from error
+        unpack(archive, unpacked)
         if not (unpacked / "LibriSpeech" / subset).is_dir():
             raise ValueError(f"{archive} holds no folder LibriSpeech/{subset}: delete it and run again")
         for path in sorted((unpacked / "LibriSpeech").iterdir()):  # SPEAKERS.TXT, CHAPTERS.TXT, LICENSE.TXT, …
@@ -369,12 +360,7 @@ def verify(path: Path, size: int, sha256: str) -> None:
     """
     if (there := path.stat().st_size) != size:
         raise ValueError(f"{path} is not what was published: {there:,} bytes instead of {size:,}: delete it and run again")
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if (found := digest.hexdigest()) != sha256:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, published was {sha256}: delete it and run again")
+    check_sha256(path, sha256)
 
 
 class _Chapter(NamedTuple):

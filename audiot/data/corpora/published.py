@@ -1,7 +1,12 @@
-"""What published corpora share: whether they are complete, and labelled files as manifests."""
+"""What published corpora share: whether they are complete, labelled files as manifests, archives."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import shutil
+import tarfile
+import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, islice
@@ -131,3 +136,31 @@ def _read(item: tuple[str, Utterance]) -> Cut | BadAudioError:
         return utterance.cut(name)
     except BadAudioError as error:
         return error
+
+
+def check_sha256(path: Path, published: str) -> None:
+    """Refuse a file that is not the published one.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if (found := digest.hexdigest()) != published:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, published was {published}: delete it and run again")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a gzipped tar archive into a new folder, in place of what an interrupted run left there.
+
+    Raises:
+        ValueError: the archive is damaged.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} is damaged ({error}): delete it and run again") from error

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import math
 import os
 import re
-import shutil
-import tarfile
-import zlib
 from pathlib import Path
 
 from lhotse.utils import resumable_download
 
-from audiot.data.corpora.published import ROLES, Utterance, check_complete, labelled_manifests
+from audiot.data.corpora.published import ROLES, Utterance, check_complete, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
 from audiot.random import key
@@ -306,23 +301,13 @@ def download(name: str, folder: Path) -> None:
         resumable_download(f"{URL}{archive.name}", archive)
     except OSError as error:
         raise OSError(f"{URL}{archive.name} can't be downloaded to {archive.parent}: {error}") from error
-    size, digest = archive.stat().st_size, hashlib.sha256()
+    size = archive.stat().st_size
     published, expected = ARCHIVES.get(name, (size, None))
     if size < published:
         raise ValueError(f"{archive} is incomplete, {size:,} of {published:,} bytes: run the command again to go on")
-    with archive.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if expected is not None and digest.hexdigest() != expected:
-        raise ValueError(
-            f"{archive} is damaged: its SHA-256 is {digest.hexdigest()}, published was {expected}: delete it and run again"
-        )
+    if expected is not None:
+        check_sha256(archive, expected)
     unpacked = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive} is damaged ({error}): delete it and run again") from error
+    unpack(archive, unpacked)
     os.replace(unpacked, folder)
     archive.unlink()

@@ -1,0 +1,23 @@
+"""Which device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(name: str, complaint: str) -> torch.device:
+    """The device of a name; ``auto``: a GPU if there is one, else the CPU.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, …
+        complaint: What an error says of a device that is not there, before PyTorch's reason.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
+        raise ValueError(f"{complaint}: {str(error).splitlines()[0]}") from error
