@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.checkpoint import save_encoder
+from audiot.data.batches import to_device
 from audiot.masking import Corruption
 from audiot.pretraining import MaskedAcousticModel, masked_l1
 from audiot.random import key
@@ -17,7 +18,7 @@ TERA = {"band_width": 8, "noise_probability": 0.5}
 
 
 def first_batch(pretraining, **options):
-    return next(iter(pretraining.data(**options).train_dataloader()))
+    return to_device(next(iter(pretraining.data(**options).train_dataloader())), torch.device("cpu"))
 
 
 def every_step(folder):
@@ -111,7 +112,7 @@ def test_validation_masks_are_the_same_for_every_seed_and_epoch(pretraining):
     for seed, position in [(0, (0, 0)), (7, (0, 0)), (0, (3, 1))]:
         source = pretraining.data(seed=seed)
         source.load_state_dict({"next_batch": position})
-        views.append([(batch["ids"], model.reconstruct(batch)["masked"]) for batch in source.val_dataloader()])
+        views.append([(batch["ids"], model.reconstruct(batch)["masked"]) for batch in source.ordered_loader("valid")])
     assert len(views[0]) > 1
     for other in views[1:]:
         for (ids, masked), (other_ids, other_masked) in zip(views[0], other, strict=True):

@@ -4,21 +4,117 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
+import soundfile
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
+from lhotse.audio.utils import AudioLoadingError
+from lhotse.cut import Cut, MonoCut
 from lhotse.dataset import DynamicBucketingSampler
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from lhotse.utils import compute_num_samples
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audiot.data.labels import Labels
-from audiot.random import key
+from audiot.features import Features
+from audiot.random import bits, key
+
+WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
+SCALE = 2.0**-15  # of 16-bit samples, as soundfile reads them to floats
 
 Batch = dict[str, Any]
-Item = tuple[tuple[int, int], CutSet]
+
+
+class Piece(NamedTuple):
+    """Samples [begin, begin + num_samples) of a mono file: all of a cut that a loader without labels needs to know."""
+
+    id: str
+    path: str
+    begin: int
+    num_samples: int
+    sampling_rate: int
+    cut: Cut | None = None  # what only Lhotse can read; ``begin`` counts from its beginning
+
+    @classmethod
+    def of(cls, cut: Cut | Piece) -> Piece:
+        """The whole of a cut."""
+        if isinstance(cut, Piece):
+            return cut
+        recording = cut.recording if isinstance(cut, MonoCut) and cut.has_recording else None
+        if recording is not None and len(recording.sources) == 1 and not recording.transforms:
+            (source,) = recording.sources
+            if source.type == "file" and source.channels == [cut.channel] and source.source.lower().endswith((".wav", ".flac")):
+                begin = compute_num_samples(cut.start, cut.sampling_rate)
+                return cls(cut.id, source.source, begin, cut.num_samples, cut.sampling_rate)
+        return cls(cut.id, "", 0, cut.num_samples, cut.sampling_rate, cut)
+
+    def read(self, out: np.ndarray) -> np.ndarray:
+        """Samples (num_samples,): read into ``out``, int16, where the file has 16 bits; of any other kind as new float32.
+
+        Raises:
+            AudioLoadingError: the file went away, or is not what it was.
+        """
+        if self.cut is not None:
+            cut, rate = self.cut, self.sampling_rate
+            if self.num_samples < cut.num_samples:
+                cut = cut.truncate(offset=self.begin / rate, duration=self.num_samples / rate)
+            return cut.load_audio()[0]
+        try:
+            with soundfile.SoundFile(self.path) as file:
+                if (file.channels, file.samplerate) != (1, self.sampling_rate):
+                    found = f"found {file.channels} channels at {file.samplerate} Hz, expected one at {self.sampling_rate} Hz"
+                    raise self._failed(found)
+                if self.begin:
+                    file.seek(self.begin)
+                if file.subtype == "PCM_16":
+                    samples, count = out, file.buffer_read_into(out, "int16")
+                else:
+                    samples = file.read(self.num_samples, dtype="float32")
+                    count = len(samples)
+        except (soundfile.SoundFileError, OSError) as error:
+            raise self._failed(str(error)) from error
+        if count < self.num_samples:
+            raise self._failed(f"found {self.begin + count} samples, expected {self.begin + self.num_samples}")
+        return samples
+
+    def _failed(self, details: str) -> AudioLoadingError:
+        return AudioLoadingError(f"Reading audio from '{self.path}' failed. Details: {details}")
+
+
+Item = tuple[tuple[int, int], Sequence[Piece] | CutSet]
+
+
+def crop_lengths(features: Features, crop_s: float | None, num_lengths: int | None) -> list[int] | None:
+    """The few lengths that pre-training crops to, in samples: about k/num_lengths of ``crop_s`` for k = 1, …, num_lengths.
+
+    Each gives a number of tokens that matrix products like: a multiple of 64 from 512 on, else of 8 from 8 on.
+
+    Args:
+        features: Of the model.
+        crop_s: Longest piece, seconds; None: whole utterances, and no lengths.
+        num_lengths: At most so many; None: no lengths, crops of ``crop_s`` and whole shorter utterances.
+
+    Raises:
+        ValueError: there are less than one, or a crop holds no token.
+    """
+    if crop_s is None or num_lengths is None:
+        return None
+    if num_lengths < 1:
+        raise ValueError(f"data.num_lengths must be at least 1 or null, found {num_lengths}")
+    if crop_s <= 0:
+        raise ValueError(f"data.crop_s must be a positive number of seconds, found {crop_s}")
+    longest = features.num_tokens(round(crop_s * features.sample_rate))
+    if longest < 1:
+        needed = features.num_samples(1) / features.sample_rate
+        raise ValueError(f"data.crop_s={crop_s:g} is too short: one token needs {needed:.4g} s")
+    tokens = [longest * k // num_lengths for k in range(1, num_lengths + 1)]
+    tokens = [count // 64 * 64 if count >= 512 else count // 8 * 8 if count >= 8 else count for count in tokens]
+    return [features.num_samples(count) for count in sorted({*tokens} - {0})]
 
 
 class Crop:
@@ -39,32 +135,38 @@ class Crop:
 
 
 class BatchStream(Sampler[Item]):
-    """Batches by similar duration within a budget of seconds, from Lhotse's ``DynamicBucketingSampler``.
+    """Batches by length within a budget of seconds: of similar durations from Lhotse's ``DynamicBucketingSampler``, or of one.
+
+    With ``lengths``, training crops every cut to the longest of them that it has, drawn from (seed, epoch, cut id), and batches
+    cuts of one length together, so that nothing is padded; what is left out of a cut differs from epoch to epoch. A cut shorter
+    than all of them stays whole, in batches of such. Each epoch ends with batches of what filled none.
 
     One sampler makes every rank's batches, and rank r of N takes batches r, r + N, …: any number of ranks sees the same ones.
     Yields ((epoch, batch), cuts).
 
     Args:
-        cuts: Of one split.
+        cuts: Of one split; pieces will do where nobody asks for labels, or an iterable that reads them as it goes.
         batch_s: Seconds of audio in a batch, padding not counted.
         max_utterances: Most utterances in a batch; None: as many as the seconds allow.
-        num_buckets: Buckets of similar duration.
+        num_buckets: Buckets of similar duration, without ``lengths``.
         seed: Of the order and the crops.
         training: Shuffle, crop at random, and go on epoch after epoch without end; batches that don't fill a turn of all ranks
             are left out. Otherwise: one pass in order over every cut, of which the first ``crop_s`` seconds are taken.
         crop_s: Longest piece of a cut, seconds; None: whole cuts.
+        lengths: In training, what cuts are cropped to instead, in samples, rising; None: to ``crop_s``.
         start: First (epoch, batch), batch being the number within the epoch over all ranks.
     """
 
     def __init__(
         self,
-        cuts: CutSet,
+        cuts: CutSet | Iterable[Piece],
         batch_s: float,
         *,
         training: bool,
         num_buckets: int = 10,
         seed: int = 0,
         crop_s: float | None = None,
+        lengths: Sequence[int] | None = None,
         max_utterances: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -74,15 +176,18 @@ class BatchStream(Sampler[Item]):
         self.max_utterances = max_utterances
         self.batch_s = batch_s
         self.training = training
-        self.num_buckets = num_buckets if cuts.is_lazy else min(num_buckets, len(cuts))  # no more buckets than cuts
+        self.num_buckets = num_buckets
         self.seed = seed
         self.crop_s = crop_s
+        self.lengths = lengths if training else None
         self.rank = rank
         self.world_size = world_size
         self.start = start
 
-    def _epoch(self, epoch: int) -> Iterator[CutSet]:
+    def _similar(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
+        assert isinstance(cuts, CutSet)
+        num_buckets = self.num_buckets if cuts.is_lazy else min(self.num_buckets, len(cuts))  # no more buckets than cuts
         if self.crop_s is not None:
             cuts = cuts.map(Crop(self.crop_s, self.seed if self.training else None, epoch))
         with warnings.catch_warnings():
@@ -91,8 +196,8 @@ class BatchStream(Sampler[Item]):
                 cuts,
                 max_duration=self.batch_s,
                 max_cuts=self.max_utterances,
-                num_buckets=self.num_buckets,
-                duration_bins=[self.batch_s] if self.num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
+                num_buckets=num_buckets,
+                duration_bins=[self.batch_s] if num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
                 shuffle=self.training,
                 seed=self.seed,
                 world_size=1,
@@ -101,21 +206,64 @@ class BatchStream(Sampler[Item]):
         sampler.set_epoch(epoch)
         yield from sampler
 
+    def _alike(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
+        """Cuts that get one length, whole: cropping is for those who take the batch.
+
+        A manifest held in memory is shuffled as a whole, one that is read as it goes within windows. While a window is given
+        out, the next is read, a cut for each one given.
+        """
+        source = iter(self.cuts)
+        held = isinstance(self.cuts, Sequence) or (isinstance(self.cuts, CutSet) and not self.cuts.is_lazy)
+        size = len(self.cuts) if held else WINDOW  # type: ignore[arg-type]
+        window, number = list(islice(source, size)), 0
+        rate = window[0].sampling_rate if window else 1
+        most = [max(1, round(self.batch_s * rate) // length) for length in (lengths[0], *lengths)]
+        most = [min(count, self.max_utterances or count) for count in most]
+        buckets: list[list[Cut | Piece]] = [[] for _ in most]
+        while window:
+            following: list[Cut | Piece] = []
+            seed = torch.tensor([key("order", self.seed, epoch, number)])
+            for place in bits(seed, len(window))[0].argsort().tolist():
+                cut = window[place]
+                bucket = bisect_right(lengths, cut.num_samples)
+                buckets[bucket].append(cut)
+                if len(buckets[bucket]) == most[bucket]:
+                    following += islice(source, most[bucket])
+                    yield buckets[bucket]
+                    buckets[bucket] = []
+            following += islice(source, max(0, size - len(following)))
+            window, number = following, number + 1
+        yield from filter(None, buckets)
+
+    def _cropped(self, lengths: Sequence[int], epoch: int, cut: Cut | Piece) -> Piece:
+        piece = Piece.of(cut)
+        place = bisect_right(lengths, piece.num_samples)
+        if place == 0:
+            return piece
+        length = lengths[place - 1]
+        offset = key("crop", self.seed, epoch, piece.id) % (piece.num_samples - length + 1)
+        return piece._replace(begin=piece.begin + offset, num_samples=length)
+
+    def _item(self, epoch: int, number: int, cuts: Sequence[Cut | Piece] | CutSet) -> Item:
+        lengths = self.lengths
+        return (epoch, number), cuts if lengths is None else [self._cropped(lengths, epoch, cut) for cut in cuts]
+
     def __iter__(self) -> Iterator[Item]:
         epoch, first = self.start
         while True:
-            turn: list[Item] = []
+            turn: list[Any] = []
             full_turns = 0
-            for number, cuts in enumerate(self._epoch(epoch)):
+            for number, cuts in enumerate(self._similar(epoch) if self.lengths is None else self._alike(self.lengths, epoch)):
                 if not self.training:
                     if number % self.world_size == self.rank:
                         yield (epoch, number), cuts
                     continue
-                turn.append(((epoch, number), cuts))
+                turn.append(cuts)
                 if len(turn) == self.world_size:
                     full_turns += 1
-                    if turn[0][0][1] >= first:
-                        yield turn[self.rank]
+                    begin = number + 1 - self.world_size
+                    if begin >= first:
+                        yield self._item(epoch, begin + self.rank, turn[self.rank])
                     turn = []
             if not self.training:
                 return
@@ -130,9 +278,9 @@ class BatchStream(Sampler[Item]):
 class SpeechDataset(Dataset[Batch]):
     """Load and collate the cuts of a batch.
 
-    Gives a dict: ``waveforms`` (B, N) float32, zero-padded; ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random
-    numbers; ``ids``; ``position`` (epoch, batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and
-    ``speakers``.
+    Gives a dict: ``waveforms`` (B, N), zero-padded, int16 if all files have 16 bits, else float32 (`to_device` makes the same
+    floats of both); ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random numbers; ``ids``; ``position`` (epoch,
+    batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers``.
 
     Args:
         seed: Of the random keys; None: keys that depend on the cut alone (validation).
@@ -145,23 +293,72 @@ class SpeechDataset(Dataset[Batch]):
         self.labels = labels
         self.index = index or {}
 
-    def _key(self, cut: Cut, epoch: int) -> int:
-        return key("validation", cut.id) if self.seed is None else key("corruption", self.seed, epoch, cut.id)
+    def _key(self, name: str, epoch: int) -> int:
+        return key("validation", name) if self.seed is None else key("corruption", self.seed, epoch, name)
 
     def __getitem__(self, item: Item) -> Batch:
         position, cuts = item
-        waveforms = [torch.from_numpy(cut.load_audio()[0]) for cut in cuts]
+        pieces = [Piece.of(cut) for cut in cuts]
         batch: Batch = {
-            "waveforms": pad_sequence(waveforms, batch_first=True),
-            "lengths": torch.tensor([len(waveform) for waveform in waveforms]),
-            "keys": torch.tensor([self._key(cut, position[0]) for cut in cuts]),
-            "ids": [cut.id for cut in cuts],
+            "waveforms": load(pieces),
+            "lengths": _few([piece.num_samples for piece in pieces]),
+            "keys": _few([self._key(piece.id, position[0]) for piece in pieces]),
+            "ids": [piece.id for piece in pieces],
             "position": position,
         }
         if self.labels is not None:
+            assert isinstance(cuts, CutSet)
             batch["labels"] = self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts])
             batch["speakers"] = [cut.supervisions[0].speaker if cut.supervisions else None for cut in cuts]
         return batch
+
+
+def load(pieces: Sequence[Piece]) -> Tensor:
+    """Waveforms (B, N) of pieces, zero-padded: int16 if all files have 16 bits, else float32.
+
+    Raises:
+        AudioLoadingError: a file went away, or is not what it was.
+    """
+    waveforms = _shared(len(pieces), max(piece.num_samples for piece in pieces))
+    floats: dict[int, np.ndarray] = {}
+    for row, piece in enumerate(pieces):
+        out = waveforms[row, : piece.num_samples].numpy()
+        samples = piece.read(out)
+        if samples is not out:
+            floats[row] = samples
+        waveforms[row, piece.num_samples :] = 0
+    if not floats:
+        return waveforms
+    waveforms = waveforms.float().mul_(SCALE)
+    for row, samples in floats.items():
+        waveforms[row, : len(samples)] = torch.from_numpy(samples)
+    return waveforms
+
+
+def _shared(num_rows: int, num_columns: int) -> Tensor:
+    """An empty int16 tensor; in a worker, where the main process will find it: nothing is copied on the way."""
+    if get_worker_info() is None:
+        return torch.empty(num_rows, num_columns, dtype=torch.int16)
+    storage = torch.UntypedStorage._new_shared(2 * num_rows * num_columns, device="cpu")
+    return torch.empty(0, dtype=torch.int16).set_(storage, 0, (num_rows, num_columns))  # type: ignore[call-overload]
+
+
+class _Few:
+    """Becomes a tensor in the main process, its numbers in the message: a file descriptor as of other tensors takes longer."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.tensor, (self.numbers,)
+
+
+def _few(numbers: list[int]) -> Tensor | _Few:
+    return torch.tensor(numbers) if get_worker_info() is None else _Few(numbers)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch  # which PyTorch would look through for arrays, name by name
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -169,22 +366,30 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Loader of whole batches, with workers that leave Ctrl-C to the main process."""
+    """Loader of whole batches, with workers that leave Ctrl-C to the main process; those of validation wait for the next one."""
     return DataLoader(
         dataset,
         sampler=stream,
         batch_size=None,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=False,
+        persistent_workers=num_workers > 0 and not stream.training,
         worker_init_fn=_ignore_interrupt,
         prefetch_factor=4 if num_workers else None,
     )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) and name != "lengths" else value
+    """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device.
+
+    There, 16-bit waveforms become the floats that they stand for, exactly.
+    """
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "lengths" else value
         for name, value in batch.items()
     }
+    waveforms = moved.get("waveforms")
+    if waveforms is not None and waveforms.dtype == torch.int16:
+        moved["waveforms"] = waveforms.float().mul_(SCALE)
+    return moved

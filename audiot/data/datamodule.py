@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -12,20 +16,54 @@ import torch
 from lhotse import CutSet
 from torch.utils.data import DataLoader
 
-from audiot.data.batches import Batch, BatchStream, SpeechDataset, make_loader, to_device
+from audiot.data.batches import Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus
 from audiot.random import key
 
 EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes
+MOST_WORKERS = 8  # a training process; one loads some 10,000 times real time, a small model on an H100 takes 23,000
 
 
 @lru_cache(maxsize=8)
-def open_cuts(directory: Path, split: str) -> CutSet:
+def open_cuts(directory: Path, split: str, supervisions: bool = True) -> CutSet:
     """Cuts of a prepared split; one that is held in memory is read once a process, whatever number of tasks use it."""
     corpus = PreparedCorpus.load(directory)
     cuts = corpus.cuts(split)
+    if not supervisions:  # which a crop would copy, and a worker be sent
+        cuts = cuts.drop_supervisions()
     return cuts.to_eager() if corpus.counts[split] <= EAGER_CUTS else cuts
+
+
+class PreparedPieces:
+    """Whole cuts of a prepared split as pieces, read from disk as they are iterated, without what Lhotse would make of them."""
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self.directory = directory.absolute()
+        self.split = split
+
+    def __iter__(self) -> Iterator[Piece]:
+        with gzip.open(self.directory / f"{self.split}.jsonl.gz", "rb") as stream:
+            for line in stream:
+                recording = json.loads(line)["recording"]  # a cut is the whole of its own
+                path = os.path.join(self.directory, recording["sources"][0]["source"])  # absolute ones stay what they are
+                yield Piece(recording["id"], path, 0, recording["num_samples"], recording["sampling_rate"])
+
+
+@lru_cache(maxsize=8)
+def open_pieces(directory: Path, split: str) -> Iterable[Piece]:
+    """Like `open_cuts`, for those who want audio alone."""
+    pieces = PreparedPieces(directory, split)
+    return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
+
+
+def useful_workers(processes: int, on_gpu: bool) -> int:
+    """Loader processes of each of so many training processes on this machine: ``data.num_workers: auto``.
+
+    A training process keeps a core for itself. One worker loads more than CPUs can train on, and takes cores from them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // processes - 1, MOST_WORKERS)) if on_gpu else 1
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -39,8 +77,9 @@ class SpeechDataModule(pl.LightningDataModule):
         task: ``pretrain`` or the task whose splits are wanted.
         batch_s: Seconds of audio in a batch.
         crop_s: Longest piece of an utterance, seconds: at random in training, else the first; None: whole utterances.
-        num_buckets: Buckets of similar duration.
-        num_workers: Loader processes.
+        lengths: In training, the lengths in samples that pieces have instead (see `crop_lengths`); not with labels.
+        num_buckets: Buckets of similar duration, where there are no ``lengths``.
+        num_workers: Loader processes; ``auto``: as many as are of use on this machine.
         seed: Of order, crops and corruption.
         labels: How to read the task's labels; None: none.
         max_utterances: Most utterances in a batch; None: as many as ``batch_s`` allows.
@@ -55,8 +94,9 @@ class SpeechDataModule(pl.LightningDataModule):
         *,
         batch_s: float,
         crop_s: float | None = None,
+        lengths: Sequence[int] | None = None,
         num_buckets: int = 10,
-        num_workers: int = 1,
+        num_workers: int | str = 1,
         seed: int = 0,
         max_utterances: int | None = None,
         labels: Labels | None = None,
@@ -74,10 +114,15 @@ class SpeechDataModule(pl.LightningDataModule):
             raise ValueError(f"data.num_buckets must be at least 1, found {num_buckets}")
         if max_utterances is not None and max_utterances < 1:
             raise ValueError(f"data.max_utterances must be at least 1 or null, found {max_utterances}")
+        if num_workers != "auto" and not (isinstance(num_workers, int) and num_workers >= 0):
+            raise ValueError(f"data.num_workers must be auto, 0 or more, found {num_workers!r}")
+        if lengths is not None and labels is not None:
+            raise ValueError("crops of few lengths are for pre-training: labels belong to whole utterances")
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s
         self.crop_s = crop_s
+        self.lengths = lengths
         self.num_buckets = num_buckets
         self.max_utterances = max_utterances
         self.num_workers = num_workers
@@ -95,8 +140,8 @@ class SpeechDataModule(pl.LightningDataModule):
         return {name: number for number, name in enumerate(self.classes)}
 
     def cuts(self, role: str) -> CutSet:
-        """Cuts of the split that the task uses as ``train``, ``valid`` or ``test``."""
-        return open_cuts(self.corpus.directory, self.corpus.split_for(self.task, role))
+        """Cuts of the split that the task uses as ``train``, ``valid`` or ``test``; without labels, audio alone."""
+        return open_cuts(self.corpus.directory, self.corpus.split_for(self.task, role), self.labels is not None)
 
     def training_cuts(self) -> CutSet:
         """Training cuts after ``label_fraction``."""
@@ -106,7 +151,25 @@ class SpeechDataModule(pl.LightningDataModule):
         ranked = sorted(cuts, key=lambda cut: key("label_fraction", self.seed, cut.id))
         return CutSet.from_cuts(ranked[: ceil(self.label_fraction * len(ranked))])
 
-    def _loader(self, cuts: CutSet, training: bool) -> DataLoader[Batch]:
+    @property
+    def loader_processes(self) -> int:
+        """``num_workers``, or what ``auto`` comes to."""
+        return self._useful_workers if self.num_workers == "auto" else int(self.num_workers)
+
+    @property
+    def _useful_workers(self) -> int:
+        if self.trainer is None:
+            return useful_workers(1, torch.cuda.is_available())
+        return useful_workers(self.trainer.num_devices, self.trainer.strategy.root_device.type != "cpu")
+
+    def faster_loading(self) -> str:
+        """What to do when training waits for data: the remedy of a warning."""
+        if self.loader_processes < self._useful_workers:
+            return f"set data.num_workers={self._useful_workers} (now {self.loader_processes})"
+        why = "audiot benchmark benchmark=data says what is slow"
+        return f"{self.loader_processes} loader processes are what this machine has cores for: {why}; a faster disk may help"
+
+    def _loader(self, cuts: CutSet | Iterable[Piece], training: bool) -> DataLoader[Batch]:
         trainer = self.trainer
         stream = BatchStream(
             cuts,
@@ -115,17 +178,21 @@ class SpeechDataModule(pl.LightningDataModule):
             num_buckets=self.num_buckets,
             seed=self.seed,
             crop_s=self.crop_s,
+            lengths=self.lengths,
             max_utterances=self.max_utterances,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             start=self.next_batch if training else (0, 0),
         )
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
-        return make_loader(dataset, stream, self.num_workers, pin_memory=torch.cuda.is_available())
+        return make_loader(dataset, stream, self.loader_processes, pin_memory=torch.cuda.is_available())
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless shuffled batches, from ``next_batch`` on."""
-        return self._loader(self.training_cuts(), training=True)
+        if self.lengths is None or self.label_fraction < 1:
+            return self._loader(self.training_cuts(), training=True)
+        pieces = open_pieces(self.corpus.directory, self.corpus.split_for(self.task, "train"))
+        return self._loader(pieces, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation split, in order."""
@@ -135,12 +202,14 @@ class SpeechDataModule(pl.LightningDataModule):
         """The test split, in order."""
         return self._loader(self.cuts("test"), training=False)
 
-    def ordered_loader(self, role: str) -> DataLoader[Batch]:
-        """One pass in order over a role's cuts (``train`` after ``label_fraction``)."""
-        return self._loader(self.training_cuts() if role == "train" else self.cuts(role), training=False)
+    def ordered_loader(self, role: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """One pass in order over a role's cuts (``train`` after ``label_fraction``), on a device."""
+        cuts = self.training_cuts() if role == "train" else self.cuts(role)
+        for batch in self._loader(cuts, training=False):
+            yield to_device(batch, torch.device(device))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Tensors to the device, lengths excepted."""
+        """Tensors to the device, lengths excepted; waveforms become floats there."""
         return to_device(batch, device)
 
     def consumed(self, batch: Batch) -> None:

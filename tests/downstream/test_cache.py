@@ -96,7 +96,7 @@ def test_cached_states_give_the_metrics_of_the_waveforms(tiny, demo_corpus, upst
     torch.nn.init.normal_(probe.head.linear.weight)  # spread the guesses
     cache = CachedStates(source, probe.upstream, CPU, layers=probe.layers, batch_size=4)
     figures, confusions, rows = [], [], []
-    for batches in (source.test_dataloader(), cache.test_dataloader()):
+    for batches in (source.ordered_loader("test"), cache.test_dataloader()):
         probe.on_test_epoch_start()
         for batch in batches:
             probe.test_step(batch, 0)
@@ -230,7 +230,7 @@ def test_a_features_upstream_can_be_cached(tiny, demo_corpus):
     cached = next(iter(CachedStates(source, upstream, CPU, layers=probe.layers, batch_size=100).test_dataloader()))
     scores, lengths = probe(cached)
     row = 0
-    for batch in source.test_dataloader():
+    for batch in source.ordered_loader("test"):
         expected, counts = probe(batch)
         for number, count in enumerate(counts.tolist()):
             assert lengths[row] == count

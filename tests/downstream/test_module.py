@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from audiot.data.batches import to_device
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import IGNORED, CharacterLabels, FrameLabels, UtteranceLabel
 from audiot.downstream.module import DownstreamModule
@@ -124,7 +125,7 @@ def test_probing_is_reproducible_whatever_was_drawn_before(tiny, demo_corpus, up
 def test_training_lowers_the_loss(tiny, demo_corpus, upstream):
     source = data(demo_corpus, upstream)
     probe = module(tiny, upstream, source.classes)
-    batch = next(iter(source.train_dataloader()))
+    batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     optimizer = torch.optim.Adam([tensor for tensor in probe.parameters() if tensor.requires_grad], lr=0.05)
     losses = []
     for _ in range(15):
@@ -188,7 +189,7 @@ def test_metrics_equal_a_plain_count(tiny, demo_corpus, upstream, tmp_path, task
 def test_loss_is_the_mean_cross_entropy_of_labelled_frames(tiny, demo_corpus, upstream):
     source = data(demo_corpus, upstream)
     probe = module(tiny, upstream, source.classes).eval()
-    batch = next(iter(source.train_dataloader()))
+    batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     batch["labels"][:, 5:9] = IGNORED
     loss = probe.training_step(batch, 0).item()
     scores, lengths = probe(batch)
@@ -203,7 +204,7 @@ def test_loss_is_the_mean_cross_entropy_of_labelled_frames(tiny, demo_corpus, up
 def test_last_layer_is_the_default_probe_of_the_output(tiny, demo_corpus, upstream):
     source = data(demo_corpus, upstream)
     probe = module(tiny, upstream, source.classes, layers="last").eval()
-    batch = next(iter(source.val_dataloader()))
+    batch = next(source.ordered_loader("valid"))
     hidden, lengths = probe.upstream(batch["waveforms"], batch["lengths"])
     assert probe(batch)[0].equal(probe.head(hidden[-1], lengths))
 
@@ -216,7 +217,7 @@ def test_a_saved_probe_loads_without_its_configs(tiny, demo_corpus, upstream, tm
     fit.save_checkpoint(tmp_path / "probe.ckpt")
     loaded = DownstreamModule.load_from_checkpoint(tmp_path / "probe.ckpt", weights_only=False)
     assert loaded.hparams["classes"] == loaded.objective.classes == source.classes
-    batch = next(iter(source.test_dataloader()))
+    batch = next(source.ordered_loader("test"))
     assert loaded.eval()(batch)[0].equal(probe.eval()(batch)[0])
 
 
@@ -275,7 +276,7 @@ def test_a_step_in_bfloat16_is_near_one_in_full_precision(tiny, demo_corpus, ups
     source = data(demo_corpus, upstream, task)
     parts = {"head": RECOGNISER, "objective": CTC} if task == "asr" else {}
     tuned = module(tiny, upstream, source.classes, train_encoder=True, **parts).eval()
-    batch = next(iter(source.train_dataloader()))
+    batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     expected = tuned.training_step(batch, 0).item()
     with torch.autocast("cpu", torch.bfloat16):
         loss = tuned.training_step(batch, 0)
@@ -291,7 +292,7 @@ def test_a_recogniser_learns_and_is_loaded_again(tiny, demo_corpus, upstream, tm
     source = data(demo_corpus, upstream, "asr")
     parts = {"head": RECOGNISER, "objective": CTC}
     probe = module(tiny, upstream, source.classes, **parts)
-    batch = next(iter(source.train_dataloader()))
+    batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     optimizer = torch.optim.Adam([tensor for tensor in probe.parameters() if tensor.requires_grad], lr=0.02)
     losses = []
     for _ in range(12):

@@ -54,14 +54,16 @@ class DemoCorpus:
 
     A speaker is a voice variant, an accent, a pitch, a pitch range and a rate, all fixed by `seed` and the speaker's
     number: more speakers or hours only add to a corpus. Utterances are sentences of a small grammar
-    (:mod:`audiot.data.corpora.demo_texts`), 1.5 to 4 s long, 16 kHz, with varied level and a little noise.
+    (:mod:`audiot.data.corpora.demo_texts`), 1.5 to 4 s long, 16 kHz, with varied level and a little noise; with `utterance_s`,
+    several of them joined by short pauses.
 
     Splits: ``train``; ``valid`` and ``test``, of other speakers with other voice variants; ``speaker_valid`` and
     ``speaker_test``, of the training speakers. No sentence of train, valid and test is in two of them; speaker_valid takes
     the sentences of valid, speaker_test those of test.
 
-    Supervisions have text, speaker, language, ``custom["keyword"]`` (one of twelve), ``custom["accent"]`` and
-    ``alignment["phone"]``: 39 ARPAbet phones and SIL (:mod:`audiot.data.corpora.demo_phones`) that cover the cut.
+    Supervisions have text, speaker, language, ``custom["keyword"]`` (one of twelve, the first sentence's),
+    ``custom["accent"]`` and ``alignment["phone"]``: 39 ARPAbet phones and SIL (:mod:`audiot.data.corpora.demo_phones`) that
+    cover the cut.
 
     Args:
         root: Folder of the corpus, made at the first use. It may be moved afterwards.
@@ -71,6 +73,8 @@ class DemoCorpus:
         num_test_speakers: Speakers of ``test``.
         heldout_utterances: Utterances of each speaker in ``valid`` and ``test``.
         speaker_utterances: Utterances of each training speaker in ``speaker_test``; ``speaker_valid`` has two.
+        utterance_s: Join sentences of a speaker until their speech lasts so many seconds; None: a sentence an utterance.
+        train_utterances: Utterances of each speaker in ``train``, instead of `hours`.
         seed: Same seed, same audio.
         num_jobs: Processes that speak at a time, by default one a core. Has no influence on the audio.
 
@@ -87,6 +91,8 @@ class DemoCorpus:
         num_test_speakers: int = 8,
         heldout_utterances: int = 40,
         speaker_utterances: int = 8,
+        utterance_s: float | None = None,
+        train_utterances: int | None = None,
         seed: int = 0,
         num_jobs: int | None = None,
     ) -> None:
@@ -98,6 +104,9 @@ class DemoCorpus:
             "num_test_speakers": num_test_speakers,
             "heldout_utterances": heldout_utterances,
             "speaker_utterances": speaker_utterances,
+            # Left out where they change nothing: a corpus that was made before there were such stays valid.
+            **({} if utterance_s is None else {"utterance_s": float(utterance_s)}),
+            **({} if train_utterances is None else {"train_utterances": train_utterances}),
         }
         for name, value in self.parameters.items():
             if value <= 0:
@@ -169,7 +178,7 @@ class DemoCorpus:
                     ]
                     raise ValueError(
                         f"{self.root} holds a demo corpus of other parameters ({'; '.join(changes)}): "
-                        "choose another folder, or delete this one"
+                        "choose another folder (data.name), or delete this one"
                     )
                 return path.name == "corpus.json"
         return False
@@ -199,11 +208,12 @@ class DemoCorpus:
         role = speaker.rstrip("0123456789")
         if role == "train":
             seconds = parameters["hours"] * 3600 / parameters["num_speakers"]
+            wanted = {"count": parameters["train_utterances"]} if "train_utterances" in parameters else {"seconds": seconds}
             # The parts of fixed size come first: their audio doesn't depend on the hours.
             parts = [
                 {"split": "speaker_valid", "sentences": "valid", "count": _SPEAKER_VALID_UTTERANCES},
                 {"split": "speaker_test", "sentences": "test", "count": parameters["speaker_utterances"]},
-                {"split": "train", "sentences": "train", "seconds": seconds},
+                {"split": "train", "sentences": "train", **wanted},
             ]
         else:
             parts = [{"split": role, "sentences": role, "count": parameters["heldout_utterances"]}]
@@ -213,6 +223,7 @@ class DemoCorpus:
             "speaker": speaker,
             "voice": voice,
             "seed": parameters["seed"],
+            "utterance_s": parameters.get("utterance_s", 0),
             "parts": parts,
         }
 

@@ -128,22 +128,29 @@ def speak_speaker(job: dict[str, Any]) -> None:
     Args:
         job: ``audio``, the folder of the recordings; ``utterances``, the path of the list; ``speaker``, its name; ``voice``,
             the arguments of :class:`Espeak`; ``seed``; ``parts``, each with its name (``split``), the split that its texts
-            come from (``sentences``), and the ``seconds`` of speech or the number (``count``) of utterances wanted.
+            come from (``sentences``), and the ``seconds`` of speech or the number (``count``) of utterances wanted;
+            ``utterance_s``, how long sentences are joined to last, 0 for one each.
     """
     espeak = Espeak(**job["voice"])
     audio = Path(job["audio"])
     audio.mkdir(parents=True, exist_ok=True)
     utterances: list[dict[str, Any]] = []
+    shortest = job["utterance_s"] * SAMPLE_RATE
     for part in job["parts"]:
         name = f"{job['speaker']}-{part['split']}"
         texts = sentences(part["sentences"], f"{job['seed']}/{name}")
         count, num_samples = 0, 0
         while count < part.get("count", count + 1) and num_samples < part.get("seconds", np.inf) * SAMPLE_RATE:
             text, keyword = next(texts)
+            spoken = [_sentence(espeak, text)]
+            while sum(len(speech) for speech, _ in spoken) < shortest:
+                more, _ = next(texts)
+                text = f"{text}. {more}"
+                spoken.append(_sentence(espeak, more))
             utterance_id = f"{name}-{count:04d}"
             rng = np.random.default_rng([job["seed"], zlib.crc32(utterance_id.encode())])
-            samples, phones = _utterance(espeak, text, rng)
-            if not MIN_DURATION_S <= len(samples) / SAMPLE_RATE <= MAX_DURATION_S:
+            samples, phones = _recorded(spoken, rng)
+            if not MIN_DURATION_S <= len(samples) / SAMPLE_RATE <= MAX_DURATION_S + job["utterance_s"]:
                 continue  # too long or too short at this speaker's rate: the next sentence, please
             _write_wav(audio / f"{utterance_id}.wav", samples)
             utterance = {"id": utterance_id, "split": part["split"], "text": text, "keyword": keyword}
@@ -152,17 +159,34 @@ def speak_speaker(job: dict[str, Any]) -> None:
     write_atomically(Path(job["utterances"]), json.dumps(utterances).encode())
 
 
-def _utterance(espeak: Espeak, text: str, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """16-bit samples at `SAMPLE_RATE`, and each phone with the sample at which it starts; SIL first and last."""
+def _sentence(espeak: Espeak, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """Speech at `SAMPLE_RATE`, float32, and each phone with the sample at which it starts."""
     spoken, events = espeak.speak(text)
     spans = phone_spans(events, spoken, espeak.sample_rate)
     speech = soxr.resample(spoken.astype(np.float32) / 32768, espeak.sample_rate, SAMPLE_RATE)
+    return speech, [(span.phone, round(span.start * SAMPLE_RATE / espeak.sample_rate)) for span in spans]
+
+
+def _recorded(
+    spoken: list[tuple[np.ndarray, list[tuple[str, int]]]], rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """16-bit samples of sentences with pauses between them, and each phone with the sample at which it starts.
+
+    SIL comes first and last, and between the sentences.
+    """
     # Silence at either end, on top of the up to 12 ms that eSpeak puts there.
     before, after = rng.integers(SAMPLE_RATE * 20 // 1000, SAMPLE_RATE * 88 // 1000, size=2).tolist()
-    phones = [(span.phone, before + round(span.start * SAMPLE_RATE / espeak.sample_rate)) for span in spans]
-    phones = [(SILENCE, 0), *(phones[1:] if phones[0][0] == SILENCE else phones)]
-    if phones[-1][0] != SILENCE:
-        phones.append((SILENCE, before + len(speech)))
+    pauses = rng.integers(SAMPLE_RATE * 150 // 1000, SAMPLE_RATE * 400 // 1000, size=len(spoken) - 1).tolist()
+    pieces: list[np.ndarray] = []
+    phones = [(SILENCE, 0)]
+    place = before
+    for (speech, starts), pause in zip(spoken, [*pauses, 0], strict=True):
+        phones += [(phone, place + start) for phone, start in (starts[1:] if starts[0][0] == SILENCE else starts)]
+        if phones[-1][0] != SILENCE:
+            phones.append((SILENCE, place + len(speech)))
+        pieces += [speech, np.zeros(pause, np.float32)]
+        place += len(speech) + pause
+    speech = np.concatenate(pieces)
 
     level_db, noise_db = rng.uniform(-32, -20), rng.uniform(-40, -25)  # RMS below full scale; noise below speech
     level = 10 ** (level_db / 20)
