@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from audiot.attention import SelfAttention
 from audiot.positions import Positions
+from audiot.residual import residual_norm
 
 LAYER_NORM_EPS = 1e-12  # as in BERT and Mockingjay
 
@@ -50,8 +51,9 @@ class EncoderLayer(nn.Module):
         if self.pre_norm:
             hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
             return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
-        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, valid)))
-        return self.ffn_norm(hidden + self.dropout(self.ffn(hidden)))
+        dropout = self.dropout.p if self.training else 0.0
+        hidden = residual_norm(hidden, self.attention(hidden, valid), self.attention_norm, dropout)
+        return residual_norm(hidden, self.ffn(hidden), self.ffn_norm, dropout)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention sees of the layer's input (B, T, d)."""
@@ -118,6 +120,7 @@ class Encoder(nn.Module):
         shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers
+        self.pre_norm = norm == "pre"
         self.max_frames = max_frames
         self.chunk_frames = chunk_frames
         self.input = nn.Linear(input_dim, embed_dim)
@@ -152,7 +155,11 @@ class Encoder(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """Input embedding: features (B, T, C) → (B, T, d)."""
-        return self.dropout(self.input_norm(self.positions(self.input(features))))
+        embedded = self.positions(self.input(features))
+        hidden = self.dropout(self.input_norm(embedded))
+        # LayerNorm gives float32 under autocast. With post-LN every state is normalised anew and half precision will do, which
+        # halves what the layers read and write; with pre-LN states are one long sum, which would round more with every layer.
+        return hidden if self.pre_norm else hidden.to(embedded.dtype)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Encode a batch.
@@ -163,7 +170,7 @@ class Encoder(nn.Module):
 
         Returns:
             The input embedding and the output of each layer, ``num_layers + 1`` tensors (B, T, d). With pre-LN the last one is
-            normalised, the others with ``norm_states`` alone.
+            normalised, the others with ``norm_states`` alone. Under autocast with post-LN they are in half precision.
         """
         if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
             return self._in_chunks(features, valid, self.chunk_frames)

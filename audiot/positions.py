@@ -7,6 +7,7 @@ Three ways in: `forward` adds them to the encoder's input; inside each attention
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +141,14 @@ class Rotary(Positions):
     Args:
         embed_dim: See `Positions`.
         num_heads: See `Positions`.
-        max_frames: Ignored.
+        max_frames: See `Positions`; only sizes the stored table, longer sequences work.
         base: Base of the wavelengths.
 
     Raises:
         ValueError: the head size embed_dim / num_heads is odd.
     """
+
+    table: Tensor
 
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int, base: float = 10000.0) -> None:
         super().__init__(embed_dim, num_heads, max_frames)
@@ -158,21 +161,52 @@ class Rotary(Positions):
             raise ValueError(f"positions.base is {base!r}: set it to a number above 0")
         self.head_dim = embed_dim // num_heads
         self.base = base
+        self.register_buffer("table", self._table(torch.arange(max_frames, dtype=torch.float64)).float(), persistent=False)
 
     def layer_part(self) -> Rotary:
-        """These positions, which have no state."""
+        """These positions, which have no trained state."""
         return self
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Turn queries or keys by their positions: (B, H, T, D) → (B, H, T, D)."""
-        # Angles from integers, in float32 at least: a bfloat16 model would otherwise confuse positions beyond 256.
-        dtype = torch.promote_types(heads.dtype, torch.float32)
-        position = torch.arange(heads.shape[2], device=heads.device, dtype=dtype)
-        index = torch.arange(0, self.head_dim, 2, device=heads.device, dtype=dtype)
-        angle = position[:, None] * self.base ** -(index / self.head_dim)  # T, D/2
-        cos, sin = angle.cos(), angle.sin()
-        even, odd = heads.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(heads.dtype)
+        return turn(heads, self.factors(heads.shape[2], torch.promote_types(heads.dtype, torch.float32)))
+
+    def factors(self, num_frames: int, dtype: torch.dtype) -> Tensor:
+        """What `turn` multiplies by, (2, T, D), for T frames."""
+        if num_frames <= self.table.shape[1] and dtype == torch.float32:
+            return self.table[:, :num_frames]
+        return self._table(torch.arange(num_frames, dtype=torch.float64, device=self.table.device)).to(dtype)
+
+    def _table(self, position: Tensor) -> Tensor:
+        """Factors of each element (cos) and of the other one of its pair (−sin, sin): (2, T, D) for positions (T,)."""
+        index = torch.arange(0, self.head_dim, 2, device=position.device, dtype=position.dtype)
+        angle = (position[:, None] * self.base ** -(index / self.head_dim)).repeat_interleave(2, dim=1)
+        sign = torch.tensor([-1.0, 1.0], device=position.device, dtype=position.dtype).repeat(self.head_dim // 2)
+        return torch.stack([angle.cos(), angle.sin() * sign])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rotary:
+        # In bfloat16 the angles would be off by up to 0.4%: follow the model's device and stay in float32.
+        table = self.table
+        super()._apply(fn, recurse)
+        self.table = table.to(self.table.device)
+        return self
+
+
+def turn(heads: Tensor, factors: Tensor) -> Tensor:
+    """Turn the pairs of elements 2i and 2i + 1 of queries or keys.
+
+    Args:
+        heads: (B, H, T, D).
+        factors: Of each element (cos) and of the other one of its pair (−sin, sin): (2, T, D), float32 or better.
+
+    Returns:
+        (B, H, T, D) in the dtype of `heads`.
+    """
+    cos, sin = factors
+    exact = heads.to(factors.dtype)
+    # The other element by a flip, not by taking pairs apart: compiled, that is one pass.
+    other = exact.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (exact * cos + other * sin).to(heads.dtype)
 
 
 class ALiBi(Positions):

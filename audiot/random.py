@@ -44,7 +44,8 @@ def bits(keys: Tensor, count: int, stream: int = 0) -> Tensor:
     Returns:
         Non-negative int64 (B, count).
     """
-    counter = torch.arange(1, count + 1, device=keys.device)
+    # The mask changes nothing, but keeps torch.compile from folding the product into 32-bit index arithmetic.
+    counter = torch.arange(1, count + 1, device=keys.device) & ((1 << 63) - 1)
     value = _mix(keys + _signed((stream + 1) * _MIX_2 % (1 << 64)))[:, None] + counter * _signed(_GOLDEN)
     return _mix(value) & ((1 << 63) - 1)
 

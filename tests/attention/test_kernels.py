@@ -7,6 +7,7 @@ import torch
 from interpreter import run_interpreted
 
 from audiot.attention import build, build_mechanism, names
+from audiot.positions import Rotary
 
 COMPARISON = """
 import torch
@@ -22,17 +23,17 @@ def attend(mechanism, frames, valid, kernels):
     context = context * real[:, None, :, None]
     return context, *torch.autograd.grad(context, frames, direction)
 
-for name, overrides in CASES:
+for case, (name, overrides) in CASES.items():
     for num_frames, padded in ((9, False), (70, True)):
         torch.manual_seed(0)
-        mechanism = build_mechanism(name, 24, 3, 80, dropout=0.0, **overrides)
+        mechanism = build_mechanism(name, 16, 2, 80, dropout=0.0, **overrides)
         # As projections give them: frames before heads in memory.
-        frames = [torch.randn(2, num_frames, 3, 8).transpose(1, 2).requires_grad_() for _ in range(3)]
+        frames = [torch.randn(2, num_frames, 2, 8).transpose(1, 2).requires_grad_() for _ in range(3)]
         valid = torch.arange(num_frames) < torch.tensor([[num_frames], [num_frames // 2]]) if padded else None
-        direction = torch.randn(2, 3, num_frames, 8)
+        direction = torch.randn(2, 2, num_frames, 8)
         plain, fast = (attend(mechanism, frames, valid, kernels) for kernels in (False, True))
         for one, other in zip(fast, plain, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text: f"{case}: {text}")
 """
 CASES = {
     "local": ("local", {"window": 3}),
@@ -44,10 +45,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_give_what_the_plain_form_gives(case):
+def test_kernels_give_what_the_plain_form_gives():
     pytest.importorskip("triton")
-    run_interpreted(f"CASES = {[CASES[case]]!r}\n" + COMPARISON)
+    run_interpreted(f"CASES = {CASES!r}\n" + COMPARISON)
+
+
+MERGE = """
+import torch
+from audiot.attention.projection_kernels import SplitAndTurn, merge_gradients
+from audiot.positions import Rotary
+
+torch.manual_seed(0)
+for frames_first in (True, False):
+    rotary = Rotary(24, 3, 10)
+    projected = torch.randn(2, 7, 72, requires_grad=True)
+    shape = (2, 7, 3, 8) if frames_first else (2, 3, 7, 8)
+    direction = [torch.randn(shape).transpose(1, 2) if frames_first else torch.randn(shape) for _ in range(3)]
+
+    query, key, value = (part.unflatten(-1, (3, 8)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+    plain = (rotary.rotate(query), rotary.rotate(key), value)
+    fast = SplitAndTurn.apply(projected, rotary.factors(7, torch.float32), 3)
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other)
+    wanted, found = (torch.autograd.grad(heads, projected, direction)[0] for heads in (plain, fast))
+    torch.testing.assert_close(found, wanted)
+"""
+
+
+def test_gradients_of_a_joint_projection_are_those_of_its_parts():
+    pytest.importorskip("triton")
+    run_interpreted(MERGE)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -73,6 +100,23 @@ def test_kernels_on_the_gpu_give_what_the_plain_form_gives_in_float32(name, padd
         results.append([context, *torch.autograd.grad(context, frames, direction.to(dtype))])
     for plain, fast in zip(*results, strict=True):
         assert distance(fast, plain) < 0.01
+
+
+@needs_cuda
+def test_a_layer_with_rotary_positions_gives_on_the_gpu_in_bfloat16_what_it_gives_in_float32():
+    torch.manual_seed(0)
+    layer = build("query_key", 256, 4, 400, Rotary(256, 4, 400)).cuda()
+    hidden, direction = (torch.randn(2, 384, 256, device="cuda") for _ in range(2))
+    results = []
+    for compiled, half in ((False, False), (False, True), (True, True)):
+        call = torch.compile(layer, dynamic=True, fullgraph=True) if compiled else layer
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            output = call(hidden)
+        parameters = [value for name, value in layer.named_parameters() if name != "key.bias"]  # whose gradient is rounding
+        results.append([output, *torch.autograd.grad(output, parameters, direction.to(output.dtype))])
+    for fast in results[1:]:
+        for one, other in zip(fast, results[0], strict=True):
+            assert distance(one, other) < 0.02
 
 
 @needs_cuda

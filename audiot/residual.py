@@ -1,0 +1,42 @@
+"""The sum of a residual and a block's output, and its LayerNorm: the part of a transformer layer that only moves memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from audiot import residual_kernels
+except ImportError:  # no Triton
+    residual_kernels = None  # type: ignore[assignment]
+
+
+def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm, dropout: float = 0.0) -> Tensor:
+    """LayerNorm(residual + dropout(update)), the sum in float32 or better.
+
+    In half precision on a CUDA device one kernel does it all, forward and backward, and keeps no mask: what is dropped is drawn
+    again from its seed. Everywhere else it is what it says.
+
+    Args:
+        residual: (…, d).
+        update: (…, d), what a block adds to it.
+        norm: LayerNorm over d, with weight and bias.
+        dropout: Probability of dropping an element of ``update``.
+
+    Returns:
+        (…, d) in the dtype of ``update``.
+    """
+    if has_kernel(update, norm):
+        assert residual_kernels is not None
+        return residual_kernels.residual_norm(residual, update, norm.weight, norm.bias, norm.eps, dropout)
+    exact = torch.promote_types(update.dtype, torch.float32)
+    total = residual.to(exact) + (F.dropout(update, dropout) if dropout else update)
+    return F.layer_norm(total, norm.normalized_shape, norm.weight.to(exact), norm.bias.to(exact), norm.eps).to(update.dtype)
+
+
+def has_kernel(update: Tensor, norm: nn.LayerNorm) -> bool:
+    """Whether `residual_norm` would take its kernel."""
+    if residual_kernels is None or not update.is_cuda or norm.weight is None or norm.bias is None:
+        return False
+    return update.dtype in (torch.bfloat16, torch.float16) and update.shape[-1] <= residual_kernels.MAX_DIM

@@ -1,0 +1,175 @@
+"""Triton kernels of `residual_norm` for CUDA devices, in bfloat16 and float16.
+
+A program walks over rows, keeps what all rows share (weight, bias, sums of their gradients) in registers, and touches each row
+once. Dropout is a function of seed, row and column, so that the backward pass draws it again in place of reading a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_DIM = 8192  # a row has to fit into the registers of a program
+PROGRAMS = 8  # a multiprocessor
+
+
+@triton.jit
+def _kept(seed, row, threshold, BLOCK: tl.constexpr):
+    """Which elements of a row are kept, bool (BLOCK,): of four random numbers a call of Philox, none is thrown away."""
+    quarter: tl.constexpr = BLOCK // 4
+    a, b, c, d = tl.randint4x(seed, row * quarter + tl.arange(0, quarter))
+    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
+    return bits.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _sum_of(
+    residual, update, row, column, inside, seed, threshold, scale, D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr
+):
+    """A row of residual + dropout(update), and what each element of the update was multiplied by."""
+    place = row * D + column
+    added = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.full([BLOCK], 1.0, tl.float32)
+    if DROP:
+        factor = tl.where(_kept(seed, row, threshold, BLOCK), scale, 0.0)
+        added = added * factor
+    return tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + added, factor
+
+
+@triton.jit
+def _forward_kernel(
+    residual, update, weight, bias, seed, output, mean, rstd, num_rows, eps, threshold, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    stream = tl.load(seed)
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        total, _ = _sum_of(residual, update, row, column, inside, stream, threshold, scale, D, BLOCK, DROP)
+        centre = tl.sum(total) / D
+        centred = tl.where(inside, total - centre, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred) / D + eps)
+        result = centred * inverse * gain + shift
+        tl.store(output + row * D + column, result.to(output.dtype.element_ty), mask=inside)
+        tl.store(mean + row, centre)
+        tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def _backward_kernel(
+    grad, residual, update, weight, seed, mean, rstd, grad_residual, grad_update, grad_weight, grad_bias,
+    num_rows, threshold, scale, D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    stream = tl.load(seed)
+    gain_sum = tl.zeros([BLOCK], tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        place = row * D + column
+        total, factor = _sum_of(residual, update, row, column, inside, stream, threshold, scale, D, BLOCK, DROP)
+        inverse = tl.load(rstd + row)
+        normal = tl.where(inside, (total - tl.load(mean + row)) * inverse, 0.0)
+        outer = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        gain_sum += outer * normal
+        shift_sum += outer
+        inner = outer * gain
+        along = tl.sum(inner * normal) / D
+        level = tl.sum(inner) / D
+        result = (inner - normal * along - level) * inverse
+        tl.store(grad_residual + place, result.to(grad_residual.dtype.element_ty), mask=inside)
+        if DROP:
+            tl.store(grad_update + place, (result * factor).to(grad_update.dtype.element_ty), mask=inside)
+    row = tl.program_id(0).to(tl.int64) * D + column
+    tl.store(grad_weight + row, gain_sum, mask=inside)
+    tl.store(grad_bias + row, shift_sum, mask=inside)
+
+
+def residual_norm(residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
+    """`audiot.residual.residual_norm` by the kernels."""
+    # Drawn on the device: reading it back would make the host wait.
+    seed = torch.randint(2**62, (1,), device=update.device) if dropout else update.new_zeros(1, dtype=torch.long)
+    return _operator(residual, update, weight, bias, seed, eps, dropout)[0]
+
+
+@torch.library.custom_op("audiot::residual_norm", mutates_args=())
+def _operator(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and mean and inverse deviation of each row."""
+    residual, update = residual.contiguous(), update.contiguous()
+    output = torch.empty_like(update)
+    mean, rstd = (torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device) for _ in range(2))
+    if mean.numel():
+        _forward_kernel[_grid(mean)](
+            residual, update, weight, bias, seed, output, mean, rstd, mean.numel(), eps,
+            *_dropping(dropout), **_constants(update, dropout),
+        )  # fmt: skip
+    return output, mean, rstd
+
+
+@_operator.register_fake
+def _(residual, update, weight, bias, seed, eps, dropout):
+    rows = update.new_empty(update.shape[:-1], dtype=torch.float32)
+    return update.new_empty(update.shape), rows, torch.empty_like(rows)
+
+
+@torch.library.custom_op("audiot::residual_norm_backward", mutates_args=())
+def _gradients(
+    grad: Tensor, residual: Tensor, update: Tensor, weight: Tensor, seed: Tensor, mean: Tensor, rstd: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, update (empty without dropout: it is that of the residual), weight and bias."""
+    grad, residual, update = (tensor.contiguous() for tensor in (grad, residual, update))
+    grad_residual = torch.empty_like(residual)
+    grad_update = torch.empty_like(update) if dropout else update.new_empty(0)
+    grid = _grid(mean)
+    sums = torch.zeros(2, grid[0], update.shape[-1], dtype=torch.float32, device=update.device)
+    if mean.numel():
+        _backward_kernel[grid](
+            grad, residual, update, weight, seed, mean, rstd, grad_residual, grad_update, sums[0], sums[1], mean.numel(),
+            *_dropping(dropout), **_constants(update, dropout),
+        )  # fmt: skip
+    grad_weight, grad_bias = sums.sum(dim=1).to(weight.dtype)
+    return grad_residual, grad_update, grad_weight, grad_bias.clone()  # an operator's results share no memory
+
+
+@_gradients.register_fake
+def _(grad, residual, update, weight, seed, mean, rstd, dropout):
+    grad_update = update.new_empty(update.shape if dropout else (0,))
+    return residual.new_empty(residual.shape), grad_update, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    residual, update, weight, _, seed, _, ctx.dropout = inputs
+    ctx.save_for_backward(residual, update, weight, seed, *output[1:])
+
+
+def _differentiate(ctx, grad, *_):
+    residual, update, weight, seed, mean, rstd = ctx.saved_tensors
+    found = _gradients(grad, residual, update, weight, seed, mean, rstd, ctx.dropout)
+    grad_residual, grad_update, grad_weight, grad_bias = found
+    return grad_residual, grad_update if ctx.dropout else grad_residual.to(update.dtype), grad_weight, grad_bias, None, None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def _grid(rows: Tensor) -> tuple[int]:
+    multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count if rows.is_cuda else 1
+    return (max(1, min(rows.numel(), PROGRAMS * multiprocessors)),)
+
+
+def _dropping(dropout: float) -> tuple[int, float]:
+    """A random number of 32 bits below this drops its element; what is kept is multiplied by that."""
+    return round(dropout * 2**32), 1 / (1 - dropout)
+
+
+def _constants(update: Tensor, dropout: float) -> dict[str, int | bool]:
+    dim = update.shape[-1]
+    block = max(16, triton.next_power_of_2(dim))
+    return {"D": dim, "BLOCK": block, "DROP": dropout > 0, "num_warps": min(16, max(1, block // 256))}
