@@ -21,3 +21,11 @@ def find_device(name: str, complaint: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
         raise ValueError(f"{complaint}: {str(error).splitlines()[0]}") from error
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -68,6 +68,8 @@ def configure(
     if total_steps in (-1, float("inf")):
         raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
     built = optimizer(parameter_groups(module, weight_decay))
+    # Lightning clips scaled gradients (float16) only after the scaler has undone the scale, which fused optimisers claim to do.
+    built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     # State of attention mechanisms that no gradient trains, such as centroids.
     built.register_step_post_hook(lambda *_: after_step(module))
     schedule = scheduler(built, total_steps=int(total_steps))

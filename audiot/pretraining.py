@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -49,6 +49,8 @@ class MaskedAcousticModel(pl.LightningModule):
         self.objective: Corruption = instantiate(objective)
         self.stack = self.model.features.stack
         self.trained_steps = 0  # of a loaded checkpoint
+        self._graphs = False
+        self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self.loss
         self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("val_l1", "zero_l1", "interpolation_l1")})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -61,25 +63,62 @@ class MaskedAcousticModel(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of a batch is drawn from the seed and the batch alone, so that a resumed run repeats it."""
-        torch.manual_seed(key("dropout", self.hparams["seed"], *batch["position"]))
+        number = key("dropout", self.hparams["seed"], *batch["position"])
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)  # of this device alone: seeding all that there may be takes milliseconds
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(number)
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, num_tokens = self.model.features(batch["waveforms"], batch["lengths"])
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
-        return tokens, num_tokens.to(tokens.device, non_blocking=True), valid
+        # Stacked frames that were cut from longer ones have strides of their own, for which a graph would be compiled anew.
+        return tokens.contiguous(), num_tokens.to(tokens.device, non_blocking=True), valid
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """L1 of the reconstruction where something was corrupted."""
         tokens, lengths, valid = self._features(batch)
-        corrupted = self.objective(tokens, lengths, batch["keys"], self.stack)
+        loss = self.step_loss(tokens, lengths, batch["keys"], valid)
+        self.log("pretrain/train_l1", loss)
+        return loss
+
+    def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """Corrupt a batch and score its reconstruction; what `compile_step` compiles.
+
+        Args:
+            tokens: Features (B, T, C).
+            lengths: (B,) valid frames, on the features' device.
+            keys: (B,) random keys, on the features' device.
+            valid: bool (B, T), or None where nothing is padded.
+        """
+        corrupted = self.objective(tokens, lengths, keys, self.stack)
         hidden = self.model.encoder(corrupted.features, valid)[-1]
         if corrupted.elements is None:
             prediction, target, weight = self._masked_frames(hidden, tokens, corrupted.frames)
         else:
             prediction, target, weight = self.head(hidden), tokens, corrupted.elements
-        loss = masked_l1(prediction, target, weight)
-        self.log("pretrain/train_l1", loss, prog_bar=True)
-        return loss
+        return masked_l1(prediction, target, weight)
+
+    def step_loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """`loss` as training computes it: compiled, if `compile_step` was called."""
+        if not self._graphs:
+            return self._loss(tokens, lengths, keys, valid)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._loss(tokens, lengths, keys, valid).clone()  # out of the graph's own memory, which the next step writes again
+
+    def compile_step(self, graphs: bool = False) -> None:
+        """Compile `loss` with `torch.compile` for training; validation stays as it is.
+
+        The first batch's shape gets a graph of its own; with the first other shape comes one for any number of utterances of any
+        length. Mechanisms whose graph depends on the length get one for each, and there are few (`data.num_lengths`).
+
+        Args:
+            graphs: Replay each shape as a CUDA graph, so that the host has next to nothing to do. Gradients then lie in the
+                graph's memory: they can't be accumulated over several batches.
+        """
+        self._graphs = graphs
+        self._loss = torch.compile(self.loss, options={"triton.cudagraphs": True} if graphs else None)
 
     def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions for masked frames alone. How many are gathered follows from the shape, so no device is waited for."""

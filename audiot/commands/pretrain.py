@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.callbacks import Interrupted, Throughput
@@ -32,6 +33,7 @@ from audiot.commands.common import (
     table,
 )
 from audiot.commands.probing import check_probes, run_probes
+from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
@@ -58,12 +60,17 @@ def main(cfg: DictConfig) -> float:
     _check_rate(module, corpus.sample_rate)
     if cfg.probe:
         check_probes(cfg, run, corpus)
-    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, **data_options(cfg))
+    lengths = crop_lengths(module.model.features, cfg.data.crop_s, cfg.data.num_lengths)
+    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
     if module.model.features.cmvn == "global" and not cfg.init:
         module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
-    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}")
+    compiled = wants_compile(cfg, trainer.strategy.root_device)
+    if compiled:
+        module.compile_step(graphs=wants_graphs(trainer))
+    how = ", compiled" if compiled else ""
+    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}{how}")
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
     if not cfg.checkpoint.every_n_steps or trainer.max_steps % cfg.checkpoint.every_n_steps:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
@@ -89,6 +96,8 @@ def main(cfg: DictConfig) -> float:
             plot_probes(summary, run / "plots" / "probes.png")
     summary |= {
         "frames_per_s": round(throughput.average),
+        "data_wait": round(throughput.data_wait, 4),
+        "first_step_s": round(throughput.first_step_s, 1),
         "parameters": parameters,
         "steps": trainer.global_step,
         "wall_s": round(time.monotonic() - begin, 1),
@@ -96,6 +105,23 @@ def main(cfg: DictConfig) -> float:
     write_json(run / "summary.json", summary)
     say(report(run))
     return loss
+
+
+def wants_compile(cfg: DictConfig, device: torch.device) -> bool:
+    """Whether ``compile`` of the config means to compile the training step on a device.
+
+    Raises:
+        ValueError: it is none of auto, true, false.
+    """
+    if cfg.compile not in ("auto", True, False):
+        raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
+    return bool(cfg.compile) if cfg.compile != "auto" else device.type == "cuda" and not cfg.debug
+
+
+def wants_graphs(trainer: pl.Trainer) -> bool:
+    """Whether a compiled step may be a CUDA graph: on one GPU or with DDP, where no batch adds to another's gradients."""
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return on_gpu and trainer.accumulate_grad_batches == 1 and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
 
 def build(cfg: DictConfig) -> MaskedAcousticModel:
@@ -153,7 +179,8 @@ def report(run: Path) -> str:
                 "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
                 f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
                 "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
-                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s in all",
+                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s in all"
+                + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
             }
         ),
     ]
