@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from audiot.checkpoint import AudioEncoder as AudioEncoder
     from audiot.downstream.classifier import Classifier as Classifier
+    from audiot.states import States as States
 
 __version__ = version("audiot")
 
@@ -24,3 +25,10 @@ def load_classifier(run: str, **options: Any) -> Classifier:
     from audiot.downstream.classifier import load_classifier
 
     return load_classifier(run, **options)
+
+
+def read_states(folder: str) -> States:
+    """The hidden states that ``audiot extract`` wrote, utterance → tensor; see :class:`audiot.states.States`."""
+    from audiot.states import States
+
+    return States(folder)

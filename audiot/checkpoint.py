@@ -12,15 +12,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from audiot.devices import find_device
 from audiot.features import Features
 from audiot.files import read_json, replacing, write_json
 from audiot.model import Encoder, length_mask
 
 FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AudioEncoder(nn.Module):
     """A feature front end and the encoder over it.
+
+    ``to(torch.bfloat16)`` computes all but the features in that precision, with less than half of the memory.
 
     Args:
         features: Config of the front end (``_target_`` and its parameters), a plain dict.
@@ -41,14 +45,28 @@ class AudioEncoder(nn.Module):
             lengths: (B,) samples, best kept on the CPU; None: all N.
 
         Returns:
-            Hidden states (layers + 1, B, T, d), zero after an utterance's end, and lengths (B,) in frames of the encoder.
+            Hidden states (layers + 1, B, T, d) in the encoder's dtype, zero after an utterance's end, and lengths (B,) in frames
+            of the encoder.
         """
         if lengths is None:
             lengths = torch.full((len(waveforms),), waveforms.shape[1])
         tokens, num_tokens = self.features(waveforms, lengths)
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
+        # Frames that stacking leaves over make gaps in the memory, with or without which code is generated anew.
+        tokens = tokens.to(self.encoder.input.weight.dtype).contiguous()
         hidden = torch.stack(self.encoder(tokens, valid))
         return hidden if valid is None else hidden * valid[..., None], num_tokens
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the encoder in place, by torch.compile for batches of any size and length; the features stay outside.
+
+        Neither the modules nor the state dict change. Code is generated on first use, for batches with padding, batches without
+        and batches of one.
+
+        Args:
+            args, options: Of torch.compile; ``dynamic`` is True unless given.
+        """
+        self.encoder.compile(*args, **{"dynamic": True} | options)
 
 
 def save_encoder(path: str | Path, encoder: AudioEncoder, head: nn.Module | None = None) -> None:
@@ -68,19 +86,33 @@ def save_encoder(path: str | Path, encoder: AudioEncoder, head: nn.Module | None
     write_json(path / "config.json", {"format_version": FORMAT_VERSION, **encoder.config})
 
 
-def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head: nn.Module | None = None) -> AudioEncoder:
-    """Load an exported encoder, in evaluation mode, on the CPU.
+def load_encoder(
+    path: str | Path,
+    trusted: tuple[str, ...] = ("audiot",),
+    head: nn.Module | None = None,
+    *,
+    compile: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> AudioEncoder:
+    """Load an exported encoder, in evaluation mode.
 
     Args:
         path: Its folder (``RUN/encoder``).
         trusted: Packages whose classes the config may name; add your own for your own mechanisms.
         head: A reconstruction head to fill with the one that was saved.
+        compile: Generate faster code on first use; see `AudioEncoder.compile`.
+        dtype: Of the weights and hidden states, float32, bfloat16 or float16, or their names; None: as they were saved. Features
+            are float32 always.
+        device: ``cpu``, ``cuda``, …; ``auto``: a GPU if there is one.
 
     Raises:
         FileNotFoundError: there is no encoder at ``path``.
-        ValueError: what is there is of another kind, truncated, or of another version.
+        ValueError: what is there is of another kind, truncated, or of another version; or there is no such dtype or device.
     """
     path = Path(path)
+    place = find_device(str(device), f"no device {str(device)!r} here")
+    precision = None if dtype is None else find_dtype(dtype)
     if path.is_file():
         raise ValueError(
             f"{path} is a file, but an encoder is a folder with config.json and model.safetensors: a pre-training run's encoder"
@@ -103,7 +135,21 @@ def load_encoder(path: str | Path, trusted: tuple[str, ...] = ("audiot",), head:
     _fill(encoder, {name: value for name, value in weights.items() if not name.startswith("head.")}, path)
     if head is not None:
         _fill(head, head_weights, path)
-    return encoder.eval()
+    if compile:
+        encoder.compile()
+    return encoder.eval().to(device=place, dtype=precision)
+
+
+def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point type that encoders compute in, by name or as it is.
+
+    Raises:
+        ValueError: it is none of `DTYPES`.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
+    return found
 
 
 def check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:

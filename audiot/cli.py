@@ -23,6 +23,7 @@ COMMANDS = {
 TOOLS = {  # of plain arguments, without a config
     "compare": "the results of several runs in one table",
     "predict": "what a fine-tuned model says of audio files",
+    "extract": "hidden states of a corpus to files",
     "import-s3prl": "make an encoder of an S3PRL checkpoint",
     "export-s3prl": "write an encoder as an S3PRL checkpoint",
     "export-hf": "write an encoder as a Hugging Face model",

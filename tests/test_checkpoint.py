@@ -215,6 +215,46 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), (torch.float16, 0.004)])
+def test_half_precision_is_close_and_silence_stays_finite(saved, dtype, tolerance):
+    expected, lengths = load_encoder(saved[2])(speech(), LENGTHS)
+    low = load_encoder(saved[2], dtype=dtype)
+    states, low_lengths = low(speech(), LENGTHS)
+    assert states.dtype == low.encoder.input.weight.dtype == getattr(torch, str(dtype).split(".")[-1])
+    assert low.features.filters.dtype == torch.float32
+    assert low_lengths.equal(lengths)
+    assert not states[:, 2, lengths[2] :].any()
+    assert (states.float() - expected).norm() < tolerance * expected.norm()
+    assert low(torch.zeros(1, 4000))[0].isfinite().all()
+
+
+def test_no_dtype_and_no_device_leave_the_weights_as_they_were_saved(saved):
+    assert {value.dtype for value in load_encoder(saved[2]).state_dict().values()} == {torch.float32}
+    for options, message in (({"dtype": "int8"}, "dtype must be one of .*, found int8"), ({"device": "nowhere"}, "no device")):
+        with pytest.raises(ValueError, match=message):
+            load_encoder(saved[2], **options)
+
+
+def test_one_compilation_serves_all_batches_and_changes_no_module(saved, monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=count, **options))
+    plain, compiled = load_encoder(saved[2]), load_encoder(saved[2], compile=True)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert [*map(type, compiled.modules())] == [*map(type, plain.modules())]
+    with torch.inference_mode():
+        for size, num_samples, padded in [(2, 4000, 0), (5, 9000, 0), (3, 12345, 0), (2, 4000, 1), (7, 6400, 1), (3, 16001, 1)]:
+            waveforms, lengths = speech().new_ones(size, num_samples).cumsum(1).sin(), torch.full((size,), num_samples)
+            lengths[0] -= padded * 1500
+            torch.testing.assert_close(compiled(waveforms, lengths)[0], plain(waveforms, lengths)[0])
+            assert len(graphs) == 1 + padded
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_and_cpu_encode_alike(tiny):
     encoder = build(tiny)

@@ -1,0 +1,321 @@
+"""``audiot extract DATA … OUT --encoder RUN/encoder``: hidden states of a corpus to files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from audiot.checkpoint import DTYPES
+from audiot.commands.predict import audio_files
+from audiot.data.corpora.manifest import ManifestCorpus
+from audiot.data.datamodule import PreparedPieces
+from audiot.data.prepare import BadAudioError, PreparedCorpus, open_audio
+from audiot.devices import find_device
+from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
+from audiot.extraction import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
+from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="audiot extract",
+        description="Hidden states of a corpus to files (safetensors). An interrupted run goes on when it is started again.",
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="audio files, folders of them, Lhotse or NeMo manifests (.jsonl, .jsonl.gz), or the folder of a prepared corpus",
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--encoder", required=True, metavar="RUN/encoder", help="what gives the hidden states")
+    parser.add_argument(
+        "--upstream",
+        choices=("checkpoint", "s3prl", "hf"),
+        default="checkpoint",
+        help="its kind: of audiot (default), a checkpoint of S3PRL, or a folder or hub name of Hugging Face",
+    )
+    parser.add_argument(
+        "--layers",
+        default="last",
+        metavar="last|all|LIST",
+        help="hidden states: 0 is the input of the first layer, -1 the last one (default: last); several: --layers=0,-2,-1",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (default: float16)")
+    parser.add_argument(
+        "--compute-dtype", choices=DTYPES, help="of the computation (default: bfloat16 on CUDA devices, float32 elsewhere)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="generate faster code first (default: on CUDA devices)"
+    )
+    parser.add_argument(
+        "--batch-s", type=float, metavar="S", help="seconds of audio in a batch (default: 480 on CUDA devices, 60 elsewhere)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read audio (default: what is of use here)")
+    parser.add_argument("--shard-mb", type=float, default=1000.0, metavar="MB", help="size of a file (default: 1000)")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="shards K, K + N, … only: N processes, on any GPUs and machines, share the work",
+    )
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
+    options = parser.parse_args(arguments)
+    for name, size in {"batch-s": options.batch_s, "shard-mb": options.shard_mb}.items():
+        if size is not None and not size > 0:
+            raise ValueError(f"--{name} must be above 0, found {size:g}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, found {options.workers}")
+    options.part = _part(options.part)
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Extract; what can't be used is listed at the end, and the exit code is then 1."""
+    options = _options(arguments)
+    device = find_device(options.device, f"no device {options.device!r} here")
+    on_gpu = device.type == "cuda"
+    upstream = open_upstream(options.upstream, options.encoder, ("audiot", *options.trust))
+    if options.compile and not isinstance(upstream, EncoderUpstream):
+        raise ValueError(f"--compile is for audiot's own encoders, not --upstream {options.upstream}: leave it out")
+    compute_dtype = options.compute_dtype or ("bfloat16" if on_gpu else "float32")
+    layers = chosen_layers(options.layers, upstream.num_states)
+    failures: Failures = {}
+    utterances = usable(find_utterances(options.data, failures), upstream.features, failures)
+    if not utterances:
+        raise ValueError(f"no utterance can be used, the first because: {next(iter(failures.values()))}")
+    frame_bytes = len(layers) * upstream.state_dim * DTYPES[options.dtype].itemsize
+    shards = plan(utterances, upstream.features, frame_bytes, options.shard_mb * 1e6)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "encoder": {"upstream": options.upstream, "path": str(options.encoder), "digest": digest(upstream)},
+        "layers": layers,
+        "state_dim": upstream.state_dim,
+        "dtype": options.dtype,
+        "compute_dtype": compute_dtype,
+        "sample_rate": upstream.features.sample_rate,
+        **frame_times(upstream),
+        "data": {
+            "utterances": len(utterances),
+            "seconds": round(total_seconds(utterances), 3),
+            "digest": data_digest(utterances),
+        },
+        "shard_mb": options.shard_mb,
+        "num_shards": len(shards),
+    }
+    folder = Path(options.out)
+    claim(folder, settings)
+
+    upstream = upstream.to(device=device, dtype=DTYPES[compute_dtype]).eval()
+    if isinstance(upstream, EncoderUpstream) and (on_gpu if options.compile is None else options.compile):
+        upstream.encoder.compile()
+    first, step = options.part
+    mine = {number: shards[number] for number in range(first, len(shards), step)}
+    todo = {number: shard for number, shard in mine.items() if not is_done(folder, number)}
+    check_space(folder, todo, upstream.features, frame_bytes)
+    extractor = Extractor(upstream, layers, DTYPES[options.dtype], options.batch_s or (480 if on_gpu else 60), options.workers)
+    try:
+        speed = extractor.run(todo, folder, initial=sum(total_seconds(mine[number]) for number in mine.keys() - todo.keys()))
+    except _compile_error() as error:
+        words = " ".join(str(error).split("\n\n")[0].split())[:200]
+        raise ValueError(f"torch.compile failed: {words}: --no-compile does without it") from error
+    for number in mine:
+        failures |= shard_failures(folder, number)
+    left = sum(not shard_path(folder, number).is_file() for number in range(len(shards)))
+    if not left:
+        write_index(folder, shards)
+    _report(folder, settings, mine, left, speed)
+    if failures:
+        listed = "\n".join(f"  {_printable(name)}: {reason}" for name, reason in failures.items())
+        sys.exit(f"audiot: error: {len(failures)} utterances can't be used:\n{listed}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """K/N as (K − 1, N)."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"--part must be K/N, part K of N with K from 1 to N, found {text!r}")
+    return int(first) - 1, int(count)
+
+
+def _compile_error() -> type[Exception]:
+    """What a lack of compilers raises; only asked for when something is raised, as its module is slow to import."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return BackendCompilerFailed
+
+
+def _printable(name: str) -> str:
+    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _report(
+    folder: Path, settings: Mapping[str, Any], mine: Mapping[int, Sequence[Utterance]], left: int, speed: float | None
+) -> None:
+    """The last lines: what there is now, how fast it went, and how to read it."""
+    count, seconds, size = 0, 0.0, 0
+    for number, shard in mine.items():
+        names = {name for name, _ in stored(shard_path(folder, number))}
+        count += len(names)
+        seconds += total_seconds([utterance for utterance in shard if utterance.id in names])
+        size += shard_path(folder, number).stat().st_size
+    how_fast = "which were there already" if speed is None else f"{speed:,.0f} × real time"
+    how_large = f"{size / 1e9:,.2f} GB" if size > 1e9 else f"{size / 1e6:,.2f} MB"
+    print(f"wrote   {folder}: {count:,} utterances, {seconds / 3600:,.2f} h, {how_fast}; {how_large} in {len(mine)} shards")
+    if left:
+        print(f"left    {left} of {settings['num_shards']} shards, to other parts; the last one to end writes index.csv")
+        return
+    layers = [] if len(settings["layers"]) == 1 else [str(len(settings["layers"]))]
+    shape = ", ".join([*layers, "T", str(settings["state_dim"])])
+    print(f'read:   states = audiot.read_states("{folder}")')
+    for name in islice(States(folder), 1):
+        print(f"        states[{name!r}]  # ({shape}), a frame every {settings['frame_shift_ms']:g} ms")
+
+
+def find_utterances(names: Sequence[str], failures: Failures) -> list[Utterance]:
+    """The utterances of files, folders, manifests and prepared corpora, in order; what can't be opened goes to ``failures``.
+
+    The id of a file is its path below the folder that was named, without suffix; of a file that was named itself, its name.
+
+    Raises:
+        ValueError: two have one id, or a manifest is broken.
+        FileNotFoundError: a folder holds no audio.
+    """
+    found: dict[str, Utterance] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir() and any((path / mark).is_file() for mark in ("corpus.json", "journal.jsonl")):
+            corpus = PreparedCorpus.load(path)
+            # Splits may share utterances, which are then the same.
+            own = list({utterance.id: utterance for split in corpus.counts for utterance in _prepared(path, split)}.values())
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            split = path.name.split(".jsonl")[0]
+            prepared = (path.parent / "corpus.json").is_file() and split in PreparedCorpus.load(path.parent).counts
+            own = list(_prepared(path.parent, split) if prepared else _listed(path, failures))
+        else:
+            own = _files(name, failures)
+        for utterance in own:
+            if found.setdefault(utterance.id, utterance) is not utterance:
+                raise ValueError(
+                    f"two utterances have the id {utterance.id!r}, the second in {name}: extract them to two folders"
+                )
+    return list(found.values())
+
+
+def _prepared(directory: Path, split: str) -> Iterator[Utterance]:
+    for piece in PreparedPieces(directory, split):
+        yield Utterance(piece.id, piece.path, piece.num_samples, piece.sampling_rate)
+
+
+def _listed(path: Path, failures: Failures) -> Iterator[Utterance]:
+    rejected: list[tuple[str, str]] = []
+    cuts = ManifestCorpus(path)._read(path, rejected, progress=True)
+    failures.update(rejected)
+    for cut in cuts.values():
+        if not cut.has_recording:
+            raise ValueError(f"{path}: the cut {cut.id} has no recording: hidden states are of audio")
+        yield Utterance(cut.id, cut, cut.num_samples, cut.sampling_rate)
+
+
+def _files(name: str, failures: Failures) -> list[Utterance]:
+    base = Path(name) if Path(name).is_dir() else Path(name).parent
+    paths = list(audio_files(name))
+    with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+        headers = list(tqdm(pool.map(_header, paths), "look", len(paths), unit="file", delay=1, leave=False))
+    found = []
+    for path, header in zip(paths, headers, strict=True):
+        if isinstance(header, str):
+            failures[path] = header
+        else:
+            found.append(Utterance(_printable(Path(path).relative_to(base).with_suffix("").as_posix()), path, *header))
+    return found
+
+
+def _header(path: str) -> tuple[int, int] | str:
+    """Samples and sample rate of a file, or why it can't be used."""
+    try:
+        with open_audio(path) as file:
+            return file.frames, file.samplerate
+    except BadAudioError as reason:
+        return str(reason)
+
+
+def open_upstream(kind: str, path: str, trusted: tuple[str, ...]) -> Upstream:
+    """An upstream of a kind: ``checkpoint`` (a run's folder will do), ``s3prl`` or ``hf``, on the CPU."""
+    if kind == "s3prl":
+        from audiot.s3prl import upstream
+
+        return upstream(path)
+    if kind == "hf":
+        from audiot.downstream.hf_upstream import hf  # needs transformers
+
+        return hf(path)
+    inside = Path(path) / "encoder"
+    return checkpoint(str(inside) if (inside / "config.json").is_file() else path, trusted)
+
+
+def chosen_layers(text: str, num_states: int) -> list[int]:
+    """Numbers of hidden states from 0 on, of ``last``, ``all`` or numbers separated by commas, which may count from the end.
+
+    Raises:
+        ValueError: there is no such state, or one is named twice.
+    """
+    if text in ("last", "all"):
+        return [num_states - 1] if text == "last" else list(range(num_states))
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers must be last, all or numbers separated by commas, found {text!r}") from None
+    for number in numbers:
+        if not -num_states <= number < num_states:
+            raise ValueError(f"--layers={text}: the encoder has the hidden states 0 to {num_states - 1}, or -1 to -{num_states}")
+    layers = [number % num_states for number in numbers]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"--layers={text} names a hidden state twice")
+    return layers
+
+
+def digest(upstream: Upstream) -> str:
+    """Names an upstream by its weights and its config."""
+    found = hashlib.sha256(json.dumps(upstream.config, sort_keys=True, default=str).encode())
+    for name, value in sorted(upstream.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def frame_times(upstream: Upstream) -> dict[str, float]:
+    """``frame_shift_ms`` from one hidden state to the next, and ``first_frame_ms``, the middle of the first."""
+    features, per_ms = upstream.features, upstream.features.sample_rate / 1000
+    return {
+        "frame_shift_ms": features.hop_length * upstream.stack / per_ms,
+        "first_frame_ms": features.frame_centers(upstream.stack).double().mean().item() / per_ms,
+    }
+
+
+def check_space(folder: Path, todo: Mapping[int, Sequence[Utterance]], features: Any, frame_bytes: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        OSError: it has none.
+    """
+    needed = frame_bytes * sum(num_frames(utterance, features) for shard in todo.values() for utterance in shard)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: take fewer --layers or --dtype float16, "
+            "or another disk"
+        )

@@ -1,0 +1,331 @@
+"""Encoding a corpus: utterances to hidden states, in shards of known size (see `audiot.states`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soxr
+import torch
+from lhotse.cut import Cut
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from audiot.data.datamodule import useful_workers
+from audiot.data.prepare import BadAudioError
+from audiot.downstream.classifier import by_length, collate, read_audio, together
+from audiot.downstream.upstream import Upstream
+from audiot.files import write_csv
+from audiot.states import Failures, shard_path, stored, write_shard
+
+ALONE_S = 600  # less audio than that is read sooner than worker processes start
+
+
+class Utterance(NamedTuple):
+    """One utterance to encode: a whole file of any format, or a cut."""
+
+    id: str
+    source: str | Cut
+    num_samples: int
+    sample_rate: int  # Hz
+
+    @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return self.num_samples / self.sample_rate
+
+    def read(self, sample_rate: int) -> np.ndarray:
+        """Samples (N,) in float32, the average of the channels, at ``sample_rate``.
+
+        Raises:
+            BadAudioError: they can't be used; the message is the reason.
+        """
+        if isinstance(self.source, str):
+            return read_audio(self.source, sample_rate)
+        try:
+            samples = self.source.load_audio().mean(axis=0)
+        except Exception as error:  # whatever a decoder, a command or a server may answer: it is the reason
+            raise BadAudioError(f"unreadable: {' '.join(str(error).split())[:200]}") from None
+        if not np.isfinite(samples).all():
+            raise BadAudioError("non-finite samples")
+        return samples if self.sample_rate == sample_rate else soxr.resample(samples, self.sample_rate, sample_rate, quality="HQ")
+
+
+def total_seconds(shard: Sequence[Utterance]) -> float:
+    """How much audio there is."""
+    return sum(utterance.seconds for utterance in shard)
+
+
+def num_frames(utterance: Utterance, features: Any) -> int:
+    """Hidden states of an utterance, as far as can be told without decoding it."""
+    return features.num_tokens(round(utterance.seconds * features.sample_rate))
+
+
+def too_short(seconds: float) -> str:
+    """Why an utterance gives no frame."""
+    return f"too short: {seconds:.3f} s do not fill a frame of the model"
+
+
+def usable(utterances: Sequence[Utterance], features: Any, failures: Failures) -> list[Utterance]:
+    """Those that are long enough for a frame; the others go to ``failures``."""
+    long_enough = []
+    for utterance in utterances:
+        if num_frames(utterance, features) < 1:
+            failures[utterance.id] = too_short(utterance.seconds)
+        else:
+            long_enough.append(utterance)
+    return long_enough
+
+
+def plan(utterances: Sequence[Utterance], features: Any, frame_bytes: int, shard_bytes: float) -> list[list[Utterance]]:
+    """Cut a sequence of utterances into shards of at most ``shard_bytes``, or of one utterance."""
+    shards: list[list[Utterance]] = []
+    size = 0
+    for utterance in utterances:
+        own = num_frames(utterance, features) * frame_bytes
+        if not shards or size + own > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(utterance)
+        size += own
+    return shards
+
+
+def data_digest(utterances: Sequence[Utterance]) -> str:
+    """Names what is encoded: ids and lengths in their order, not where the files lie."""
+    lines = (json.dumps([one.id, one.num_samples, one.sample_rate]) for one in utterances)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[Utterance]]) -> None:
+    """Write ``index.csv`` of complete shards, in the order of the data."""
+    rows = []
+    for number, shard in enumerate(shards):
+        frames = dict(stored(shard_path(folder, number)))
+        rows += [
+            {"utterance": one.id, "shard": number, "frames": frames[one.id], "seconds": round(one.seconds, 4)}
+            for one in shard
+            if one.id in frames
+        ]
+    write_csv(folder / "index.csv", rows)
+
+
+class Waveforms(NamedTuple):
+    """A batch that was read: utterances that could be, their audio zero-padded (B, N), lengths (B,); and failures."""
+
+    shard: int
+    seconds: float
+    ids: list[str]
+    waveforms: Tensor
+    lengths: Tensor
+    failures: Failures
+
+
+class _Reader(Dataset[Waveforms]):
+    """Reads the audio of a batch, (number of its shard, utterances)."""
+
+    def __init__(self, sample_rate: int, shortest: int) -> None:
+        self.sample_rate = sample_rate
+        self.shortest = shortest
+
+    def __getitem__(self, batch: tuple[int, list[Utterance]]) -> Waveforms:
+        shard, utterances = batch
+        read: dict[str, Tensor] = {}
+        failures: Failures = {}
+        for utterance in utterances:
+            try:
+                samples = torch.from_numpy(utterance.read(self.sample_rate))
+                if len(samples) < self.shortest:
+                    raise BadAudioError(too_short(len(samples) / self.sample_rate))
+                read[utterance.id] = samples
+            except BadAudioError as reason:
+                failures[utterance.id] = str(reason)
+        waveforms, lengths = collate(list(read.values())) if read else (torch.empty(0, 0), torch.empty(0, dtype=torch.long))
+        return Waveforms(shard, total_seconds(utterances), list(read), waveforms, lengths, failures)
+
+
+class _Encoded(NamedTuple):
+    """An utterance of a batch on its way to the CPU: row of the batch's states (B, layers, T, d), and how many are its own."""
+
+    states: Tensor
+    finite: Tensor
+    row: int
+    num_frames: int
+    arrived: torch.cuda.Event | None
+
+
+@dataclass
+class _Shard:
+    """What there is of a shard so far."""
+
+    batches: int
+    states: dict[str, Tensor] = field(default_factory=dict)
+    failures: Failures = field(default_factory=dict)
+
+
+class Extractor:
+    """Writes hidden states of utterances to shards.
+
+    Reading, encoding and writing go on at the same time. Batches are of similar lengths within a shard; an utterance gets what
+    it gets alone, up to rounding.
+
+    Args:
+        upstream: What encodes, on its device, in evaluation mode.
+        layers: Which hidden states are kept.
+        dtype: In which they are stored.
+        batch_s: Seconds of audio in a batch, padding included.
+        num_workers: Processes that read audio; None: what is of use here.
+    """
+
+    def __init__(
+        self, upstream: Upstream, layers: Sequence[int], dtype: torch.dtype, batch_s: float, num_workers: int | None = None
+    ) -> None:
+        self.upstream = upstream
+        self.layers = layers
+        self.dtype = dtype
+        self.batch_s = batch_s
+        self.num_workers = num_workers
+        self.device = next(upstream.parameters()).device
+
+    @torch.inference_mode()
+    def run(self, shards: Mapping[int, Sequence[Utterance]], folder: Path, initial: float = 0.0) -> float | None:
+        """Extract shards.
+
+        Args:
+            shards: By number.
+            folder: Gets them.
+            initial: Seconds of audio that were done before, for the bar.
+
+        Returns:
+            Seconds of audio a second, code generation and the start of workers not counted; None where there are no shards.
+        """
+        batches = [
+            (number, [shard[place] for place in batch])
+            for number, shard in shards.items()
+            # The longest first: should the memory be too small, it is told at once.
+            for batch in by_length({place: utterance.seconds for place, utterance in enumerate(shard)}, self.batch_s)[::-1]
+        ]
+        parts = {number: _Shard(0) for number in shards}
+        for number, _ in batches:
+            parts[number].batches += 1
+        total = initial + sum(map(total_seconds, shards.values()))
+        writing: Future[None] | None = None
+        clock = _Clock()
+        form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        with (
+            ThreadPoolExecutor(1) as writer,
+            tqdm(total=total, initial=initial, desc="extract", bar_format=form, leave=False) as bar,
+        ):
+            for batch, answers in self._encoded(self._loader(batches)):
+                part = parts[batch.shard]
+                part.failures |= batch.failures
+                for name, answer in zip(batch.ids, answers, strict=True):
+                    self._keep(part, name, answer)
+                part.batches -= 1
+                if not part.batches:
+                    if writing is not None:
+                        writing.result()  # one shard waits in memory at most
+                    del parts[batch.shard]
+                    writing = writer.submit(write_shard, folder, batch.shard, part.states, part.failures)
+                clock.count(batch.seconds)
+                bar.set_postfix_str(f"{clock.speed():,.0f} × real time", refresh=False)
+                bar.update(batch.seconds)
+            if writing is not None:
+                writing.result()
+        return clock.speed() if shards else None
+
+    def _loader(self, batches: list[tuple[int, list[Utterance]]]) -> DataLoader[Waveforms]:
+        workers = self.num_workers
+        if workers is None:
+            seconds = sum(total_seconds(utterances) for _, utterances in batches)
+            workers = useful_workers(1, self.device.type == "cuda") if seconds > ALONE_S else 0
+        return DataLoader(
+            _Reader(self.upstream.features.sample_rate, self.upstream.features.num_samples(1)),
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupt,
+            prefetch_factor=2 if workers else None,
+        )
+
+    def _encoded(self, loader: Iterable[Waveforms]) -> Iterator[tuple[Waveforms, list[_Encoded | str]]]:
+        """Batches with what became of their utterances; while one is taken up, the device is at the next."""
+        ahead = ((batch, self._encode(batch)) for batch in loader)
+        for encoded, _ in pairwise(chain(ahead, [None])):
+            assert encoded is not None
+            yield encoded
+
+    def _encode(self, batch: Waveforms) -> list[_Encoded | str]:
+        def compute(rows: Sequence[int]) -> list[_Encoded]:
+            if len(rows) == len(batch.ids):
+                return self._launch(batch.waveforms, batch.lengths)
+            lengths = batch.lengths[list(rows)]
+            return self._launch(batch.waveforms[list(rows), : int(lengths.max())], lengths)
+
+        return together(range(len(batch.ids)), compute)
+
+    def _launch(self, waveforms: Tensor, lengths: Tensor) -> list[_Encoded]:
+        hidden, num_frames = self.upstream(waveforms.to(self.device, non_blocking=True), lengths)
+        chosen = torch.stack([hidden[layer].to(self.dtype) for layer in self.layers], dim=1)  # B, layers, T, d
+        finite = chosen.isfinite().flatten(1).all(dim=1)
+        states, finite = _to_host(chosen), _to_host(finite)
+        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        if arrived is not None:
+            arrived.record()
+        return [_Encoded(states, finite, row, count, arrived) for row, count in enumerate(num_frames.tolist())]
+
+    def _keep(self, part: _Shard, name: str, answer: _Encoded | str) -> None:
+        if isinstance(answer, str):
+            part.failures[name] = answer
+            return
+        if answer.arrived is not None:
+            answer.arrived.synchronize()
+        if not answer.finite[answer.row]:
+            part.failures[name] = "its hidden states leave the range of the numbers: take another --dtype or --compute-dtype"
+            return
+        own = answer.states[answer.row, :, : answer.num_frames]
+        part.states[name] = (own[0] if len(self.layers) == 1 else own).clone()
+
+
+class _Clock:
+    """Seconds of audio a second: from the end of the first batch on, if there are more, as code is generated during that one."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.seconds = self.first_s = 0.0
+        self.since = time.perf_counter()
+
+    def count(self, seconds: float) -> None:
+        """A batch is done."""
+        self.batches += 1
+        self.seconds += seconds
+        if self.batches == 1:
+            self.first_s, self.first_end = seconds, time.perf_counter()
+
+    def speed(self) -> float:
+        """Until now."""
+        since, before = (self.first_end, self.first_s) if self.batches > 1 else (self.since, 0.0)
+        return (self.seconds - before) / max(time.perf_counter() - since, 1e-9)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, which the host need not wait for."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers itself
