@@ -22,7 +22,8 @@ import torch
 
 from audiot import devices
 from audiot.analysis.plots import plot_benchmark
-from audiot.files import replacing
+from audiot.devices import synchronise as synchronise
+from audiot.files import read_json, replacing
 from audiot.tables import aligned as aligned
 from audiot.tables import markdown as markdown
 
@@ -83,14 +84,6 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def time_of(call: Callable[[], object], count: int, device: torch.device) -> float:
@@ -353,6 +346,75 @@ def by_mechanism(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(row.mechanism, []).append(row)
     return {name: sorted(own, key=lambda row: row.length) for name, own in found.items()}
+
+
+# Comparing with an earlier run
+
+
+class Results(NamedTuple):
+    """A ``results.csv``: the line of each measurement by what was measured, and the column that is compared."""
+
+    path: Path
+    key: tuple[str, ...]
+    figure: str
+    lines: dict[tuple[str, ...], dict[str, str]]
+
+
+def read_results(path: Path, key: Sequence[str], figure: str) -> Results:
+    """Read a ``results.csv``.
+
+    Args:
+        path: The file.
+        key: Columns that say what was measured.
+        figure: The column that is compared.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it has other columns.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results of a benchmark at {path}: expected the results.csv of an earlier run")
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        lacking = [name for name in (*key, figure) if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise ValueError(f"{path} holds no results of this benchmark: it has no column {', '.join(lacking)}")
+        return Results(path, tuple(key), figure, {tuple(line[name] for name in key): line for line in reader})
+
+
+def comparison(before: Results, now: Results) -> str:
+    """Markdown: the figure of each measurement before and now, their ratio, and what only one of both has.
+
+    Columns of the key that are alike in all stand above the table.
+    """
+    wheres = list(dict.fromkeys([*now.lines, *before.lines]))
+    places = range(len(now.key))
+    varied = [place for place in places if len({where[place] for where in wheres}) > 1]
+    table = [[*(now.key[place] for place in varied), "before", "now", "now / before"]]
+    missing: dict[str, list[str]] = {"Only before": [], "Only now": []}
+    for where in wheres:
+        names = [where[place] for place in varied]
+        lines = [results.lines.get(where) for results in (before, now)]
+        if None in lines:
+            missing["Only before" if lines[0] else "Only now"].append(", ".join(names))
+            continue
+        one, other = (line[now.figure] for line in lines if line)
+        told = [line[now.figure] or line.get("note", "") for line in lines if line]
+        table.append([*names, *told, f"{float(other) / float(one):.3f}" if one and other and float(one) else ""])
+    alike = [f"{now.key[place]} {wheres[0][place]}" for place in places if wheres and place not in varied]
+    parts = [
+        f"# {now.figure} beside an earlier run",
+        f"- before: {before.path}{_device_of(before.path)}\n- now: {now.path}{_device_of(now.path)}",
+        *(["In all: " + ", ".join(alike)] if alike else []),
+        markdown(table) if len(table) > 1 else "No measurement is in both.",
+        *(f"{title}:\n\n" + "\n".join(f"- {each}" for each in told) for title, told in missing.items() if told),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _device_of(results: Path) -> str:
+    machine = results.with_name("machine.json")
+    return f" ({read_json(machine, 'description of a machine')['device']})" if machine.is_file() else ""
 
 
 # Where a mechanism passes the baseline

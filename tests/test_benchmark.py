@@ -579,6 +579,7 @@ def test_what_to_run_next_is_the_fastest_mechanism_that_learns_attention():
 def test_the_presets_name_every_mechanism_and_build_them(option):
     with initialize_config_module("audiot.conf", version_base="1.3"):
         config = plain(compose("benchmark", [f"benchmark={option}", "run_dir=run", "data_dir=data"]).benchmark)
+    config.pop("compare")
     what = instantiate(config | {"device": "cpu", "graphs": False}, seed=0)
     assert {entry.name for entry in what.entries} == set(names())
     for entry in what.entries:

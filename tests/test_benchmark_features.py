@@ -19,7 +19,7 @@ def made(**changes):
     settings = (
         OmegaConf.to_container(cfg.benchmark) | {"utterances": 2, "duration_s": 0.3, "rounds": 2, "device": "cpu"} | changes
     )
-    return FeatureBenchmark(**{name: value for name, value in settings.items() if name[0] != "_"}, seed=0)
+    return FeatureBenchmark(**{name: value for name, value in settings.items() if name[0] != "_" and name != "compare"}, seed=0)
 
 
 def test_every_front_end_is_measured_beside_torchaudio(tmp_path, capsys):

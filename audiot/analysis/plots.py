@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from audiot.files import replacing
 
 BLUE, ORANGE, GREY, GREEN = "#2266aa", "#dd7722", "#888888", "#338855"
+LINE_COLOURS = (BLUE, ORANGE, GREEN, "#aa3377", "#66bbdd", "#bbaa22", "#884400", "#7755bb")
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -229,8 +231,7 @@ def plot_benchmark(
         path: PNG.
     """
     names = list(dict.fromkeys(name for _, _, lines in panels for name in lines if name != baseline))
-    colours = ["#2266aa", "#dd7722", "#338855", "#aa3377", "#66bbdd", "#bbaa22", "#884400", "#7755bb"]
-    styles = {name: (colours[place % 8], ("-", "--", ":")[place // 8 % 3]) for place, name in enumerate(names)}
+    styles = {name: (LINE_COLOURS[place % 8], ("-", "--", ":")[place // 8 % 3]) for place, name in enumerate(names)}
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(10 * columns, 4.2 * rows + 0.5), layout="constrained")
@@ -261,4 +262,170 @@ def plot_benchmark(
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
     for axis in figure.axes[len(panels) :]:
         axis.set_visible(False)
+    _save(figure, path)
+
+
+def plot_step_parts(
+    bars: Mapping[str, Mapping[str, float]], parts: Sequence[str], title: str, path: str | Path, unit: str = "ms a 10,000 frames"
+) -> None:
+    """Stacked bars: where the time of a training step goes, one bar a configuration.
+
+    Args:
+        bars: Name of a configuration → part → its time.
+        parts: In the order of the bars; those without time are left out.
+        title: Of the figure.
+        path: PNG.
+        unit: Of the times.
+    """
+    drawn = [part for part in parts if any(bar.get(part) for bar in bars.values())]
+    colours = dict(zip(parts, ("#aa3377", "#66bbdd", "#bbaa22", BLUE, ORANGE, GREEN, GREY), strict=False))
+    height = 1.6 + 0.42 * len(bars)
+    figure = Figure(figsize=(12, height), layout="constrained")
+    axis = figure.subplots()
+    totals = {name: sum(bar.values()) for name, bar in bars.items()}
+    longest = max(totals.values())
+    for row, (name, bar) in enumerate(bars.items()):
+        left = 0.0
+        for part in drawn:
+            width = bar.get(part, 0.0)
+            axis.barh(row, width, 0.72, left=left, color=colours[part], edgecolor="white", linewidth=0.6)
+            if width > 0.035 * longest:  # else it does not fit
+                share = f"{100 * width / totals[name]:.0f}%"
+                axis.text(left + width / 2, row, share, ha="center", va="center", fontsize=8, color="white")
+            left += width
+        axis.text(left + 0.008 * longest, row, f"{totals[name]:.3g}", va="center", fontsize=8)
+    axis.set_yticks(range(len(bars)), list(bars), fontsize=8)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    axis.set_xlim(0, 1.07 * longest)
+    axis.set_xlabel(unit)
+    axis.set_title(title, fontsize=10, loc="left", pad=28)
+    handles = [Patch(color=colours[part]) for part in drawn]
+    axis.legend(handles, drawn, ncols=len(drawn), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    _save(figure, path)
+
+
+def plot_roofline(
+    points: Sequence[tuple[str, str, str, float, float]], peak: float, bandwidth: float, title: str, path: str | Path
+) -> None:
+    """What configurations compute a second, under what the device can do: its matrix products, and its memory.
+
+    Args:
+        points: Label, colour group, marker group, FLOPs a byte of memory traffic, and TFLOP/s.
+        peak: Measured TFLOP/s of matrix products.
+        bandwidth: Measured TB/s of memory.
+        title: Of the figure.
+        path: PNG.
+    """
+    scale, prefix = (1.0, "T") if peak >= 1 else (1000.0, "G")
+    peak, bandwidth = peak * scale, bandwidth * scale
+    points = [(*point[:4], point[4] * scale) for point in points]
+    figure = Figure(figsize=(12, max(5.0, 1.2 + 0.24 * len(points))), layout="constrained")
+    axis = figure.subplots()
+    ridge = peak / bandwidth
+    left, right = min(ridge, *(point[3] for point in points)) / 4, 2 * max(ridge, *(point[3] for point in points))
+    bottom, top = min(bandwidth * left, *(point[4] for point in points)) / 1.5, 1.6 * peak
+    axis.plot([left, ridge, right], [bandwidth * left, peak, peak], color="black", linewidth=1.8)
+    axis.text(ridge, 1.05 * peak, f"{peak:.3g} {prefix}FLOP/s, measured", fontsize=8)
+    middle = (left * ridge) ** 0.5
+    axis.text(1.1 * middle, bandwidth * middle, f"{bandwidth:.3g} {prefix}B/s, measured", va="top", fontsize=8)
+    groups = list(dict.fromkeys(point[1] for point in points))
+    markers = dict(zip(dict.fromkeys(point[2] for point in points), "os^vD", strict=False))
+    ordered = sorted(points, key=lambda point: -point[4])
+    # Points crowd together, so their labels stand in a column beside the axes, in the points' order.
+    for row, (label, group, marker, intensity, rate) in enumerate(ordered):
+        colour = LINE_COLOURS[groups.index(group) % len(LINE_COLOURS)]
+        axis.plot(intensity, rate, markers[marker], color=colour, markersize=7, markeredgecolor="white", zorder=5)
+        axis.annotate(
+            f"{label}: {rate:.3g} {prefix}FLOP/s, {rate / peak:.0%}",
+            (intensity, rate),
+            (1.03, (len(ordered) - row - 0.5) / len(ordered)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)},
+        )
+    axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top), ylabel=f"{prefix}FLOP/s")
+    axis.set_xlabel("FLOPs a byte that the matrix products move at least")
+    signs = dict(zip("os^vD", "●■▲▼◆", strict=True))
+    kinds = ", ".join(f"{signs[marker]} {name}" for name, marker in markers.items())
+    axis.set_title(f"{title}; {kinds}", fontsize=10, loc="left")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_lengths(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], baseline: str, title: str, path: str | Path
+) -> None:
+    """Curves against the length of the sequence, both axes logarithmic; the legend tells each one's slope.
+
+    Args:
+        panels: Title → name of a curve → (frames of a sequence, value).
+        baseline: Curve drawn in black.
+        title: Of the figure.
+        path: PNG.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != baseline))
+    styles = {
+        name: (LINE_COLOURS[place % len(LINE_COLOURS)], ("-", "--", ":")[place // len(LINE_COLOURS) % 3])
+        for place, name in enumerate(names)
+    }
+    figure = Figure(figsize=(10, 4.4 * len(panels) + 0.5), layout="constrained")
+    figure.suptitle(f"{title}; slope: of the longer half", fontsize=10)
+    for axis, (name, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+        ticks = sorted({length for line in lines.values() for length, _ in line})
+        # The legend's order is that of the curves at the right.
+        for curve in sorted(lines, key=lambda curve: -lines[curve][-1][1]):
+            lengths, values = zip(*lines[curve], strict=True)
+            slope = log_slope(lengths, values)
+            label = curve if slope is None else f"{curve}: slope {slope:+.2f}"
+            colour, style = styles.get(curve, ("black", "-"))
+            width = 2.5 if curve == baseline else 1.3
+            axis.plot(lengths, values, style, color=colour, marker="o", markersize=3, linewidth=width, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="frames a sequence")
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
+    _save(figure, path)
+
+
+def log_slope(lengths: Sequence[float], values: Sequence[float]) -> float | None:
+    """Slope of the longer half of a curve, two points at least, on logarithmic axes; None where there are fewer."""
+    if len(lengths) < 2:
+        return None
+    half = max(2, -(-len(lengths) // 2))
+    return float(np.polyfit(np.log(lengths[-half:]), np.log(values[-half:]), 1)[0])
+
+
+def plot_speeds(speeds: Mapping[str, float], title: str, path: str | Path) -> None:
+    """Horizontal bars of speeds that lie orders of magnitude apart, on a logarithmic axis; one colour a stage.
+
+    Args:
+        speeds: ``stage, setting`` → speed.
+        title: Of the figure.
+        path: PNG.
+    """
+    stages = list(dict.fromkeys(name.split(", ")[0] for name in speeds))
+    figure = Figure(figsize=(10, 1.2 + 0.4 * len(speeds)), layout="constrained")
+    axis = figure.subplots()
+    for row, (name, speed) in enumerate(speeds.items()):
+        colour = LINE_COLOURS[stages.index(name.split(", ")[0]) % len(LINE_COLOURS)]
+        bar = axis.barh(row, speed, 0.72, color=colour)
+        axis.bar_label(bar, [f"{speed:,.0f}"], fontsize=8, padding=3)
+    axis.set_xscale("log")
+    axis.set_xlim(min(speeds.values()) / 3, 3 * max(speeds.values()))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_yticks(range(len(speeds)), list(speeds), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=10, loc="left", wrap=True)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
     _save(figure, path)

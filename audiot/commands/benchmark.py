@@ -46,6 +46,10 @@ class Benchmark(Protocol):
     """What ``benchmark=…`` chooses."""
 
     device: torch.device
+    key: tuple[str, ...]
+    """Columns of ``results.csv`` that say what was measured: with ``benchmark.compare`` lines that agree in them are one."""
+    figure: str
+    """The column that is compared."""
 
     def report(self, run: Path, machine: dict[str, Any]) -> None:
         """Measure, write files to the run's folder, print the main table and what to do next."""
@@ -54,19 +58,31 @@ class Benchmark(Protocol):
 def main(cfg: DictConfig) -> None:
     """Measure; write tables, plots and ``machine.json`` to the run's folder; print the main table.
 
+    ``benchmark.compare=FILE`` sets the results beside those of an earlier ``results.csv`` afterwards.
+
     Raises:
-        ValueError: a measurement crashed, or something computed is wrong; told after all else is done.
+        ValueError: a measurement crashed, or something computed is wrong; told after all else is done. Or the earlier results
+            are another benchmark's; told before anything is measured.
     """
     run = Path(cfg.run_dir)
     settings = plain(cfg.benchmark)
+    compare = settings.pop("compare", None)
     what: Benchmark = instantiate(settings, seed=cfg.seed)
+    earlier = None if compare is None else benchmark.read_results(Path(compare), what.key, what.figure)
     command = shlex.join(["audiot", "benchmark", *HydraConfig.get().overrides.task])
     machine = benchmark.describe_machine(what.device) | {"command": command, "seed": cfg.seed, "benchmark": settings}
     write_json(run / "machine.json", machine)
     say(f"device  {machine['device']}, PyTorch {machine['torch']}, {machine['threads']} CPU threads")
     begin = time.monotonic()
-    what.report(run, machine)
-    write_json(run / "machine.json", machine | {"wall_s": round(time.monotonic() - begin, 1)})
+    try:
+        what.report(run, machine)
+    finally:  # a measurement that failed does not hide what became of the others
+        write_json(run / "machine.json", machine | {"wall_s": round(time.monotonic() - begin, 1)})
+        if earlier is not None and (run / "results.csv").is_file():
+            now = benchmark.read_results(run / "results.csv", what.key, what.figure)
+            with replacing(run / "comparison.md") as temporary:
+                temporary.write_text(benchmark.comparison(earlier, now), encoding="utf-8")
+            say(f"\n{benchmark.comparison(earlier, now)}\nfile    {run / 'comparison.md'}")
 
 
 @dataclass(frozen=True)
@@ -86,32 +102,30 @@ class Entry:
     max_length: int | None = None
 
     @classmethod
-    def of(cls, config: str | Mapping[str, Any]) -> Entry:
-        """An entry of the config: a name, or a mapping with some of these keys."""
+    def of(cls, config: str | Mapping[str, Any], where: str = "benchmark.mechanisms") -> Entry:
+        """An entry of the config's list `where`: a name, or a mapping with some of these keys."""
         if not isinstance(config, (str, Mapping)):
-            raise ValueError(f"benchmark.mechanisms: {config!r} is neither a name nor {{name: …, overrides: …}}")
+            raise ValueError(f"{where}: {config!r} is neither a name nor {{name: …, overrides: …}}")
         given: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
         known = ["name", "label", "overrides", "max_length"]
         for key in given:
             if key not in known:
-                raise ValueError(f"benchmark.mechanisms: no key {key!r}{nearest(str(key), known)}; keys: {', '.join(known)}")
+                raise ValueError(f"{where}: no key {key!r}{nearest(str(key), known)}; keys: {', '.join(known)}")
         name = str(given.get("name"))
         if name not in names():
-            raise ValueError(
-                f"benchmark.mechanisms: no attention {name!r}{nearest(name, names())}; there are {', '.join(names())}"
-            )
+            raise ValueError(f"{where}: no attention {name!r}{nearest(name, names())}; there are {', '.join(names())}")
         overrides, max_length = given.get("overrides") or {}, given.get("max_length")
         if not isinstance(overrides, Mapping):
-            raise ValueError(f"benchmark.mechanisms: overrides of {name} are {overrides!r}: expected {{parameter: value}}")
+            raise ValueError(f"{where}: overrides of {name} are {overrides!r}: expected {{parameter: value}}")
         known = list(parameters(name))
         for key in overrides:
             if key not in known:
                 near = nearest(str(key), known)
-                raise ValueError(f"benchmark.mechanisms: {name} has no parameter {key!r}{near}; there are {', '.join(known)}")
+                raise ValueError(f"{where}: {name} has no parameter {key!r}{near}; there are {', '.join(known)}")
         if max_length is not None:
-            check_type(int, **{f"benchmark.mechanisms: max_length of {name}": max_length})
+            check_type(int, **{f"{where}: max_length of {name}": max_length})
             if max_length < 1:
-                raise ValueError(f"benchmark.mechanisms: max_length of {name} is {max_length}: set it to at least 1")
+                raise ValueError(f"{where}: max_length of {name} is {max_length}: set it to at least 1")
         overrides = dict(overrides)
         label = str(given.get("label") or "") or " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
         return cls(name, label, overrides, max_length)
@@ -147,6 +161,9 @@ class AttentionBenchmark:
     Raises:
         ValueError: an unknown name or an impossible size.
     """
+
+    key = ("mechanism", "scope", "direction", "length", "batch", "precision", "compiled")
+    figure = "median_ms"
 
     def __init__(
         self,
@@ -193,12 +210,12 @@ class AttentionBenchmark:
             raise ValueError(
                 f"benchmark.embed_dim={embed_dim} is no multiple of benchmark.num_heads={num_heads}: change one of them"
             )
-        _check_choices("lengths", lengths, lengths)
-        _check_choices("precisions", precisions, list(PRECISIONS))
-        _check_choices("scopes", scopes, SCOPES)
-        _check_choices("directions", directions, DIRECTIONS)
-        _check_choices("compile", compile, [False, True])
-        _check_choices("positions", [positions], ["own", *options("positions")])
+        check_choices("lengths", lengths, lengths)
+        check_choices("precisions", precisions, list(PRECISIONS))
+        check_choices("scopes", scopes, SCOPES)
+        check_choices("directions", directions, DIRECTIONS)
+        check_choices("compile", compile, [False, True])
+        check_choices("positions", [positions], ["own", *options("positions")])
         plain_baseline = Entry(BASELINE, BASELINE)
         self.entries = [plain_baseline, *(entry for entry in map(Entry.of, mechanisms) if entry != plain_baseline)]
         labels = [entry.label for entry in self.entries]
@@ -505,7 +522,8 @@ def _check_equal(output: Tensor, expected: Tensor, precision: str, what: str) ->
         raise MismatchError(f"its output in {precision} differs from {what} by {distance:.1%} of the norm")
 
 
-def _check_choices(key: str, given: Sequence[Any], known: Sequence[Any]) -> None:
+def check_choices(key: str, given: Sequence[Any], known: Sequence[Any]) -> None:
+    """Raise ValueError, naming ``benchmark.KEY``, where nothing is given or something that is not known."""
     if not given:
         raise ValueError(f"benchmark.{key} is empty: nothing to measure")
     for value in given:

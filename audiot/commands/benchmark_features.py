@@ -43,6 +43,9 @@ class FeatureBenchmark:
         ValueError: an unknown name or an impossible size.
     """
 
+    key = ("features", "channels")
+    figure = "audiot_ms"
+
     def __init__(
         self, features: Sequence[str], utterances: int, duration_s: float, rounds: int, device: str = "auto", seed: int = 0
     ) -> None:
