@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    import torch
+
     torch.set_num_threads(1)
+
+LONGEST = ("test_contract.py", "test_readme.py", "test_bad_input.py", "test_cli.py", "test_presets.py")
 
 
 def pytest_collection_modifyitems(items):
     """What takes minutes comes first, for the other processes not to wait for it in the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_presets.py"))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 TINY = {
@@ -44,6 +49,26 @@ TINY = {
 def tiny():
     """Configs as plain dicts, not to be changed: features, model, objective, optimizer, scheduler."""
     return TINY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def defaults_are_composed_once():
+    """Commands check their overrides against the composed defaults, which take longest: nothing changes these here."""
+    from audiot import launch
+
+    compose = launch.compose
+    known = functools.lru_cache(maxsize=32)(lambda command, overrides: compose(command, list(overrides)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "compose", lambda command, overrides: known(command, tuple(overrides)))
+        yield
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Empty files for pictures, whose drawing takes longest of what a tiny run does."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
 
 
 @pytest.fixture(scope="session")

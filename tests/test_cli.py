@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import functools
 import io
 import json
@@ -22,6 +23,7 @@ from unittest import mock
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import audiot.cli
@@ -43,6 +45,8 @@ MODEL = ["model.embed_dim=24", "model.num_heads=2", "model.ffn_dim=48", "model.n
 TRAINER = ["trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 TINY = [*DATA, *MODEL, *TRAINER]
 REPOSITORY = Path(__file__).parent.parent
+DRAW = Figure.savefig
+blank = pytest.mark.usefixtures("blank_pictures")
 
 
 def run(*arguments, **environment):
@@ -80,9 +84,24 @@ def succeed(*arguments, **environment):
 
 @functools.cache
 def prepared(base):
-    """A folder for ``AUDIOT_DATA`` and a pre-training run with every probe of the demo, two steps each; made once a session."""
+    """A folder for ``AUDIOT_DATA`` and a pre-training run with every probe of the demo, two steps each.
+
+    Made once, in a folder that all of pytest's processes share: whoever comes second waits.
+    """
     pytest.importorskip("espeakng_loader")
-    data, folder = base / "audiot-data", base / "pretrained"
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made = SimpleNamespace(data=base / "audiot-data", run=base / "pretrained", encoder=base / "pretrained" / "encoder")
+    with (base / "pretrained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "pretrained.out").exists():
+            out = pretrain_with_probes(base, made)
+            (base / "pretrained.out").write_text(out)
+    made.out = (base / "pretrained.out").read_text()
+    return made
+
+
+def pretrain_with_probes(base, made):
+    """What the command says."""
     demo = yaml.safe_load((REPOSITORY / "conf" / "probes" / "demo.yaml").read_text())
     short = ["trainer.max_steps=2", "trainer.val_check_interval=1"]
     probes = {
@@ -90,9 +109,9 @@ def prepared(base):
     }
     (base / "searched" / "probes").mkdir(parents=True)
     (base / "searched" / "probes" / "tiny.yaml").write_text(yaml.safe_dump(probes))
-    where = [f"hydra.run.dir={folder}", f"hydra.searchpath=[file://{base / 'searched'}]"]
-    out = succeed("pretrain", *TINY, "probes=tiny", *where, AUDIOT_DATA=str(data))
-    return SimpleNamespace(data=data, run=folder, encoder=folder / "encoder", out=out)
+    where = [f"hydra.run.dir={made.run}", f"hydra.searchpath=[file://{base / 'searched'}]"]
+    with mock.patch.object(Figure, "savefig", DRAW):  # whatever the test that comes first wants
+        return succeed("pretrain", *TINY, "probes=tiny", *where, AUDIOT_DATA=str(made.data))
 
 
 @pytest.fixture
@@ -141,9 +160,8 @@ def test_list_names_the_groups_and_their_options():
     )
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
-def test_help_of_a_command_shows_groups_and_keys(command):
-    out = succeed(command, "--help")
+def test_help_of_a_command_shows_groups_and_keys():
+    out = succeed("evaluate", "--help")
     assert f"attention: {', '.join(names())}" in out
     assert "seed: 0" in out
 
@@ -171,7 +189,7 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
-        *("frames_per_s", "parameters", "steps", "wall_s"),
+        *("frames_per_s", "data_wait", "first_step_s", "parameters", "steps", "wall_s"),
     }
     assert summary["steps"] == 4
     for name, value in summary.items():
@@ -180,6 +198,7 @@ def test_pretraining_leaves_a_whole_run_behind(made):
             assert read(probe / "metrics.json")["test/accuracy"] == value
 
 
+@blank
 def test_pretraining_says_what_to_run_next_and_that_runs(made, tmp_path):
     line = last_line(made.out)
     assert line == last_line((made.run / "train.log").read_text())
@@ -191,6 +210,7 @@ def test_pretraining_says_what_to_run_next_and_that_runs(made, tmp_path):
     assert read(tmp_path / "next" / "metrics.json")["upstream"] == "checkpoint"
 
 
+@blank
 def test_init_starts_from_an_exported_encoder_and_probe_false_leaves_probes_out(made, tmp_path):
     folder = tmp_path / "run"
     where = [f"hydra.run.dir={folder}", "logger=none", "trainer.max_steps=1", "trainer.accelerator=cpu"]
@@ -202,6 +222,7 @@ def test_init_starts_from_an_exported_encoder_and_probe_false_leaves_probes_out(
     assert not [name for name in read(folder / "summary.json") if name.startswith(("probe/", "finetune/"))]
 
 
+@blank
 def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
@@ -216,6 +237,7 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
 
 
+@blank
 def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
@@ -232,6 +254,7 @@ def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path):
     assert (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns == untouched
 
 
+@blank
 def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path):
     folder = tmp_path / "run"
     endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", "checkpoint.every_n_steps=2"]
@@ -266,13 +289,18 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp
 # The other commands
 
 
-@pytest.mark.parametrize("task", ["phone_linear", "speaker_utterance", "keyword"])
+FROZEN = ["upstream.path={encoder}", "downstream.layers=weighted_sum"]
+TUNED = ["upstream.path={encoder}", "downstream.train_encoder=true"]
+
+
 @pytest.mark.parametrize(
-    ("upstream", "options"),
+    ("task", "upstream", "options"),
     [
-        ("checkpoint", ["upstream.path={encoder}", "downstream.layers=weighted_sum"]),
-        ("features", ["data.label_fraction=0.5"]),
-        ("random", ["upstream.path={encoder}", "downstream.train_encoder=true"]),
+        ("phone_linear", "checkpoint", FROZEN),
+        ("phone_linear", "features", ["data.label_fraction=0.5"]),
+        ("phone_linear", "random", TUNED),
+        ("speaker_utterance", "checkpoint", FROZEN),
+        ("keyword", "random", TUNED),
     ],
 )
 def test_finetuning_leaves_a_run_that_evaluate_reproduces(made, tmp_path, task, upstream, options):
@@ -292,6 +320,7 @@ def test_finetuning_leaves_a_run_that_evaluate_reproduces(made, tmp_path, task, 
         assert read(folder / "evaluation.json") == pytest.approx(then, abs=1e-6)
 
 
+@blank
 def test_an_untrained_encoder_needs_no_path(made, tmp_path):
     succeed("finetune", *TINY, "upstream=random", "logger=none", f"hydra.run.dir={tmp_path / 'run'}")
     assert read(tmp_path / "run" / "metrics.json")["upstream"] == "random_encoder"
@@ -397,6 +426,7 @@ def test_a_benchmark_that_cannot_run_says_why_in_one_line():
 # Sweeps
 
 
+@blank
 def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
     options = ["attention=query_key,synthesizer_random", "seed=0,1", "probe=false", "logger=none", "trainer.max_steps=2"]
     out = succeed("pretrain", *TINY, "-m", *options, f"hydra.sweep.dir={tmp_path / 'sweep'}")
@@ -410,6 +440,7 @@ def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
     assert [line.split()[0] for line in table.splitlines()[1:]] == [*header, "wrote"]
 
 
+@blank
 def test_a_sweep_goes_on_after_a_failure_and_says_which_run_failed(made, tmp_path):
     sweep = tmp_path / "sweep"
     options = ["attention=synthesizer_dense,query_key", "positions=rotary", "seed=3", "probe=false", "logger=none"]
@@ -424,6 +455,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_which_run_failed(made, tmp_pat
     assert [row[0] for row in csv.reader((sweep / "sweep.csv").open())] == ["setting", "attention=query_key"]
 
 
+@blank
 def test_a_search_gets_the_validation_loss_to_minimise(made, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "optimizer.lr=interval(0.001,0.002)"]
@@ -435,6 +467,7 @@ def test_a_search_gets_the_validation_loss_to_minimise(made, tmp_path):
 # W&B
 
 
+@blank
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_wandb_runs_without_a_login(made, tmp_path, mode):
     wandb = pytest.importorskip("wandb")

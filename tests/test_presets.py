@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from functools import cache
 from itertools import islice
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lhotse import CutSet
 from lhotse.testing.dummies import dummy_cut
-from matplotlib.figure import Figure
 from mini_librispeech import demo_speech, make_mini_librispeech
 from omegaconf import OmegaConf
 
@@ -22,6 +20,8 @@ from audiot.data.batches import BatchStream
 
 PRETRAINING = [name for name in options("experiment") if "librispeech" in name]
 PROBING = [name for name in options("experiment") if name.startswith(("s3prl_", "superb_"))]
+# Presets that differ in the corpus alone run once: 100 and 960 hours of Mockingjay, and its 360, which are the study's.
+RUNNING = [name for name in PRETRAINING if not name.startswith("mockingjay_librispeech")]
 ATTENTION = options("attention")
 HOURS = {
     "100": ["train-clean-100"],
@@ -62,12 +62,11 @@ def mini(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(mini, tmp_path, monkeypatch):
-    """The current folder, an empty one. The miniature is prepared once for all tests; pictures, which take longest, are blank."""
+def folder(mini, tmp_path, monkeypatch, blank_pictures):
+    """The current folder, an empty one. The miniature is prepared once for all tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AUDIOT_DATA", str(mini.root.parent / "prepared"))
     monkeypatch.setattr("sys.argv", ["audiot"])
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
     return tmp_path
 
 
@@ -105,11 +104,11 @@ def test_a_pretraining_preset_is_the_published_recipe(name):
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_pretraining_preset_takes_every_attention_and_strategy(name):
-    for attention in ATTENTION if "study" in name else ("routing", "synthesizer_random"):
-        cfg = composed("pretrain", f"experiment={name}", f"attention={attention}")
+    for attention in ATTENTION if "study" in name else ("synthesizer_random",):
+        cfg = composed("pretrain", f"experiment={name}", f"attention={attention}", "trainer=ddp")
         assert cfg["attention"]["dropout"] == 0.1
         assert cfg["model"]["attention"] == cfg["attention"]
-    assert composed("pretrain", f"experiment={name}", "trainer=ddp")["trainer"]["strategy"] == "ddp"
+        assert cfg["trainer"]["strategy"] == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def published_probes():
         return OmegaConf.to_container(compose("pretrain", ["probes=librispeech_phones", *GIVEN]).probes)
 
 
-@pytest.mark.parametrize("name", [*PRETRAINING, "mockingjay_librispeech360 attention=synthesizer_dense"])
+@pytest.mark.parametrize("name", [*RUNNING, "mockingjay_librispeech360 attention=synthesizer_dense"])
 def test_a_pretraining_preset_runs_to_its_probes(mini, name, folder):
     short = {"trainer.max_steps=20000": "trainer.max_steps=2", "trainer.val_check_interval=2000": "trainer.val_check_interval=2"}
     probes = {}

@@ -136,7 +136,7 @@ def speech(kind, num_frames, seed, num_heads=6, head_dim=64):
     return query, key
 
 
-def found(kind, frames, num_frames, seeds=2, **options):
+def found(kind, frames, num_frames, seeds=1, **options):
     """Share of the 32 best keys that are found, a mean over draws of frames and projections."""
     recalls = [
         lsh.recall(make(kind, seed, num_heads=6, head_dim=64, **options).float(), *speech(frames, num_frames, seed))
@@ -150,12 +150,12 @@ def found(kind, frames, num_frames, seeds=2, **options):
 )
 def test_64_bits_find_the_expected_share_of_the_best_keys(kind, independent, clustered):
     assert found(kind, "independent", 512) == pytest.approx(independent, abs=0.03)
-    assert found(kind, "clustered", 512, seeds=4) == pytest.approx(clustered, abs=0.03)
+    assert found(kind, "clustered", 512, seeds=2) == pytest.approx(clustered, abs=0.03)
 
 
 def test_more_bits_find_more_of_the_best_keys_and_all_find_more_than_chance():
     chance = 32 / 512
-    recalls = [found(lsh.SimpleLSH, "independent", 512, seeds=1, num_bits=num_bits) for num_bits in (4, 16, 64, 256)]
+    recalls = [found(lsh.SimpleLSH, "independent", 512, num_bits=num_bits) for num_bits in (4, 16, 64, 256)]
     assert all(one + 0.02 < other for one, other in itertools.pairwise([chance, *recalls]))
 
 
@@ -165,7 +165,7 @@ def test_more_bits_find_more_of_the_best_keys_and_all_find_more_than_chance():
 )
 def test_a_chunked_search_finds_many_of_the_best_keys(kind, clustered):  # chance: 0.094
     assert found(kind, "clustered", 2048, search="chunked") >= clustered
-    assert found(kind, "independent", 2048, seeds=1, search="chunked") >= 0.15
+    assert found(kind, "independent", 2048, search="chunked") >= 0.15
 
 
 def test_recall_is_the_share_of_the_largest_products_among_the_chosen_keys():
