@@ -44,6 +44,63 @@ def test_training_lowers_the_loss_on_one_batch(pretraining):
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
 
 
+def shaped(model, num_utterances, num_tokens, device="cpu"):
+    """A batch of noise, nothing of it padded."""
+    generator = torch.Generator().manual_seed(num_utterances + num_tokens)
+    waveforms = 0.1 * torch.randn(num_utterances, model.model.features.num_samples(num_tokens), generator=generator)
+    keys = torch.arange(num_utterances) + 1
+    batch = {"waveforms": waveforms, "lengths": torch.full((num_utterances,), waveforms.shape[1]), "keys": keys}
+    return to_device(batch, torch.device(device))
+
+
+@pytest.mark.parametrize("objective", [{}, TERA], ids=["mockingjay", "tera"])
+def test_the_compiled_step_is_the_eager_one_in_few_graphs_without_breaks(pretraining, objective):
+    torch._dynamo.reset()
+    model, graphs = pretraining.module(**objective).eval(), []  # dropout off
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model.loss, backend=backend, fullgraph=True)
+    for num_utterances, num_tokens in ((3, 24), (2, 40), (2, 56), (4, 24), (5, 64), (3, 88)):
+        tokens, lengths, valid = model._features(shaped(model, num_utterances, num_tokens))
+        assert valid is None  # no mask where nothing is padded
+        eager = model.loss(tokens, lengths, keys := torch.arange(num_utterances), valid)
+        torch.testing.assert_close(compiled(tokens, lengths, keys, valid), eager)
+    assert len(graphs) == 2  # the first shape's, and one for all others
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_compiled_step_on_the_gpu_waits_for_nothing_and_learns_what_the_eager_one_learns(pretraining, graphs):
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        model = pretraining.module().cuda().eval()  # dropout off
+        if compiled:
+            model.compile_step(graphs=graphs)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        taken = []
+        for step in range(12):
+            batch = shaped(model, 3, (24, 40, 56)[step % 3], "cuda")
+            torch.cuda.set_sync_debug_mode("error" if step >= 9 else "default")
+            with torch.autocast("cuda", torch.bfloat16):
+                tokens, lengths, valid = model._features(batch)
+                loss = model.step_loss(tokens, lengths, batch["keys"], valid)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            taken.append(loss.detach())
+        losses.append(torch.stack(taken).tolist())
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
 @pytest.mark.parametrize("objective", [{}, TERA, {"mask_proportion": 0.9}], ids=["mockingjay", "tera", "dense"])
 def test_training_loss_equals_a_loop_over_all_frames(pretraining, objective):
     model, batch = pretraining.module(**objective).eval(), first_batch(pretraining, crop_s=None)  # dropout off
