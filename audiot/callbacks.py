@@ -165,13 +165,15 @@ class Throughput(Callback):
 
     def _warn(self, trainer: pl.Trainer, waited: float) -> None:
         """Tell, once, that training could be faster: on a GPU, beyond the first batches, which find the loaders starting."""
-        if waited > MAX_WAIT and not self.warned and trainer.global_step >= PATIENCE and self._gaps_are_known(trainer):
+        if (
+            waited > MAX_WAIT
+            and not self.warned
+            and trainer.global_step >= PATIENCE
+            and trainer.strategy.root_device.type == "cuda"
+        ):
             self.warned = True
             remedy = trainer.datamodule.faster_loading()  # type: ignore[attr-defined]
             rank_zero_warn(f"the GPU waits for data {waited:.0%} of the time: {remedy}")
-
-    def _gaps_are_known(self, trainer: pl.Trainer) -> bool:
-        return trainer.strategy.root_device.type == "cuda"
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, where the last batch ended: what starts the validation's loaders is no training."""

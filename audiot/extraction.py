@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from audiot.data.batches import ignore_interrupt
 from audiot.data.datamodule import useful_workers
 from audiot.data.prepare import BadAudioError
 from audiot.downstream.classifier import by_length, collate, read_audio, together
@@ -255,7 +255,7 @@ class Extractor:
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
             prefetch_factor=2 if workers else None,
         )
 
@@ -325,7 +325,3 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor.cpu()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers itself

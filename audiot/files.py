@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def printable(name: str) -> str:
+    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` when the block ends, and goes away if it fails."""

@@ -106,7 +106,7 @@ def _operator(
     output = torch.empty_like(update)
     mean, rstd = (torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device) for _ in range(2))
     if mean.numel():
-        _forward_kernel[_grid(mean)](
+        _forward_kernel[programs(mean.numel(), mean.device)](
             residual, update, weight, bias, seed, output, mean, rstd, mean.numel(), eps,
             *_dropping(dropout), **_constants(update, dropout),
         )  # fmt: skip
@@ -127,7 +127,7 @@ def _gradients(
     grad, residual, update = (tensor.contiguous() for tensor in (grad, residual, update))
     grad_residual = torch.empty_like(residual)
     grad_update = torch.empty_like(update) if dropout else update.new_empty(0)
-    grid = _grid(mean)
+    grid = programs(mean.numel(), mean.device)
     sums = torch.zeros(2, grid[0], update.shape[-1], dtype=torch.float32, device=update.device)
     if mean.numel():
         _backward_kernel[grid](
@@ -159,9 +159,16 @@ def _differentiate(ctx, grad, *_):
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
-def _grid(rows: Tensor) -> tuple[int]:
-    multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count if rows.is_cuda else 1
-    return (max(1, min(rows.numel(), PROGRAMS * multiprocessors)),)
+def programs(num_rows: int, device: torch.device) -> tuple[int]:
+    """Grid of programs that walk over rows."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (max(1, min(num_rows, PROGRAMS * multiprocessors)),)
+
+
+def row_shape(width: int) -> dict[str, int]:
+    """How a program holds a row of so many elements."""
+    block = max(16, triton.next_power_of_2(width))
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
 def _dropping(dropout: float) -> tuple[int, float]:
@@ -170,6 +177,4 @@ def _dropping(dropout: float) -> tuple[int, float]:
 
 
 def _constants(update: Tensor, dropout: float) -> dict[str, int | bool]:
-    dim = update.shape[-1]
-    block = max(16, triton.next_power_of_2(dim))
-    return {"D": dim, "BLOCK": block, "DROP": dropout > 0, "num_warps": min(16, max(1, block // 256))}
+    return {"D": update.shape[-1], "DROP": dropout > 0, **row_shape(update.shape[-1])}

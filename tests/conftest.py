@@ -64,6 +64,21 @@ def defaults_are_composed_once():
 
 
 @pytest.fixture
+def drawn(monkeypatch):
+    """Figures that were saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def remember(figure, *args, **options):
+        figures.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+@pytest.fixture
 def blank_pictures(monkeypatch):
     """Empty files for pictures, whose drawing takes longest of what a tiny run does."""
     from matplotlib.figure import Figure

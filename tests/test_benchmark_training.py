@@ -12,7 +12,6 @@ import soundfile
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from torch.func import functional_call
@@ -312,19 +311,6 @@ def test_slope_is_that_of_the_longer_half():
     assert log_slope([1, 2, 4, 8, 16], [7, 7, 7, 14, 28]) == pytest.approx(1)
     assert log_slope([10, 1000], [3, 300]) == pytest.approx(1)
     assert log_slope([10], [3]) is None
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures that were saved."""
-    figures, save = [], Figure.savefig
-
-    def remember(figure, *args, **options):
-        figures.append(figure)
-        return save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
 
 
 def test_bars_are_as_long_as_the_parts_and_stand_one_behind_the_other(tmp_path, drawn):

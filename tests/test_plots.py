@@ -53,19 +53,6 @@ def view(seed=0, length=40, num_frames=60):
     }
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures that were saved."""
-    figures, save = [], Figure.savefig
-
-    def remember(figure, *args, **options):
-        figures.append(figure)
-        return save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
-
-
 def test_reconstruction_shows_four_pictures_of_the_valid_frames(tmp_path, drawn):
     plot_reconstruction(view(), "utt7, step 3", tmp_path / "plots" / "reconstruction.png")
     assert picture(tmp_path / "plots" / "reconstruction.png").shape[:2] == (880, 1100)

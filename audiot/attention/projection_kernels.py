@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from audiot.positions import turn
-
-MAX_DIM = 8192  # of the model: a row has to fit into the registers of a program
-PROGRAMS = 8  # a multiprocessor
+from audiot.residual_kernels import MAX_DIM as MAX_DIM
+from audiot.residual_kernels import programs, row_shape
 
 
 @triton.jit
@@ -65,13 +64,11 @@ def merge_gradients(query: Tensor, key: Tensor, value: Tensor, table: Tensor) ->
     num_sequences, num_heads, num_frames, size = query.shape
     rows, width = num_sequences * num_frames, num_heads * size
     merged = query.new_empty(num_sequences, num_frames, 3 * width)
-    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
-    block = triton.next_power_of_2(width)
     if rows:
-        _merge_kernel[(min(rows, PROGRAMS * multiprocessors),)](
+        _merge_kernel[programs(rows, query.device)](
             query, key, value, table, merged, rows, num_frames, table.stride(0),
             *(stride for grad in (query, key, value) for stride in grad.stride()[:3]),
-            WIDTH=width, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+            WIDTH=width, SIZE=size, **row_shape(width),
         )  # fmt: skip
     return merged
 

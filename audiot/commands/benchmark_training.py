@@ -28,10 +28,9 @@ from audiot.benchmark import Failed, MismatchError, attempt, quartiles
 from audiot.callbacks import Interrupted, Throughput
 from audiot.cli import options
 from audiot.commands.benchmark import Entry, check_choices
-from audiot.commands.common import data_options, make_trainer, open_corpus, say
-from audiot.commands.pretrain import build, wants_graphs
+from audiot.commands.common import make_trainer, open_corpus, say
+from audiot.commands.pretrain import build, open_data, wants_graphs
 from audiot.data.batches import Batch, crop_lengths
-from audiot.data.datamodule import SpeechDataModule
 from audiot.features import Features
 from audiot.files import replacing, write_csv
 from audiot.optimization import configure
@@ -415,9 +414,7 @@ class TrainingBenchmark:
             if lengths is not None and lengths[-1] != given:
                 cropped = module.model.features.num_tokens(lengths[-1])
                 raise ValueError(f"the program crops to {cropped} frames: set that, a multiple of 64 (of 8 below 512)")
-            data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
-            if module.model.features.cmvn == "global":
-                module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
+            data = open_data(cfg, module, corpus)
             if self.compiled:
                 module.compile_step(graphs=wants_graphs(trainer))
             callbacks = trainer.callbacks  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from audiot.data.prepare import BadAudioError, PreparedCorpus, open_audio
 from audiot.devices import find_device
 from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
 from audiot.extraction import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
+from audiot.files import printable
 from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
 
@@ -138,7 +139,7 @@ def main(arguments: list[str]) -> None:
         write_index(folder, shards)
     _report(folder, settings, mine, left, speed)
     if failures:
-        listed = "\n".join(f"  {_printable(name)}: {reason}" for name, reason in failures.items())
+        listed = "\n".join(f"  {printable(name)}: {reason}" for name, reason in failures.items())
         sys.exit(f"audiot: error: {len(failures)} utterances can't be used:\n{listed}")
 
 
@@ -155,11 +156,6 @@ def _compile_error() -> type[Exception]:
     from torch._dynamo.exc import BackendCompilerFailed
 
     return BackendCompilerFailed
-
-
-def _printable(name: str) -> str:
-    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _report(
@@ -240,7 +236,7 @@ def _files(name: str, failures: Failures) -> list[Utterance]:
         if isinstance(header, str):
             failures[path] = header
         else:
-            found.append(Utterance(_printable(Path(path).relative_to(base).with_suffix("").as_posix()), path, *header))
+            found.append(Utterance(printable(Path(path).relative_to(base).with_suffix("").as_posix()), path, *header))
     return found
 
 

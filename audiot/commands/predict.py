@@ -16,6 +16,7 @@ from audiot.data.corpora.folder import READABLE, UNREADABLE
 from audiot.downstream.classifier import load_classifier
 from audiot.downstream.objectives import Row
 from audiot.downstream.verification import Verification
+from audiot.files import printable
 
 
 def main(arguments: list[str]) -> None:
@@ -59,16 +60,11 @@ def main(arguments: list[str]) -> None:
         _print(f"{first:<{width}}  {second:<{width}}  {cosine:6.3f}")
     if bad:
         listed = "\n".join(bad)
-        sys.exit(_printable(f"audiot: error: {len(bad)} of {len(paths)} files can't be used:\n{listed}"))
+        sys.exit(printable(f"audiot: error: {len(bad)} of {len(paths)} files can't be used:\n{listed}"))
 
 
 def _print(text: str) -> None:
-    tqdm.write(_printable(text), file=sys.stdout)  # above the bar
-
-
-def _printable(text: str) -> str:
-    """A file name need not be UTF-8: its odd bytes as ``\\xNN``."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    tqdm.write(printable(text), file=sys.stdout)  # above the bar
 
 
 def audio_files(name: str) -> Iterator[str]:

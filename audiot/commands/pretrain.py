@@ -35,6 +35,7 @@ from audiot.commands.common import (
 from audiot.commands.probing import check_probes, run_probes
 from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
+from audiot.data.prepare import PreparedCorpus
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
 
@@ -60,10 +61,7 @@ def main(cfg: DictConfig) -> float:
     _check_rate(module, corpus.sample_rate)
     if cfg.probe:
         check_probes(cfg, run, corpus)
-    lengths = crop_lengths(module.model.features, cfg.data.crop_s, cfg.data.num_lengths)
-    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
-    if module.model.features.cmvn == "global" and not cfg.init:
-        module.model.features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
+    data = open_data(cfg, module, corpus)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     compiled = wants_compile(cfg, trainer.strategy.root_device)
@@ -105,6 +103,16 @@ def main(cfg: DictConfig) -> float:
     write_json(run / "summary.json", summary)
     say(report(run))
     return loss
+
+
+def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
+    """Batches for pre-training; fits the global statistics of the features, where they have some and none yet."""
+    features = module.model.features
+    lengths = crop_lengths(features, cfg.data.crop_s, cfg.data.num_lengths)
+    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
+    if features.cmvn == "global" and not cfg.init:
+        features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
+    return data
 
 
 def wants_compile(cfg: DictConfig, device: torch.device) -> bool:

@@ -361,8 +361,9 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch  # which PyTorch would look through for arrays, name by name
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers itself
+def ignore_interrupt(worker: int) -> None:
+    """What a loader's worker starts with: Ctrl-C is for the main process, which ends the workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
@@ -375,7 +376,7 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream.training,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
         prefetch_factor=4 if num_workers else None,
     )
 

@@ -28,7 +28,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from audiot.files import read_json, replacing_gzip, replacing_text, write_json
+from audiot.files import printable, read_json, replacing_gzip, replacing_text, write_json
 
 if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
     from lhotse import CutSet
@@ -572,8 +572,8 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
 def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, settings: dict[str, Any]) -> PreparedCorpus:
     """Manifests and rejected.csv, then corpus.json, which makes the folder complete."""
     sample_rate = settings["prepare"]["sample_rate"]
-    rejected = [("", _printable(path), reason) for path, reason in corpus.rejected]
-    rejected += [(line["id"], _printable(line["path"]), line["reason"]) for line in results if "reason" in line]
+    rejected = [("", printable(path), reason) for path, reason in corpus.rejected]
+    rejected += [(line["id"], printable(line["path"]), line["reason"]) for line in results if "reason" in line]
     good = {result["id"]: result for result in results if "reason" not in result}
     report = directory / "rejected.csv"
     with replacing_text(report) as stream:
@@ -617,8 +617,3 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
     summary = f"{len(good):,} utterances, {total_hours:.2f} h ({parts}), {len(rejected):,} rejected{lowered}"
     print(f"prepared {summary}: {directory}", flush=True)
     return PreparedCorpus.load(directory)
-
-
-def _printable(path: str) -> str:
-    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
