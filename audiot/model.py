@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from audiot.attention import SelfAttention
+from audiot.feed_forward import FeedForward
 from audiot.positions import Positions
 from audiot.residual import residual_norm
 
@@ -41,7 +42,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = attention
         self.attention_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.ffn = nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, embed_dim))
+        self.ffn = FeedForward(embed_dim, ffn_dim)
         self.ffn_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = norm == "pre"
@@ -156,10 +157,10 @@ class Encoder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """Input embedding: features (B, T, C) → (B, T, d)."""
         embedded = self.positions(self.input(features))
-        hidden = self.dropout(self.input_norm(embedded))
+        hidden = self.input_norm(embedded)
         # LayerNorm gives float32 under autocast. With post-LN every state is normalised anew and half precision will do, which
         # halves what the layers read and write; with pre-LN states are one long sum, which would round more with every layer.
-        return hidden if self.pre_norm else hidden.to(embedded.dtype)
+        return self.dropout(hidden if self.pre_norm else hidden.to(embedded.dtype))
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Encode a batch.

@@ -128,8 +128,10 @@ def _gradients(
     grad_residual = torch.empty_like(residual)
     grad_update = torch.empty_like(update) if dropout else update.new_empty(0)
     grid = programs(mean.numel(), mean.device)
-    sums = torch.zeros(2, grid[0], update.shape[-1], dtype=torch.float32, device=update.device)
-    if mean.numel():
+    sums = torch.empty(2, grid[0], update.shape[-1], dtype=torch.float32, device=update.device)
+    if not mean.numel():
+        sums.zero_()
+    else:
         _backward_kernel[grid](
             grad, residual, update, weight, seed, mean, rstd, grad_residual, grad_update, sums[0], sums[1], mean.numel(),
             *_dropping(dropout), **_constants(update, dropout),

@@ -1,7 +1,8 @@
-"""Queries, keys and values of one projection, turned by rotary positions: the backward pass as one Triton kernel.
+"""Queries, keys and values of one projection, turned by rotary positions: in place, and the backward pass as one Triton kernel.
 
 Compiled, the gradients of three heads' tensors and the turning back of two of them become one kernel over the joint projection
-whose index arithmetic takes five times as long as its memory traffic. Here a program takes a row and reads each piece in order.
+whose index arithmetic takes five times as long as its memory traffic. Here a program takes a row and reads each piece in order,
+and adds it to the bias's gradient while it is at hand.
 """
 
 from __future__ import annotations
@@ -9,88 +10,171 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiot.positions import turn
 from audiot.residual_kernels import MAX_DIM as MAX_DIM
 from audiot.residual_kernels import programs, row_shape
 
 
 @triton.jit
-def _turned_back(grad, b, t, grad_b, grad_h, grad_t, table, sine, column, inside, SIZE: tl.constexpr):
-    """A row of a gradient (B, H, T, D), turned by the negative angles of its frame."""
-    place = grad + b * grad_b + (column // SIZE) * grad_h + t * grad_t
-    element = column % SIZE
-    own = tl.load(place + element, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(place + (element ^ 1), mask=inside, other=0.0).to(tl.float32)
-    angle = table + t * SIZE + element
-    cos = tl.load(angle, mask=inside, other=0.0)
-    sin = tl.load(angle + sine, mask=inside, other=0.0)
-    return own * cos - other * sin
-
-
-@triton.jit
-def _merge_kernel(
-    query, key, value, table, merged, num_rows, num_frames, sine,
-    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _turn_kernel(
+    projected, table, num_rows, num_frames, sine, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        b, t = row // num_frames, row % num_frames
+        angle = table + (row % num_frames) * SIZE + column % SIZE
+        cos = tl.load(angle, mask=inside, other=0.0)
+        sin = tl.load(angle + sine, mask=inside, other=0.0)
+        for part in tl.static_range(2):  # queries, keys
+            place = projected + row * (3 * WIDTH) + part * WIDTH + column
+            own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            first, second = tl.split(tl.reshape(own, [BLOCK // 2, 2]))
+            other = tl.reshape(tl.join(second, first), [BLOCK])
+            tl.store(place, (own * cos + other * sin).to(projected.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(frames, place, cos, sin, inside, BLOCK: tl.constexpr):
+    """A row of heads, float32, turned by the angles of its frame."""
+    own = tl.load(frames + place, mask=inside, other=0.0).to(tl.float32)
+    first, second = tl.split(tl.reshape(own, [BLOCK // 2, 2]))
+    return own * cos + tl.reshape(tl.join(second, first), [BLOCK]) * sin
+
+
+@triton.jit
+def _turn_kernel(
+    query, key, table, num_rows, num_frames, sine, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        place = row * WIDTH + column
+        angle = table + (row % num_frames) * SIZE + column % SIZE
+        cos = tl.load(angle, mask=inside, other=0.0)
+        sin = tl.load(angle + sine, mask=inside, other=0.0)
+        tl.store(query + place, _turned(query, place, cos, sin, inside, BLOCK).to(query.dtype.element_ty), mask=inside)
+        tl.store(key + place, _turned(key, place, cos, sin, inside, BLOCK).to(key.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge_kernel(
+    query, key, value, table, merged, sums, num_rows, num_frames, sine,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    query_sum = tl.zeros([BLOCK], tl.float32)
+    key_sum = tl.zeros([BLOCK], tl.float32)
+    value_sum = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        place = row * WIDTH + column
+        angle = table + (row % num_frames) * SIZE + column % SIZE
+        cos = tl.load(angle, mask=inside, other=0.0)
+        sin = -tl.load(angle + sine, mask=inside, other=0.0)  # backwards
+        turned_query = _turned(query, place, cos, sin, inside, BLOCK)
+        turned_key = _turned(key, place, cos, sin, inside, BLOCK)
+        plain = tl.load(value + place, mask=inside, other=0.0).to(tl.float32)
+        query_sum += turned_query
+        key_sum += turned_key
+        value_sum += plain
         place = merged + row * (3 * WIDTH) + column
-        turned = _turned_back(query, b, t, query_b, query_h, query_t, table, sine, column, inside, SIZE)
-        tl.store(place, turned.to(merged.dtype.element_ty), mask=inside)
-        turned = _turned_back(key, b, t, key_b, key_h, key_t, table, sine, column, inside, SIZE)
-        tl.store(place + WIDTH, turned.to(merged.dtype.element_ty), mask=inside)
-        plain = tl.load(value + b * value_b + (column // SIZE) * value_h + t * value_t + column % SIZE, mask=inside, other=0.0)
-        tl.store(place + 2 * WIDTH, plain, mask=inside)
+        tl.store(place, turned_query.to(merged.dtype.element_ty), mask=inside)
+        tl.store(place + WIDTH, turned_key.to(merged.dtype.element_ty), mask=inside)
+        tl.store(place + 2 * WIDTH, plain.to(merged.dtype.element_ty), mask=inside)
+    place = sums + tl.program_id(0).to(tl.int64) * (3 * WIDTH) + column
+    tl.store(place, query_sum, mask=inside)
+    tl.store(place + WIDTH, key_sum, mask=inside)
+    tl.store(place + 2 * WIDTH, value_sum, mask=inside)
+
+
+@torch.library.custom_op("audiot::project_and_turn", mutates_args=())
+def project_and_turn(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of frames (B, T, d), each (B, T, H·D), the first two turned where they lie.
+
+    A product for each: of one for all, values would have to be copied out.
+    """
+    biases = [None] * 3 if bias is None else bias.chunk(3)
+    query, key, value = (F.linear(hidden, part, own) for part, own in zip(weight.chunk(3), biases, strict=True))
+    num_sequences, num_frames, width = query.shape
+    rows = num_sequences * num_frames
+    if rows:
+        _turn_kernel[programs(rows, hidden.device)](
+            query, key, table, rows, num_frames, table.stride(0), WIDTH=width, SIZE=head_dim, **row_shape(width)
+        )
+    return query, key, value
+
+
+@project_and_turn.register_fake
+def _(hidden, weight, bias, table, head_dim):
+    query, key, value = (hidden.new_empty(*hidden.shape[:-1], len(weight) // 3) for _ in range(3))
+    return query, key, value
 
 
 @torch.library.custom_op("audiot::merge_gradients", mutates_args=())
-def merge_gradients(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-    """Gradient of the joint projection (B, T, 3·H·D) of those of turned queries and keys, and of values (B, H, T, D).
+def merge_gradients(query: Tensor, key: Tensor, value: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Gradient of a joint projection of those of turned queries and keys, and of values, each (B, T, H·D).
 
-    Args:
-        query: Gradient of the queries.
-        key: Gradient of the keys.
-        value: Gradient of the values.
-        table: Of `audiot.positions.Rotary`, float32 (2, at least T, D).
+    Returns:
+        The gradient (B·T, 3·H·D), and its sum over rows, float32 (3·H·D,).
     """
-    query, key, value = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (query, key, value))
-    num_sequences, num_heads, num_frames, size = query.shape
-    rows, width = num_sequences * num_frames, num_heads * size
-    merged = query.new_empty(num_sequences, num_frames, 3 * width)
-    if rows:
-        _merge_kernel[programs(rows, query.device)](
-            query, key, value, table, merged, rows, num_frames, table.stride(0),
-            *(stride for grad in (query, key, value) for stride in grad.stride()[:3]),
-            WIDTH=width, SIZE=size, **row_shape(width),
+    query, key, value = (grad.contiguous() for grad in (query, key, value))
+    num_sequences, num_frames, width = query.shape
+    rows = num_sequences * num_frames
+    merged = query.new_empty(rows, 3 * width)
+    grid = programs(rows, query.device)
+    sums = torch.empty(grid[0], 3 * width, dtype=torch.float32, device=query.device)
+    if not rows:
+        sums.zero_()
+    else:
+        _merge_kernel[grid](
+            query, key, value, table, merged, sums, rows, num_frames, table.stride(0),
+            WIDTH=width, SIZE=head_dim, **row_shape(width),
         )  # fmt: skip
-    return merged
+    return merged, sums.sum(dim=0)
 
 
 @merge_gradients.register_fake
-def _(query, key, value, table):
-    num_sequences, num_heads, num_frames, size = query.shape
-    return query.new_empty(num_sequences, num_frames, 3 * num_heads * size)
+def _(query, key, value, table, head_dim):
+    num_sequences, num_frames, width = query.shape
+    return query.new_empty(num_sequences * num_frames, 3 * width), table.new_empty(3 * width)
 
 
-class SplitAndTurn(torch.autograd.Function):
-    """Joint projection (B, T, 3·H·D) → turned queries and keys, and values, (B, H, T, D) each."""
+class ProjectAndTurn(torch.autograd.Function):
+    """Frames (B, T, d) → turned queries and keys, and values, (B, T, H·D) each, in the precision of the frames.
 
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn by the angles of `table` (2, at least T, D); see `audiot.positions.turn`."""
-        ctx.save_for_backward(table)
-        query, key, value = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        frames = table[:, : projected.shape[1]]
-        return turn(query, frames), turn(key, frames), value.clone()
+    They come before they are split into heads: Dynamo (PyTorch 2.11) loses the gradients of results that are views.
+    """
 
     @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, head_dim: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project and turn.
+
+        Args:
+            ctx: What the backward pass needs.
+            hidden: (B, T, d).
+            weight: Of queries, keys and values (3·H·D, d), in any precision.
+            bias: (3·H·D,), or None.
+            table: Of `audiot.positions.Rotary`, float32 (2, at least T, D).
+            head_dim: D.
+        """
+        used = weight.to(hidden.dtype)
+        ctx.save_for_backward(hidden, used, table)
+        ctx.head_dim, ctx.weight_dtype, ctx.bias_dtype = head_dim, weight.dtype, None if bias is None else bias.dtype
+        return project_and_turn(hidden, used, None if bias is None else bias.to(hidden.dtype), table, head_dim)
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Turn back and merge."""
-        return merge_gradients(query, key, value, *ctx.saved_tensors), None, None
+        hidden, weight, table = ctx.saved_tensors
+        merged, summed = merge_gradients(query, key, value, table, ctx.head_dim)
+        grad_weight = merged.T @ hidden.flatten(0, 1)
+        grad_bias = None if ctx.bias_dtype is None else summed.to(ctx.bias_dtype)
+        return (merged @ weight).view_as(hidden), grad_weight.to(ctx.weight_dtype), grad_bias, None, None

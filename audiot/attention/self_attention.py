@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
+from audiot.devices import autocast_dtype
 from audiot.positions import Positions, Rotary
 
 try:
@@ -107,35 +108,37 @@ class SelfAttention(nn.Module):
         if "hidden" in names:
             inputs["hidden"] = hidden
         wanted = [name for name in PROJECTIONS if name in names]
-        projected = self._project(hidden, [getattr(self, name) for name in wanted])
-        if len(projected) == 1 and self._turns_here(projected[0], wanted):
-            assert projection_kernels is not None
-            assert isinstance(self.positions, Rotary)
-            factors = self.positions.factors(hidden.shape[1], torch.float32)
-            heads = projection_kernels.SplitAndTurn.apply(projected[0], factors, self.num_heads)
-            return inputs | dict(zip(wanted, heads, strict=True), positions=None)
-        if len(projected) < len(wanted):
-            projected = projected[0].chunk(len(wanted), dim=-1)
+        layers = [getattr(self, name) for name in wanted]
+        if len(layers) < 2 or any(type(layer) is not nn.Linear for layer in layers):  # replaced by an adapter, say
+            projected: Sequence[Tensor] = [layer(hidden) for layer in layers]
+        else:
+            weight = torch.cat([layer.weight for layer in layers])
+            bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+            if self._turns_here(hidden, wanted):
+                projected = self._turned(hidden, weight, bias)
+                inputs["positions"] = None
+            else:
+                projected = F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
         for name, frames in zip(wanted, projected, strict=True):
             inputs[name] = frames.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return inputs
 
-    def _project(self, hidden: Tensor, layers: list[nn.Module]) -> Sequence[Tensor]:
-        """The projections of (B, T, d), each (B, T, d): as one tensor (B, T, n·d) where all are plain linear layers."""
-        if len(layers) < 2 or any(type(layer) is not nn.Linear for layer in layers):  # replaced by an adapter, say
-            return [layer(hidden) for layer in layers]
-        weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
-        return [F.linear(hidden, weight, bias)]
+    def _turned(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
+        """Queries, keys and values (B, T, d) of a joint projection, turned by rotary positions."""
+        assert projection_kernels is not None
+        assert isinstance(self.positions, Rotary)
+        angles = self.positions.factors(hidden.shape[1], torch.float32)
+        frames = hidden.to(autocast_dtype(hidden))
+        return projection_kernels.ProjectAndTurn.apply(frames, weight, bias, angles, self.embed_dim // self.num_heads)
 
-    def _turns_here(self, projected: Tensor, wanted: list[str]) -> bool:
+    def _turns_here(self, hidden: Tensor, wanted: list[str]) -> bool:
         """Whether a kernel merges the gradients: of queries, keys and values with rotary positions, in half precision on CUDA."""
         return (
             projection_kernels is not None
             and isinstance(self.positions, Rotary)
             and wanted == list(PROJECTIONS)
             and not getattr(self.mechanism, "rotates_itself", False)
-            and projected.is_cuda
-            and projected.dtype in (torch.bfloat16, torch.float16)
+            and hidden.is_cuda
+            and autocast_dtype(hidden) in (torch.bfloat16, torch.float16)
             and self.embed_dim <= projection_kernels.MAX_DIM
         )
