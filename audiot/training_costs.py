@@ -27,30 +27,32 @@ from audiot.data.batches import Batch
 from audiot.pretraining import MaskedAcousticModel
 
 BASELINE = "query_key"
-SCOPES = ("encoder", "step", "program")
+SCOPES = ("inference", "encoder", "step", "program")
 PARTS = ("data", "features", "masking", "forward", "backward", "optimiser", "other")
 HOW = """\
 Sequences of T frames of the encoder, B a batch, nothing padded; dropout: hidden/attention. frames/s count real spectrogram \
 frames, `features.stack` to a frame of the encoder.
 
+- inference: waveforms that are ready to the hidden states of all layers, by the encoder that `audiot.load_encoder` gives, \
+weights in the precision of the run; no masks, no head.
 - encoder: forward and backward of the encoder on features that are ready; the loss is the mean magnitude of its output.
 - step: features, masking, encoder, head, L1, backward, clipping, optimiser on waveforms that are ready.
 - program: prepared audio through the Trainer, with callbacks, loggers, a validation and a checkpoint. frames/s leave \
 validation out, as the program's own figure does; wall has both in it, far more often than a recipe does.
 
-ms: the median step; a GPU is timed by its own events, without waiting for it in between. MiB: the most \
-that PyTorch held of the card in a step (CUDA graphs keep their memory), \
-parameters and optimiser included, validation left out. First call: the first step, compilation included.
+ms: the median step; a GPU is timed by its own events, without waiting for it in between. MiB: the peak \
+of a step, parameters and optimiser included, validation left out; where steps are CUDA graphs, which keep their memory, of all \
+that PyTorch holds of the card. First call: the first step, compilation included.
 
 Where the step goes: between the device's own time marks. Masking is computed inside the loss: it is timed by itself and \
 taken from forward, so what is fused there shows as too much masking and too little forward. data: the device waits for a \
 batch; other: what else lies between two steps.
 
-FLOPs: three times those of the matrix products in a forward pass (a backward pass has two for each) of the encoder, and in \
-step and program of the head on the frames that it may have to predict, counted by shape, fused attention as QKᵀ and AV. \
-Softmax, norms, features and what a backward pass computes again are left out. A frame of the encoder with `query_key`, d \
-wide, f in its feed-forward networks, of c channels: 6·(layers·(4·d² + 2·d·f) + c·d) + 12·T·d·layers; with \
-`synthesizer_random` 6·(layers·(2·d² + 2·d·f) + c·d) + 6·T·d·layers.
+FLOPs: three times those of the matrix products in a forward pass (a backward pass has two for each; inference has none) of \
+the encoder, and in step and program of the head on the frames that it may have to predict, counted by shape, fused attention \
+as QKᵀ and AV. Softmax, norms, features and what a backward pass computes again are left out. A frame of the encoder with \
+`query_key`, d wide, f in its feed-forward networks, of c channels: 6·(layers·(4·d² + 2·d·f) + c·d) + 12·T·d·layers; with \
+`synthesizer_random` 6·(layers·(2·d² + 2·d·f) + c·d) + 6·T·d·layers; in inference a third of that.
 
 FLOPs a byte (roofline): over the bytes that these products alone must move, each reading its operands and writing its \
 result once in the precision of the run, fused attention as one product. The true traffic is larger, so a point's true place \
@@ -122,10 +124,12 @@ class ProgramClock(Callback):
         first: Steps before.
         count: Steps measured.
         device: Where they are computed.
+        graphs: Whether steps are replayed as CUDA graphs.
     """
 
-    def __init__(self, throughput: Throughput, first: int, count: int, device: torch.device) -> None:
+    def __init__(self, throughput: Throughput, first: int, count: int, device: torch.device, graphs: bool = False) -> None:
         self.throughput = throughput
+        self.graphs = graphs
         self.first = first
         self.count = count
         self.device = device
@@ -204,7 +208,12 @@ class ProgramClock(Callback):
 
     def _note_peak(self) -> None:
         if self.device.type == "cuda":
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_reserved(self.device))
+            self.peak_bytes = max(self.peak_bytes, peak_bytes(self.device, self.graphs))
+
+
+def peak_bytes(device: torch.device, graphs: bool) -> int:
+    """The most memory of tensors since the last reset; of all that PyTorch holds, where CUDA graphs keep theirs to themselves."""
+    return torch.cuda.max_memory_reserved(device) if graphs else torch.cuda.max_memory_allocated(device)
 
 
 class Work(NamedTuple):

@@ -90,7 +90,7 @@ def test_every_scope_has_a_row_and_all_files_are_written(speech, hydra_started):
     with (run / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["attention"], row["positions"], row["scope"], row["note"]) for row in rows] == [
-        ("query_key", "rotary", scope, "") for scope in ("encoder", "step", "program")
+        ("query_key", "rotary", scope, "") for scope in ("inference", "encoder", "step", "program")
     ]
     for row in rows:
         assert float(row["q25_ms"]) <= float(row["median_ms"]) <= float(row["q75_ms"])
@@ -99,11 +99,13 @@ def test_every_scope_has_a_row_and_all_files_are_written(speech, hydra_started):
         )
         assert row["steps"] == "2"
         shares = [float(value) for name, value in row.items() if name.startswith("share_") and name != "share_of_peak" and value]
-        assert sum(shares) == (0 if row["scope"] == "encoder" else pytest.approx(1, abs=0.02))
-    for row in rows[:2]:  # B · T frames of the encoder, three spectrogram frames each
+        assert sum(shares) == (0 if row["scope"] in ("inference", "encoder") else pytest.approx(1, abs=0.02))
+    forward, whole = (float(row["tflops"]) * float(row["median_ms"]) for row in rows[:2])
+    assert whole == pytest.approx(3 * forward, rel=1e-3)
+    for row in rows[:3]:  # B · T frames of the encoder, three spectrogram frames each
         assert float(row["frames_per_s"]) * float(row["median_ms"]) / 1000 == pytest.approx(48, rel=0.02)
-    assert 0 < float(rows[2]["wall_frames_per_s"]) < float(rows[2]["frames_per_s"]) * 1.5
-    assert float(rows[2]["validation_s"]) > 0
+    assert 0 < float(rows[3]["wall_frames_per_s"]) < float(rows[3]["frames_per_s"]) * 1.5
+    assert float(rows[3]["validation_s"]) > 0
     report = (run / "table.md").read_text()
     assert "| small | query_key | 2 × 8 | 0.1/0 | program |" in report
     assert "12·T·d·layers" in report

@@ -1,4 +1,4 @@
-"""``audiot benchmark benchmark=training``: the encoder alone, the whole step, and the whole program of pre-training."""
+"""``audiot benchmark benchmark=training``: inference, the encoder alone, the whole step, the whole program of pre-training."""
 
 from __future__ import annotations
 
@@ -96,11 +96,12 @@ class Running:
 
 
 class TrainingBenchmark:
-    """Pre-training in three scopes, each composed as ``audiot pretrain`` composes it.
+    """Pre-training in four scopes, each composed as ``audiot pretrain`` composes it.
 
-    ``encoder``: forward and backward of the encoder alone, features ready, nothing masked, no head. ``step``: all of a training
-    step, the waveforms ready on the device. ``program``: prepared audio through the Trainer with its callbacks and loggers, a
-    validation and a checkpoint on the way.
+    ``inference``: hidden states of waveforms that are ready on the device, as an exported encoder computes them. ``encoder``:
+    forward and backward of the encoder alone, features ready, nothing masked, no head. ``step``: all of a training step, the
+    waveforms ready on the device. ``program``: prepared audio through the Trainer with its callbacks and loggers, a validation
+    and a checkpoint on the way.
 
     Args:
         experiment: Of `conf/experiment`, which all configurations start from; None: the defaults.
@@ -108,11 +109,11 @@ class TrainingBenchmark:
         attentions: Names of `conf/attention`, or mappings with the keys of `Entry`; speed-ups are over ``query_key``.
         shapes: Mappings of ``frames`` (of the encoder, a sequence) and ``batch`` (sequences).
         dropouts: Mappings of ``hidden`` and ``attention``.
-        scopes: Of ``encoder``, ``step``, ``program``.
+        scopes: Of ``inference``, ``encoder``, ``step``, ``program``.
         positions: A name of `conf/positions` for all, or ``own``: what each mechanism's file chooses.
         precision: The Trainer's: ``32-true`` or ``bf16-mixed``.
         compile: ``true``, ``false``, or ``auto``: on GPUs, as in training.
-        steps: Steps in a row, of the encoder and of the step.
+        steps: Steps in a row, of all but the program.
         rounds: Times so many; in each, all mechanisms take turns.
         program_steps: Steps of the program.
         warmup_steps: Steps of the program before those.
@@ -234,7 +235,7 @@ class TrainingBenchmark:
                 with torch._dynamo.config.patch(recompile_limit=100):
                     yield self._programs(place, folder) if scope == "program" else self._side_by_side(place, scope)
 
-    # Encoder and step
+    # Inference, encoder and step
 
     def _side_by_side(self, place: Place, scope: str) -> list[Row]:
         """Measure all mechanisms in rounds: whatever slows the machine down for a while hits all alike."""
@@ -268,14 +269,19 @@ class TrainingBenchmark:
         if entry.max_length is not None and place.frames > entry.max_length:
             raise ValueError(f"longer than max_length {entry.max_length:,}")
         benchmark.free_memory()
-        before = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        on_gpu = self.device.type == "cuda"
+        graphs = scope == "step" and self.compiled and on_gpu
+        before = (torch.cuda.memory_reserved if graphs else torch.cuda.memory_allocated)(self.device) if on_gpu else 0
         cfg, positions = self._config(entry, place, Path("unused"))
         pl.seed_everything(self.seed, verbose=False)
         module = build(cfg).train()
         work = attempt(partial(self._work, module, place, scope))
         module = module.to(self.device)
-        watch = Stopwatch(self.device, "backward" if scope == "encoder" else "optimiser")
-        call = self._encoder(module, place, watch) if scope == "encoder" else self._step(module, cfg, place, watch)
+        watch = Stopwatch(self.device, {"inference": "forward", "encoder": "backward", "step": "optimiser"}[scope])
+        if scope == "step":
+            call = self._step(module, cfg, place, watch)
+        else:
+            call = {"inference": self._inference, "encoder": self._encoder}[scope](module, place, watch)
         row = self._row(entry, place, scope, positions)
         frames = place.batch * place.frames * module.model.features.stack
         running = Running(row, call, watch, frames, None if isinstance(work, Failed) else work)
@@ -287,15 +293,29 @@ class TrainingBenchmark:
         running.compile_s = time.perf_counter() - begin
         for _ in range(WARM_UP):
             call()
-        if self.device.type == "cuda":
+        if on_gpu:
             benchmark.synchronise(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             call()
             benchmark.synchronise(self.device)
-            running.peak_mib = round((torch.cuda.max_memory_reserved(self.device) - before) / 2**20)
+            running.peak_mib = round((costs.peak_bytes(self.device, graphs) - before) / 2**20)
         if scope == "step":
             running.masking_s = self._masking_s(module, place)
         return running
+
+    def _inference(self, module: MaskedAcousticModel, place: Place, watch: Stopwatch) -> Callable[[], Tensor]:
+        model = module.model.eval().to(PRECISIONS[self.precision])
+        batch = self._batch(model.features, place)
+        if self.compiled:
+            model.compile()
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                hidden, _ = model(batch["waveforms"], batch["lengths"])
+            watch.mark("forward")
+            return hidden[-1, :, 0].float().abs().mean()
+
+        return call
 
     def _encoder(self, module: MaskedAcousticModel, place: Place, watch: Stopwatch) -> Callable[[], Tensor]:
         encoder = module.model.encoder
@@ -382,10 +402,10 @@ class TrainingBenchmark:
             peak_mib=running.peak_mib,
             compile_s=running.compile_s,
             steps=len(steps),
-            **self._rates(running.work, running.frames / middle, running.frames),
+            **self._rates(running.work, running.frames / middle, running.frames, running.row.scope),
             note="; ".join(running.notes),
         )
-        return row if row.scope == "encoder" else replace(row, **costs.shares_of(steps, running.masking_s))
+        return replace(row, **costs.shares_of(steps, running.masking_s)) if row.scope == "step" else row
 
     # The program
 
@@ -415,11 +435,12 @@ class TrainingBenchmark:
                 cropped = module.model.features.num_tokens(lengths[-1])
                 raise ValueError(f"the program crops to {cropped} frames: set that, a multiple of 64 (of 8 below 512)")
             data = open_data(cfg, module, corpus)
+            graphs = self.compiled and wants_graphs(trainer)
             if self.compiled:
-                module.compile_step(graphs=wants_graphs(trainer))
+                module.compile_step(graphs)
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             throughput = next(callback for callback in callbacks if isinstance(callback, Throughput))
-            clock = ProgramClock(throughput, self.warmup_steps, self.program_steps, self.device)
+            clock = ProgramClock(throughput, self.warmup_steps, self.program_steps, self.device, graphs)
             callbacks.insert(0, clock)
             try:
                 trainer.fit(module, data)
@@ -438,7 +459,7 @@ class TrainingBenchmark:
             compile_s=clock.compile_s,
             validation_s=clock.validation_s,
             steps=self.program_steps,
-            **self._rates(None if isinstance(work, Failed) else work, frames / middle, frames),
+            **self._rates(None if isinstance(work, Failed) else work, frames / middle, frames, "program"),
             **costs.shares_of(steps, masking_s, throughput.data_wait),
             note=f"matrix products not counted ({work.reason})" if isinstance(work, Failed) else "",
         )
@@ -494,17 +515,17 @@ class TrainingBenchmark:
     def _work(self, module: MaskedAcousticModel, place: Place, scope: str) -> Work:
         """Matrix products of a forward pass: of the encoder, and in a step of the head on the frames that it predicts."""
         work = costs.products(module.model.encoder, place.batch, place.frames, module.model.features.output_dim)
-        if scope == "encoder":
+        if scope in ("inference", "encoder"):
             return work
         objective = module.objective
         predicted = place.frames if objective.band_width else objective.max_masked(place.frames)
         return work + costs.products(module.head, place.batch, predicted, module.model.encoder.embed_dim)
 
-    def _rates(self, work: Work | None, frames_per_s: float, frames: int) -> dict[str, Any]:
+    def _rates(self, work: Work | None, frames_per_s: float, frames: int, scope: str) -> dict[str, Any]:
         """What a backward pass computes and moves is twice what a forward pass does: two products for each."""
         if work is None:
             return {}
-        rate = 3 * work.flops * frames_per_s / frames
+        rate = (1 if scope == "inference" else 3) * work.flops * frames_per_s / frames
         intensity = work.flops / (work.elements * torch.finfo(PRECISIONS[self.precision]).bits / 8)
         return {"tflops": rate / 1e12, "share_of_peak": rate / self.ceilings.flops_per_s, "flops_per_byte": intensity}
 
@@ -548,7 +569,7 @@ class TrainingBenchmark:
             f"{machine['device']}, {machine['threads']} CPU threads, PyTorch {machine['torch']}, {self.precision}"
             f"{', compiled' if self.compiled else ''}, seed {self.seed}; `audiot pretrain` with {given}"
             f"{''.join(f' `{override}`' for override in self.overrides)}.",
-            f"encoder and step: {self.rounds} rounds of {self.steps} steps in a row, in which all mechanisms take turns. "
+            f"{self.rounds} rounds of {self.steps} steps in a row, in which all mechanisms take turns; "
             f"program: {self.program_steps} steps{speech}, after {self.warmup_steps}.",
             f"`{machine['command']}`",
         ]
