@@ -20,24 +20,6 @@ from audiot.residual_kernels import programs, row_shape
 
 
 @triton.jit
-def _turn_kernel(
-    projected, table, num_rows, num_frames, sine, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        angle = table + (row % num_frames) * SIZE + column % SIZE
-        cos = tl.load(angle, mask=inside, other=0.0)
-        sin = tl.load(angle + sine, mask=inside, other=0.0)
-        for part in tl.static_range(2):  # queries, keys
-            place = projected + row * (3 * WIDTH) + part * WIDTH + column
-            own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            first, second = tl.split(tl.reshape(own, [BLOCK // 2, 2]))
-            other = tl.reshape(tl.join(second, first), [BLOCK])
-            tl.store(place, (own * cos + other * sin).to(projected.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _turned(frames, place, cos, sin, inside, BLOCK: tl.constexpr):
     """A row of heads, float32, turned by the angles of its frame."""
     own = tl.load(frames + place, mask=inside, other=0.0).to(tl.float32)
