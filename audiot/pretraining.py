@@ -17,6 +17,7 @@ from audiot.masking import Corruption, interpolate_masked
 from audiot.model import ReconstructionHead, length_mask
 from audiot.optimization import configure
 from audiot.random import key
+from audiot.sharding import gather, is_sharded, release, shard, whole
 
 
 def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -171,8 +172,21 @@ class MaskedAcousticModel(pl.LightningModule):
         """Clip as the trainer says, and log the norm before clipping every ``log_every_n_steps``."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self.log("pretrain/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("pretrain/gradient_norm", whole(torch.nn.utils.get_total_norm(gradients)))
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+
+    def configure_model(self) -> None:
+        """Share the parameters out among the processes, with `audiot.sharding.ShardedStrategy`."""
+        if self.device_mesh is not None and not is_sharded(self):
+            shard(self.model.encoder, self.head, self.device_mesh["data_parallel"])
+
+    def on_validation_start(self) -> None:
+        """Processes may have different numbers of batches, and one of them draws a picture: all need all parameters."""
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        """Training goes on with what is shared out."""
+        release(self)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""

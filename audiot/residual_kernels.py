@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_DIM = 8192  # a row has to fit into the registers of a program
-PROGRAMS = 8  # a multiprocessor
+PROGRAMS = 8  # a multiprocessor; where sums are kept in registers, more of them would leave more to add up in the end
 
 
 @triton.jit
@@ -106,9 +106,9 @@ def _operator(
     output = torch.empty_like(update)
     mean, rstd = (torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device) for _ in range(2))
     if mean.numel():
-        _forward_kernel[programs(mean.numel(), mean.device)](
+        _forward_kernel[programs(mean.numel(), mean.device, 2 * PROGRAMS)](
             residual, update, weight, bias, seed, output, mean, rstd, mean.numel(), eps,
-            *_dropping(dropout), **_constants(update, dropout),
+            *_dropping(dropout), **_constants(update, dropout, per_thread=32),
         )  # fmt: skip
     return output, mean, rstd
 
@@ -161,16 +161,16 @@ def _differentiate(ctx, grad, *_):
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
-def programs(num_rows: int, device: torch.device) -> tuple[int]:
-    """Grid of programs that walk over rows."""
+def programs(num_rows: int, device: torch.device, each: int = PROGRAMS) -> tuple[int]:
+    """Grid of programs that walk over rows, so many on each multiprocessor."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return (max(1, min(num_rows, PROGRAMS * multiprocessors)),)
+    return (max(1, min(num_rows, each * multiprocessors)),)
 
 
-def row_shape(width: int) -> dict[str, int]:
-    """How a program holds a row of so many elements."""
+def row_shape(width: int, per_thread: int = 8) -> dict[str, int]:
+    """How a program holds a row of so many elements, about so many in a thread."""
     block = max(16, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * per_thread)))}
 
 
 def _dropping(dropout: float) -> tuple[int, float]:
@@ -178,5 +178,5 @@ def _dropping(dropout: float) -> tuple[int, float]:
     return round(dropout * 2**32), 1 / (1 - dropout)
 
 
-def _constants(update: Tensor, dropout: float) -> dict[str, int | bool]:
-    return {"D": update.shape[-1], "DROP": dropout > 0, **row_shape(update.shape[-1])}
+def _constants(update: Tensor, dropout: float, per_thread: int = 8) -> dict[str, int | bool]:
+    return {"D": update.shape[-1], "DROP": dropout > 0, **row_shape(update.shape[-1], per_thread)}

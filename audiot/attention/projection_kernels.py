@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from audiot.residual_kernels import MAX_DIM as MAX_DIM
-from audiot.residual_kernels import programs, row_shape
+from audiot.residual_kernels import PROGRAMS, programs, row_shape
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def project_and_turn(
     num_sequences, num_frames, width = query.shape
     rows = num_sequences * num_frames
     if rows:
-        _turn_kernel[programs(rows, hidden.device)](
+        _turn_kernel[programs(rows, hidden.device, 2 * PROGRAMS)](
             query, key, table, rows, num_frames, table.stride(0), WIDTH=width, SIZE=head_dim, **row_shape(width)
         )
     return query, key, value

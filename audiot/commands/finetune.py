@@ -21,6 +21,7 @@ from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
 from audiot.files import write_json
+from audiot.sharding import ShardedStrategy
 
 
 def main(cfg: DictConfig) -> float:
@@ -72,6 +73,10 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     run, task = Path(cfg.run_dir), cfg.downstream
     layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers
     trainer = make_trainer(cfg)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        raise ValueError(
+            "trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu"
+        )
     data = task_data(cfg, corpus, upstream.features)
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))

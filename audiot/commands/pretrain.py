@@ -38,6 +38,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.prepare import PreparedCorpus
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
+from audiot.sharding import ShardedStrategy, is_sharded
 
 
 def main(cfg: DictConfig) -> float:
@@ -64,7 +65,7 @@ def main(cfg: DictConfig) -> float:
     data = open_data(cfg, module, corpus)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
-    compiled = wants_compile(cfg, trainer.strategy.root_device)
+    compiled = wants_compile(cfg, trainer)
     if compiled:
         module.compile_step(graphs=wants_graphs(trainer))
     how = ", compiled" if compiled else ""
@@ -77,11 +78,15 @@ def main(cfg: DictConfig) -> float:
     loss = validation["pretrain/val_l1"]
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={cfg.optimizer.lr}")
+    state = trainer.strategy.lightning_module_state_dict() if is_sharded(module) else None  # of all processes
     if torch.distributed.is_initialized():  # the rest is for one process, whose metrics must not wait for the others
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
         return loss
+    if state is not None:
+        module = build(cfg)
+        module.load_state_dict(state)
     save_encoder(run / "encoder", module.model, module.head)
     summary: dict[str, Any] = {name: value for name, value in validation.items() if name.startswith("pretrain/")}
     draw(run, module, data)
@@ -115,15 +120,20 @@ def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorp
     return data
 
 
-def wants_compile(cfg: DictConfig, device: torch.device) -> bool:
-    """Whether ``compile`` of the config means to compile the training step on a device.
+def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
+    """Whether ``compile`` of the config means to compile the training step.
 
     Raises:
-        ValueError: it is none of auto, true, false.
+        ValueError: it is none of auto, true, false; or true with parameters that are shared out.
     """
     if cfg.compile not in ("auto", True, False):
         raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
-    return bool(cfg.compile) if cfg.compile != "auto" else device.type == "cuda" and not cfg.debug
+    sharded = isinstance(trainer.strategy, ShardedStrategy)
+    if sharded and cfg.compile is True:
+        raise ValueError("compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto")
+    if cfg.compile != "auto":
+        return bool(cfg.compile)
+    return trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
 
 
 def wants_graphs(trainer: pl.Trainer) -> bool:

@@ -6,6 +6,7 @@ import signal
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -384,8 +385,27 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device.
 
-    There, 16-bit waveforms become the floats that they stand for, exactly.
+    There, 16-bit waveforms become the floats that they stand for, exactly. A GPU copies them in a stream of their own, while it
+    still computes the step before.
     """
+    if device.type != "cuda":
+        return _moved(batch, device)
+    aside, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(aside):
+        moved = _moved(batch, device)
+    current.wait_stream(aside)
+    for value in moved.values():
+        if isinstance(value, Tensor) and value.is_cuda:
+            value.record_stream(current)  # its memory is not to be used again before that stream is done with it
+    return moved
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "lengths" else value
         for name, value in batch.items()
