@@ -119,6 +119,8 @@ class MaskedAcousticModel(pl.LightningModule):
                 graph's memory: they can't be accumulated over several batches.
         """
         self._graphs = graphs
+        # With DDP Dynamo would cut the graph wherever a bucket of gradients is full, and with it what was fused.
+        torch._dynamo.config.optimize_ddp = False
         self._loss = torch.compile(self.loss, options={"triton.cudagraphs": True} if graphs else None)
 
     def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
