@@ -264,8 +264,38 @@ class Interrupted(BaseException):
         self.checkpoint = checkpoint
 
 
+class AnyProcess:
+    """Whether a flag is set in any process.
+
+    On GPUs the answer comes with the next question: to wait for it at once would leave them without work between two steps.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def ask(self, flag: bool, trainer: pl.Trainer) -> bool:
+        """All processes have to ask, and get the same answer."""
+        device = trainer.strategy.root_device
+        if trainer.world_size == 1 or device.type != "cuda":
+            return trainer.strategy.reduce_boolean_decision(flag, all=False)
+        before = False
+        if self._asked is not None:
+            answer, arrived = self._asked
+            arrived.synchronize()
+            before = bool(answer)
+        answer = torch.full((), int(flag), dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
+        answer = torch.empty((), dtype=torch.int32, pin_memory=True).copy_(answer, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._asked = answer, arrived
+        return before
+
+
 class GracefulInterrupt(Callback):
     """On Ctrl-C (or SIGTERM), finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
+
+    Several GPUs finish one step more, in which they agree on it.
 
     Args:
         folder: For the checkpoint; None: none is saved.
@@ -274,6 +304,7 @@ class GracefulInterrupt(Callback):
     def __init__(self, folder: str | None) -> None:
         self.folder = folder
         self.requested = False
+        self._anywhere = AnyProcess()
         self._previous: dict[int, Any] = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -297,7 +328,7 @@ class GracefulInterrupt(Callback):
         """Save and stop, if asked to, once all batches of an optimiser step are done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+        if not self._anywhere.ask(self.requested, trainer):
             return
         path = None
         if self.folder is not None:

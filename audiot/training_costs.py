@@ -40,9 +40,8 @@ weights in the precision of the run; no masks, no head.
 - program: prepared audio through the Trainer, with callbacks, loggers, a validation and a checkpoint. frames/s leave \
 validation out, as the program's own figure does; wall has both in it, far more often than a recipe does.
 
-ms: the median step; a GPU is timed by its own events, without waiting for it in between. MiB: the peak \
-of a step, parameters and optimiser included, validation left out; where steps are CUDA graphs, which keep their memory, of all \
-that PyTorch holds of the card. First call: the first step, compilation included.
+ms: the median step; a GPU is timed by its own events, without waiting for it in between. MiB: the most that tensors took in \
+a step, parameters and optimiser included, validation left out. First call: the first step, compilation included.
 
 Where the step goes: between the device's own time marks. Masking is computed inside the loss: it is timed by itself and \
 taken from forward, so what is fused there shows as too much masking and too little forward. data: the device waits for a \
@@ -124,12 +123,10 @@ class ProgramClock(Callback):
         first: Steps before.
         count: Steps measured.
         device: Where they are computed.
-        graphs: Whether steps are replayed as CUDA graphs.
     """
 
-    def __init__(self, throughput: Throughput, first: int, count: int, device: torch.device, graphs: bool = False) -> None:
+    def __init__(self, throughput: Throughput, first: int, count: int, device: torch.device) -> None:
         self.throughput = throughput
-        self.graphs = graphs
         self.first = first
         self.count = count
         self.device = device
@@ -147,10 +144,11 @@ class ProgramClock(Callback):
         return time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to the features, which are a part of their own."""
+        """Listen to the features, which are a part of their own; count memory, which a CUDA graph takes when it is recorded."""
         assert isinstance(pl_module, MaskedAcousticModel)
         pl_module.model.features.register_forward_pre_hook(lambda *_: self.watch.mark("between"))
         pl_module.model.features.register_forward_hook(lambda *_: self.watch.mark("features"))
+        self._reset_peak()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is on its way to the device."""
@@ -159,7 +157,6 @@ class ProgramClock(Callback):
         if batch_idx == self.first:
             self.throughput.load_state_dict({"frames": 0, "seconds": 0.0})
             self.throughput.on_train_start(trainer, pl_module)
-            self._reset_peak()
             self.watch.begin()
         self.watch.mark("between")
 
@@ -208,12 +205,7 @@ class ProgramClock(Callback):
 
     def _note_peak(self) -> None:
         if self.device.type == "cuda":
-            self.peak_bytes = max(self.peak_bytes, peak_bytes(self.device, self.graphs))
-
-
-def peak_bytes(device: torch.device, graphs: bool) -> int:
-    """The most memory of tensors since the last reset; of all that PyTorch holds, where CUDA graphs keep theirs to themselves."""
-    return torch.cuda.max_memory_reserved(device) if graphs else torch.cuda.max_memory_allocated(device)
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
 
 
 class Work(NamedTuple):

@@ -11,7 +11,15 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
-from audiot.callbacks import GracefulInterrupt, Interrupted, ProgressBar, ReconstructionPictures, RunCSVLogger, Throughput
+from audiot.callbacks import (
+    AnyProcess,
+    GracefulInterrupt,
+    Interrupted,
+    ProgressBar,
+    ReconstructionPictures,
+    RunCSVLogger,
+    Throughput,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::pytorch_lightning"),
@@ -102,6 +110,17 @@ def test_a_second_interrupt_stops_at_once_and_a_second_termination_waits(pretrai
     finally:
         interrupt.teardown(trainer, model, "fit")
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_gpus_whether_any_process_was_interrupted_is_known_a_step_later(tmp_path):
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    try:
+        anywhere = AnyProcess()
+        assert [anywhere.ask(flag, trainer) for flag in (False, True, False, False)] == [False, False, True, False]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def rows(folder):

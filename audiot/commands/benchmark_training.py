@@ -270,8 +270,7 @@ class TrainingBenchmark:
             raise ValueError(f"longer than max_length {entry.max_length:,}")
         benchmark.free_memory()
         on_gpu = self.device.type == "cuda"
-        graphs = scope == "step" and self.compiled and on_gpu
-        before = (torch.cuda.memory_reserved if graphs else torch.cuda.memory_allocated)(self.device) if on_gpu else 0
+        before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
         cfg, positions = self._config(entry, place, Path("unused"))
         pl.seed_everything(self.seed, verbose=False)
         module = build(cfg).train()
@@ -291,14 +290,13 @@ class TrainingBenchmark:
         call()
         benchmark.synchronise(self.device)
         running.compile_s = time.perf_counter() - begin
-        for _ in range(WARM_UP):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(WARM_UP):  # in which CUDA graphs are recorded, and take their memory
             call()
         if on_gpu:
             benchmark.synchronise(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            call()
-            benchmark.synchronise(self.device)
-            running.peak_mib = round((costs.peak_bytes(self.device, graphs) - before) / 2**20)
+            running.peak_mib = round((torch.cuda.max_memory_allocated(self.device) - before) / 2**20)
         if scope == "step":
             running.masking_s = self._masking_s(module, place)
         return running
@@ -435,12 +433,11 @@ class TrainingBenchmark:
                 cropped = module.model.features.num_tokens(lengths[-1])
                 raise ValueError(f"the program crops to {cropped} frames: set that, a multiple of 64 (of 8 below 512)")
             data = open_data(cfg, module, corpus)
-            graphs = self.compiled and wants_graphs(trainer)
             if self.compiled:
-                module.compile_step(graphs)
+                module.compile_step(graphs=wants_graphs(trainer))
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             throughput = next(callback for callback in callbacks if isinstance(callback, Throughput))
-            clock = ProgramClock(throughput, self.warmup_steps, self.program_steps, self.device, graphs)
+            clock = ProgramClock(throughput, self.warmup_steps, self.program_steps, self.device)
             callbacks.insert(0, clock)
             try:
                 trainer.fit(module, data)

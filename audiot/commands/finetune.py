@@ -74,9 +74,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers
     trainer = make_trainer(cfg)
     if isinstance(trainer.strategy, ShardedStrategy):
-        raise ValueError(
-            "trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu"
-        )
+        raise ValueError("trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu")
     data = task_data(cfg, corpus, upstream.features)
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))

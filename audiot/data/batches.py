@@ -152,10 +152,14 @@ class BatchStream(Sampler[Item]):
         num_buckets: Buckets of similar duration, without ``lengths``.
         seed: Of the order and the crops.
         training: Shuffle, crop at random, and go on epoch after epoch without end; batches that don't fill a turn of all ranks
-            are left out. Otherwise: one pass in order over every cut, of which the first ``crop_s`` seconds are taken.
+            are left out. Otherwise: one pass in order over every cut, of which the first ``crop_s`` seconds are taken, in batches
+            that are small enough for every rank to have one: it would else wait for the others' metrics without any of its own.
         crop_s: Longest piece of a cut, seconds; None: whole cuts.
         lengths: In training, what cuts are cropped to instead, in samples, rising; None: to ``crop_s``.
         start: First (epoch, batch), batch being the number within the epoch over all ranks.
+
+    Raises:
+        ValueError: on iterating, there are fewer training batches, or other cuts, than ranks.
     """
 
     def __init__(
@@ -196,7 +200,7 @@ class BatchStream(Sampler[Item]):
             sampler = DynamicBucketingSampler(
                 cuts,
                 max_duration=self.batch_s,
-                max_cuts=self.max_utterances,
+                max_cuts=self._most_cuts(cuts),
                 num_buckets=num_buckets,
                 duration_bins=[self.batch_s] if num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
                 shuffle=self.training,
@@ -206,6 +210,17 @@ class BatchStream(Sampler[Item]):
             )
         sampler.set_epoch(epoch)
         yield from sampler
+
+    def _most_cuts(self, cuts: CutSet) -> int | None:
+        if self.training or self.world_size == 1:
+            return self.max_utterances
+        count = sum(1 for _ in cuts)
+        if count < self.world_size:
+            raise ValueError(
+                f"there are {count} utterances to validate or test on and {self.world_size} processes, each of which needs one: "
+                "lower trainer.devices or bring more"
+            )
+        return min(count // self.world_size, self.max_utterances or count)
 
     def _alike(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
         """Cuts that get one length, whole: cropping is for those who take the batch.

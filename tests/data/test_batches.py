@@ -124,6 +124,23 @@ def test_all_ranks_together_see_the_batches_of_one_process_in_order(world_size):
         assert len(seen) == len(set(seen))
 
 
+@pytest.mark.parametrize(("count", "world_size"), [(5, 2), (4, 4), (30, 7)])
+def test_every_rank_validates_something_however_few_batches_one_process_would_have(count, world_size):
+    cuts = made_up(count)
+    options = {"training": False, "batch_s": 1000.0, "crop_s": None}
+    assert len(list(stream(cuts, num_buckets=1, **options))) == 1
+    for buckets in (1, 4):
+        options |= {"num_buckets": buckets, "world_size": world_size}
+        ranks = [list(stream(cuts, rank=rank, **options)) for rank in range(world_size)]
+        assert all(ranks)
+        assert sorted(cut.id for rank in ranks for _, batch in rank for cut in batch) == sorted(cuts.ids)
+
+
+def test_fewer_utterances_to_validate_on_than_ranks_are_refused():
+    with pytest.raises(ValueError, match="there are 2 utterances to validate or test on and 3 processes"):
+        next(iter(stream(made_up(2), training=False, world_size=3)))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_restart_goes_on_with_the_batch_that_comes_next(world_size):
     cuts = made_up(60)
