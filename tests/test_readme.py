@@ -51,7 +51,8 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     if not any(argument in rest for argument in ("data=folder", "data=manifest")):
         rest += DEMO
     if command != "prepare":
-        rest += TRAINING if any(argument.startswith("init=") for argument in rest) else [*MODEL, *TRAINING]
+        training = [each for each in TRAINING if "trainer=fsdp" not in rest or each != "trainer.strategy=auto"]
+        rest += training if any(argument.startswith("init=") for argument in rest) else [*MODEL, *training]
     if command == "pretrain":
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
     if "downstream=asr" in rest:
