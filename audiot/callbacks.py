@@ -21,7 +21,7 @@ from torch import Tensor
 
 from audiot.analysis.plots import plot_reconstruction
 from audiot.data.batches import Batch, to_device
-from audiot.devices import synchronise
+from audiot.devices import synchronise, to_host
 from audiot.files import replacing
 from audiot.pretraining import MaskedAcousticModel
 
@@ -42,9 +42,7 @@ class Latest:
         if not value.is_cuda:
             self.value = float(value)
         elif self._copy is None:
-            self._copy = torch.empty((), dtype=torch.float32, pin_memory=True).copy_(value.detach(), non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            (self._copy,), self._arrived = to_host(value.detach())
 
     def get(self) -> float | None:
         """The latest value that has arrived."""
@@ -271,7 +269,7 @@ class AnyProcess:
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[Tensor, torch.cuda.Event] | None = None
+        self._asked: tuple[list[Tensor], torch.cuda.Event | None] | None = None
 
     def ask(self, flag: bool, trainer: pl.Trainer) -> bool:
         """All processes have to ask, and get the same answer."""
@@ -280,15 +278,13 @@ class AnyProcess:
             return trainer.strategy.reduce_boolean_decision(flag, all=False)
         before = False
         if self._asked is not None:
-            answer, arrived = self._asked
+            (answer,), arrived = self._asked
+            assert arrived is not None
             arrived.synchronize()
             before = bool(answer)
         answer = torch.full((), int(flag), dtype=torch.int32, device=device)
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        answer = torch.empty((), dtype=torch.int32, pin_memory=True).copy_(answer, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._asked = answer, arrived
+        self._asked = to_host(answer)
         return before
 
 

@@ -36,3 +36,24 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The precision that a matrix product with this tensor is computed in."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def in_half_precision(tensor: Tensor) -> bool:
+    """Whether matrix products with this tensor are in half precision on a CUDA device, where kernels of our own may be used."""
+    return tensor.is_cuda and autocast_dtype(tensor) in (torch.bfloat16, torch.float16)
+
+
+def to_host(*tensors: Tensor) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """Copies of tensors of one device on the CPU, which the host need not wait for.
+
+    Returns:
+        The copies, and the event with which they have arrived; None where they are there already.
+    """
+    if tensors[0].device.type != "cuda":
+        return [tensor.cpu() for tensor in tensors], None
+    copies = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True) for tensor in tensors
+    ]
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copies, arrived

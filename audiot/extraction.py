@@ -23,6 +23,7 @@ from tqdm import tqdm
 from audiot.data.batches import ignore_interrupt
 from audiot.data.datamodule import useful_workers
 from audiot.data.prepare import BadAudioError
+from audiot.devices import to_host
 from audiot.downstream.classifier import by_length, collate, read_audio, together
 from audiot.downstream.upstream import Upstream
 from audiot.files import write_csv
@@ -279,10 +280,7 @@ class Extractor:
         hidden, num_frames = self.upstream(waveforms.to(self.device, non_blocking=True), lengths)
         chosen = torch.stack([hidden[layer].to(self.dtype) for layer in self.layers], dim=1)  # B, layers, T, d
         finite = chosen.isfinite().flatten(1).all(dim=1)
-        states, finite = _to_host(chosen), _to_host(finite)
-        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
-        if arrived is not None:
-            arrived.record()
+        (states, finite), arrived = to_host(chosen, finite)
         return [_Encoded(states, finite, row, count, arrived) for row, count in enumerate(num_frames.tolist())]
 
     def _keep(self, part: _Shard, name: str, answer: _Encoded | str) -> None:
@@ -317,11 +315,3 @@ class _Clock:
         """Until now."""
         since, before = (self.first_end, self.first_s) if self.batches > 1 else (self.since, 0.0)
         return (self.seconds - before) / max(time.perf_counter() - since, 1e-9)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, which the host need not wait for."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from audiot.devices import autocast_dtype
+from audiot.devices import autocast_dtype, in_half_precision
 
 try:
     from audiot import feed_forward_kernels
@@ -38,7 +37,5 @@ class FeedForward(nn.Sequential):
 
     def has_kernel(self, hidden: Tensor) -> bool:
         """Whether a kernel computes the gradients for this input."""
-        if feed_forward_kernels is None or not hidden.is_cuda:
-            return False
         plain = type(self[0]) is nn.Linear and type(self[1]) is nn.GELU and type(self[2]) is nn.Linear  # not an adapter, say
-        return plain and autocast_dtype(hidden) in (torch.bfloat16, torch.float16)
+        return plain and feed_forward_kernels is not None and in_half_precision(hidden)

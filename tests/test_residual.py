@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_interpreted
 from torch import nn
 
 from audiot.residual import has_kernel, residual_norm
-
-sys.path.insert(0, str(Path(__file__).parent / "attention"))
-from interpreter import run_interpreted
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
-from audiot.devices import autocast_dtype
+from audiot.devices import autocast_dtype, in_half_precision
 from audiot.positions import Positions, Rotary
 
 try:
@@ -138,7 +138,6 @@ class SelfAttention(nn.Module):
             and isinstance(self.positions, Rotary)
             and wanted == list(PROJECTIONS)
             and not getattr(self.mechanism, "rotates_itself", False)
-            and hidden.is_cuda
-            and autocast_dtype(hidden) in (torch.bfloat16, torch.float16)
+            and in_half_precision(hidden)
             and self.embed_dim <= projection_kernels.MAX_DIM
         )
