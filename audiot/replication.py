@@ -1,0 +1,29 @@
+"""Training by several processes that have the same parameters and share the data: distributed data parallel (DDP).
+
+Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's strategy for DDP, but batches stay where they lie.
+
+    Told of its device, DDP moves all of a batch there: also the lengths, which are kept on the CPU (`audiot.data.batches.to_device`),
+    where they tell without waiting for the device that nothing is padded. Every step would wait, and attend with a mask.
+
+    Args:
+        options: Of Lightning's `DDPStrategy`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"gradient_as_bucket_view": True, **options})
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(model, **self._ddp_kwargs)
