@@ -24,6 +24,25 @@ def find_device(name: str, complaint: str) -> torch.device:
         raise ValueError(f"{complaint}: {str(error).splitlines()[0]}") from error
 
 
+def fast_precision(accelerator: str) -> str:
+    """Lightning's name of the precision to train in where Lightning finds the device.
+
+    Args:
+        accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, …
+
+    Returns:
+        ``bf16-mixed`` where the device has instructions for products of bfloat16 matrices, else ``32-true``.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
+        known = torch.cpu.get_capabilities()
+        fast = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        fast = False
+    return "bf16-mixed" if fast else "32-true"
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was asked to."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audiot.attention import SelfAttention
 from audiot.feed_forward import FeedForward
 from audiot.positions import Positions
-from audiot.residual import residual_norm
+from audiot.residual import norm_dropout, residual_norm
 
 LAYER_NORM_EPS = 1e-12  # as in BERT and Mockingjay
 
@@ -53,8 +53,11 @@ class EncoderLayer(nn.Module):
             hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
             return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
         dropout = self.dropout.p if self.training else 0.0
-        hidden = residual_norm(hidden, self.attention(hidden, valid), self.attention_norm, dropout)
-        return residual_norm(hidden, self.ffn(hidden), self.ffn_norm, dropout)
+        # As rows (B·T, d), as which products see them: what a product adds to the residual's gradient, it can add by itself.
+        rows = hidden.flatten(0, 1)
+        attended = self.attention(rows.view(hidden.shape), valid)
+        rows = residual_norm(rows, attended.flatten(0, 1), self.attention_norm, dropout)
+        return residual_norm(rows, self.ffn(rows), self.ffn_norm, dropout).view(hidden.shape)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention sees of the layer's input (B, T, d)."""
@@ -157,10 +160,11 @@ class Encoder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """Input embedding: features (B, T, C) → (B, T, d)."""
         embedded = self.positions(self.input(features))
-        hidden = self.input_norm(embedded)
-        # LayerNorm gives float32 under autocast. With post-LN every state is normalised anew and half precision will do, which
-        # halves what the layers read and write; with pre-LN states are one long sum, which would round more with every layer.
-        return self.dropout(hidden if self.pre_norm else hidden.to(embedded.dtype))
+        # LayerNorm gives float32 under autocast. With pre-LN states are one long sum, which would round more with every layer; with
+        # post-LN every state is normalised anew and half precision will do, which halves what the layers read and write.
+        if self.pre_norm:
+            return self.dropout(self.input_norm(embedded))
+        return norm_dropout(embedded, self.input_norm, self.dropout.p if self.training else 0.0)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Encode a batch.

@@ -1,4 +1,4 @@
-"""The sum of a residual and a block's output, and its LayerNorm: the part of a transformer layer that only moves memory."""
+"""LayerNorm with what stands before and behind it, residual sums and dropout: the part of a transformer that only moves memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,37 @@ def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm, dropout:
     """
     if has_kernel(update, norm):
         assert residual_kernels is not None
-        return residual_kernels.residual_norm(residual, update, norm.weight, norm.bias, norm.eps, dropout)
+        return residual_kernels.normalise(residual, update, norm.weight, norm.bias, norm.eps, dropout)
     exact = torch.promote_types(update.dtype, torch.float32)
     total = residual.to(exact) + (F.dropout(update, dropout) if dropout else update)
-    return F.layer_norm(total, norm.normalized_shape, norm.weight.to(exact), norm.bias.to(exact), norm.eps).to(update.dtype)
+    return _norm(total, norm).to(update.dtype)
+
+
+def norm_dropout(states: Tensor, norm: nn.LayerNorm, dropout: float = 0.0) -> Tensor:
+    """dropout(LayerNorm(states)), the norm in float32 or better; with a kernel as `residual_norm` has it.
+
+    Args:
+        states: (…, d).
+        norm: LayerNorm over d, with weight and bias.
+        dropout: Probability of dropping an element of what comes out.
+
+    Returns:
+        (…, d) in the dtype of ``states``.
+    """
+    if has_kernel(states, norm):
+        assert residual_kernels is not None
+        return residual_kernels.normalise(None, states, norm.weight, norm.bias, norm.eps, dropout)
+    normal = _norm(states.to(torch.promote_types(states.dtype, torch.float32)), norm).to(states.dtype)
+    return F.dropout(normal, dropout) if dropout else normal
+
+
+def _norm(states: Tensor, norm: nn.LayerNorm) -> Tensor:
+    weight, bias = norm.weight.to(states.dtype), norm.bias.to(states.dtype)
+    return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def has_kernel(update: Tensor, norm: nn.LayerNorm) -> bool:
-    """Whether `residual_norm` would take its kernel."""
+    """Whether a kernel would be taken for these states."""
     if residual_kernels is None or not update.is_cuda or norm.weight is None or norm.bias is None:
         return False
     return update.dtype in (torch.bfloat16, torch.float16) and update.shape[-1] <= residual_kernels.MAX_DIM

@@ -1,4 +1,4 @@
-"""Triton kernels of `residual_norm` for CUDA devices, in bfloat16 and float16.
+"""Triton kernels of `audiot.residual` for CUDA devices, in bfloat16 and float16.
 
 A program walks over rows, keeps what all rows share (weight, bias, sums of their gradients) in registers, and touches each row
 once. Dropout is a function of seed, row and column, so that the backward pass draws it again in place of reading a mask.
@@ -25,23 +25,27 @@ def _kept(seed, row, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(
-    residual, update, row, column, inside, seed, threshold, scale, D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr
-):
-    """A row of residual + dropout(update), and what each element of the update was multiplied by."""
-    place = row * D + column
-    added = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+def _factor(seed, row, threshold, scale, BLOCK: tl.constexpr, DROP: tl.constexpr):
+    """What dropout multiplies the elements of a row by, float32 (BLOCK,)."""
     factor = tl.full([BLOCK], 1.0, tl.float32)
     if DROP:
         factor = tl.where(_kept(seed, row, threshold, BLOCK), scale, 0.0)
-        added = added * factor
-    return tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + added, factor
+    return factor
+
+
+@triton.jit
+def _normalised(residual, update, place, inside, factor, RESIDUAL: tl.constexpr):
+    """A row of what is normalised, float32 (BLOCK,): residual + dropout(update), or the update as it is."""
+    total = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + total * factor
+    return total
 
 
 @triton.jit
 def _forward_kernel(
     residual, update, weight, bias, seed, output, mean, rstd, num_rows, eps, threshold, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -49,20 +53,24 @@ def _forward_kernel(
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     stream = tl.load(seed)
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        total, _ = _sum_of(residual, update, row, column, inside, stream, threshold, scale, D, BLOCK, DROP)
+        place = row * D + column
+        factor = _factor(stream, row, threshold, scale, BLOCK, DROP)
+        total = _normalised(residual, update, place, inside, factor, RESIDUAL)
         centre = tl.sum(total) / D
         centred = tl.where(inside, total - centre, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred) / D + eps)
         result = centred * inverse * gain + shift
-        tl.store(output + row * D + column, result.to(output.dtype.element_ty), mask=inside)
+        if not RESIDUAL:
+            result = result * factor
+        tl.store(output + place, result.to(output.dtype.element_ty), mask=inside)
         tl.store(mean + row, centre)
         tl.store(rstd + row, inverse)
 
 
 @triton.jit
 def _backward_kernel(
-    grad, residual, update, weight, seed, mean, rstd, grad_residual, grad_update, grad_weight, grad_bias,
-    num_rows, threshold, scale, D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr,
+    grad, residual, update, weight, seed, mean, rstd, grad_total, grad_update, grad_weight, grad_bias,
+    num_rows, threshold, scale, D: tl.constexpr, BLOCK: tl.constexpr, DROP: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -72,26 +80,29 @@ def _backward_kernel(
     shift_sum = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         place = row * D + column
-        total, factor = _sum_of(residual, update, row, column, inside, stream, threshold, scale, D, BLOCK, DROP)
+        factor = _factor(stream, row, threshold, scale, BLOCK, DROP)
+        total = _normalised(residual, update, place, inside, factor, RESIDUAL)
         inverse = tl.load(rstd + row)
         normal = tl.where(inside, (total - tl.load(mean + row)) * inverse, 0.0)
         outer = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        if not RESIDUAL:
+            outer = outer * factor
         gain_sum += outer * normal
         shift_sum += outer
         inner = outer * gain
         along = tl.sum(inner * normal) / D
         level = tl.sum(inner) / D
         result = (inner - normal * along - level) * inverse
-        tl.store(grad_residual + place, result.to(grad_residual.dtype.element_ty), mask=inside)
-        if DROP:
+        tl.store(grad_total + place, result.to(grad_total.dtype.element_ty), mask=inside)
+        if DROP and RESIDUAL:
             tl.store(grad_update + place, (result * factor).to(grad_update.dtype.element_ty), mask=inside)
     row = tl.program_id(0).to(tl.int64) * D + column
     tl.store(grad_weight + row, gain_sum, mask=inside)
     tl.store(grad_bias + row, shift_sum, mask=inside)
 
 
-def residual_norm(residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
-    """`audiot.residual.residual_norm` by the kernels."""
+def normalise(residual: Tensor | None, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
+    """`audiot.residual.residual_norm` by the kernels; without a residual, `audiot.residual.norm_dropout`."""
     # Drawn on the device: reading it back would make the host wait.
     seed = torch.randint(2**62, (1,), device=update.device) if dropout else update.new_zeros(1, dtype=torch.long)
     return _operator(residual, update, weight, bias, seed, eps, dropout)[0]
@@ -99,16 +110,16 @@ def residual_norm(residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor
 
 @torch.library.custom_op("audiot::residual_norm", mutates_args=())
 def _operator(
-    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
+    residual: Tensor | None, update: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and mean and inverse deviation of each row."""
-    residual, update = residual.contiguous(), update.contiguous()
+    update = update.contiguous()
     output = torch.empty_like(update)
     mean, rstd = (torch.empty(update.shape[:-1], dtype=torch.float32, device=update.device) for _ in range(2))
     if mean.numel():
         _forward_kernel[programs(mean.numel(), mean.device, 2 * PROGRAMS)](
-            residual, update, weight, bias, seed, output, mean, rstd, mean.numel(), eps,
-            *_dropping(dropout), **_constants(update, dropout, per_thread=32),
+            update if residual is None else residual.contiguous(), update, weight, bias, seed, output, mean, rstd,
+            mean.numel(), eps, *_dropping(dropout), **_constants(residual, update, dropout, per_thread=32),
         )  # fmt: skip
     return output, mean, rstd
 
@@ -121,41 +132,46 @@ def _(residual, update, weight, bias, seed, eps, dropout):
 
 @torch.library.custom_op("audiot::residual_norm_backward", mutates_args=())
 def _gradients(
-    grad: Tensor, residual: Tensor, update: Tensor, weight: Tensor, seed: Tensor, mean: Tensor, rstd: Tensor, dropout: float
+    grad: Tensor, residual: Tensor | None, update: Tensor, weight: Tensor, seed: Tensor, mean: Tensor, rstd: Tensor, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, update (empty without dropout: it is that of the residual), weight and bias."""
-    grad, residual, update = (tensor.contiguous() for tensor in (grad, residual, update))
-    grad_residual = torch.empty_like(residual)
-    grad_update = torch.empty_like(update) if dropout else update.new_empty(0)
+    """Gradients of what is normalised, of the update (empty where it is the same), of weight and bias."""
+    grad, update = grad.contiguous(), update.contiguous()
+    source = update if residual is None else residual.contiguous()
+    grad_total = torch.empty_like(source)
+    grad_update = torch.empty_like(update) if dropout and residual is not None else update.new_empty(0)
     grid = programs(mean.numel(), mean.device)
     sums = torch.empty(2, grid[0], update.shape[-1], dtype=torch.float32, device=update.device)
     if not mean.numel():
         sums.zero_()
     else:
         _backward_kernel[grid](
-            grad, residual, update, weight, seed, mean, rstd, grad_residual, grad_update, sums[0], sums[1], mean.numel(),
-            *_dropping(dropout), **_constants(update, dropout),
+            grad, source, update, weight, seed, mean, rstd, grad_total, grad_update, sums[0], sums[1], mean.numel(),
+            *_dropping(dropout), **_constants(residual, update, dropout),
         )  # fmt: skip
     grad_weight, grad_bias = sums.sum(dim=1).to(weight.dtype)
-    return grad_residual, grad_update, grad_weight, grad_bias.clone()  # an operator's results share no memory
+    return grad_total, grad_update, grad_weight, grad_bias.clone()  # an operator's results share no memory
 
 
 @_gradients.register_fake
 def _(grad, residual, update, weight, seed, mean, rstd, dropout):
-    grad_update = update.new_empty(update.shape if dropout else (0,))
-    return residual.new_empty(residual.shape), grad_update, torch.empty_like(weight), torch.empty_like(weight)
+    source = update if residual is None else residual
+    grad_update = update.new_empty(update.shape if dropout and residual is not None else (0,))
+    return source.new_empty(source.shape), grad_update, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
     residual, update, weight, _, seed, _, ctx.dropout = inputs
-    ctx.save_for_backward(residual, update, weight, seed, *output[1:])
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(*([residual] if ctx.has_residual else []), update, weight, seed, *output[1:])
 
 
 def _differentiate(ctx, grad, *_):
-    residual, update, weight, seed, mean, rstd = ctx.saved_tensors
-    found = _gradients(grad, residual, update, weight, seed, mean, rstd, ctx.dropout)
-    grad_residual, grad_update, grad_weight, grad_bias = found
-    return grad_residual, grad_update if ctx.dropout else grad_residual.to(update.dtype), grad_weight, grad_bias, None, None, None
+    *residual, update, weight, seed, mean, rstd = ctx.saved_tensors
+    found = _gradients(grad, residual[0] if residual else None, update, weight, seed, mean, rstd, ctx.dropout)
+    grad_total, grad_update, grad_weight, grad_bias = found
+    if not ctx.dropout or not ctx.has_residual:
+        grad_update = grad_total.to(update.dtype)
+    return grad_total if ctx.has_residual else None, grad_update, grad_weight, grad_bias, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
@@ -178,5 +194,6 @@ def _dropping(dropout: float) -> tuple[int, float]:
     return round(dropout * 2**32), 1 / (1 - dropout)
 
 
-def _constants(update: Tensor, dropout: float, per_thread: int = 8) -> dict[str, int | bool]:
-    return {"D": update.shape[-1], "DROP": dropout > 0, **row_shape(update.shape[-1], per_thread)}
+def _constants(residual: Tensor | None, update: Tensor, dropout: float, per_thread: int = 8) -> dict[str, int | bool]:
+    shape = row_shape(update.shape[-1], per_thread)
+    return {"D": update.shape[-1], "DROP": dropout > 0, "RESIDUAL": residual is not None, **shape}

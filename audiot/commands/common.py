@@ -24,6 +24,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
+from audiot.devices import fast_precision
 
 log = logging.getLogger("audiot")
 
@@ -70,6 +71,8 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             start_wandb(logger)
+    if cfg.trainer.precision == "auto":
+        options = {"precision": fast_precision(cfg.trainer.accelerator)} | options
     try:
         trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
     except InstantiationException as error:

@@ -69,7 +69,7 @@ def main(cfg: DictConfig) -> float:
     if compiled:
         module.compile_step(graphs=wants_graphs(trainer))
     how = ", compiled" if compiled else ""
-    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}{how}")
+    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
     if not cfg.checkpoint.every_n_steps or trainer.max_steps % cfg.checkpoint.every_n_steps:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
@@ -101,6 +101,7 @@ def main(cfg: DictConfig) -> float:
         "frames_per_s": round(throughput.average),
         "data_wait": round(throughput.data_wait, 4),
         "first_step_s": round(throughput.first_step_s, 1),
+        "precision": trainer.precision,
         "parameters": parameters,
         "steps": trainer.global_step,
         "wall_s": round(time.monotonic() - begin, 1),
