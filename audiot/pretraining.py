@@ -121,7 +121,9 @@ class MaskedAcousticModel(pl.LightningModule):
         self._graphs = graphs
         # With DDP Dynamo would cut the graph wherever a bucket of gradients is full, and with it what was fused.
         torch._dynamo.config.optimize_ddp = False
-        self._loss = torch.compile(self.loss, options={"triton.cudagraphs": True} if graphs else None)
+        from audiot.compilation import compiled  # imports the compiler
+
+        self._loss = compiled(self.loss, graphs)
 
     def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions for masked frames alone. How many are gathered follows from the shape, so no device is waited for."""

@@ -96,7 +96,8 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     source: pl.LightningDataModule = data
     if task.cache and not task.train_encoder:
         device = trainer.strategy.root_device
-        source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
+        with trainer.precision_plugin.forward_context():  # as if they were computed in every step
+            source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
     trainer.fit(module, source)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))  # type: ignore[attr-defined]
     metrics = test(trainer, module, source, best.best_model_path)
