@@ -27,8 +27,8 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
 class SumsInPlace(CustomGraphPass):
     """Adds products to the residual's gradient where it lies.
 
-    Inductor makes such a sum an ``addmm`` with a result of its own, to which the gradient is copied first. That copy takes as long as
-    the sum would by itself.
+    Inductor makes such a sum an ``addmm`` with a result of its own, to which the gradient is copied first: as long a way as the
+    sum by itself.
     """
 
     def __call__(self, graph: Graph) -> None:

@@ -160,8 +160,8 @@ class Encoder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """Input embedding: features (B, T, C) → (B, T, d)."""
         embedded = self.positions(self.input(features))
-        # LayerNorm gives float32 under autocast. With pre-LN states are one long sum, which would round more with every layer; with
-        # post-LN every state is normalised anew and half precision will do, which halves what the layers read and write.
+        # LayerNorm gives float32 under autocast. With pre-LN states are one long sum, which would round more with every layer;
+        # with post-LN every state is normalised anew and half precision will do: layers read and write half as much.
         if self.pre_norm:
             return self.dropout(self.input_norm(embedded))
         return norm_dropout(embedded, self.input_norm, self.dropout.p if self.training else 0.0)

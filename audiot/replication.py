@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 class ReplicatedStrategy(DDPStrategy):
     """Lightning's strategy for DDP, but batches stay where they lie.
 
-    Told of its device, DDP moves all of a batch there: also the lengths, which are kept on the CPU (`audiot.data.batches.to_device`),
-    where they tell without waiting for the device that nothing is padded. Every step would wait, and attend with a mask.
+    Told of its device, DDP moves all of a batch there, also the lengths, which `audiot.data.batches.to_device` leaves on the CPU:
+    there they tell without waiting for the device that nothing is padded. Every step would attend with a mask.
 
     Args:
         options: Of Lightning's `DDPStrategy`.

@@ -1,4 +1,4 @@
-"""LayerNorm with what stands before and behind it, residual sums and dropout: the part of a transformer that only moves memory."""
+"""LayerNorm with residual sums and dropout before and behind it: the part of a transformer that only moves memory."""
 
 from __future__ import annotations
 

@@ -132,7 +132,14 @@ def _(residual, update, weight, bias, seed, eps, dropout):
 
 @torch.library.custom_op("audiot::residual_norm_backward", mutates_args=())
 def _gradients(
-    grad: Tensor, residual: Tensor | None, update: Tensor, weight: Tensor, seed: Tensor, mean: Tensor, rstd: Tensor, dropout: float
+    grad: Tensor,
+    residual: Tensor | None,
+    update: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of what is normalised, of the update (empty where it is the same), of weight and bias."""
     grad, update = grad.contiguous(), update.contiguous()

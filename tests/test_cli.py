@@ -189,7 +189,7 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
-        *("frames_per_s", "data_wait", "first_step_s", "parameters", "steps", "wall_s"),
+        *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s"),
     }
     assert summary["steps"] == 4
     for name, value in summary.items():

@@ -108,7 +108,7 @@ def test_a_pretraining_preset_takes_every_attention_and_strategy(name):
         cfg = composed("pretrain", f"experiment={name}", f"attention={attention}", "trainer=ddp")
         assert cfg["attention"]["dropout"] == 0.1
         assert cfg["model"]["attention"] == cfg["attention"]
-        assert cfg["trainer"]["strategy"] == "ddp"
+        assert cfg["trainer"]["strategy"]["_target_"] == "audiot.replication.ReplicatedStrategy"
 
 
 @pytest.mark.parametrize(

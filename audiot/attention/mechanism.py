@@ -239,8 +239,8 @@ def fused_attention(
 ) -> Tensor:
     """softmax(QKᵀ·scale + bias)V over the keys that `mask` allows, by PyTorch's fused kernels; zeros where it allows none.
 
-    Those for CPUs have slow gradients (in bfloat16 up to 15 times those of plain products) and no dropout: where few weights are to
-    be differentiated there, they are computed as they stand.
+    Those for CPUs have slow gradients (in bfloat16 up to 15 times those of plain products) and no dropout: where few weights are
+    to be differentiated there, they are computed as they stand.
 
     Args:
         query: (B, H, T, D).

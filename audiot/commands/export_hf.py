@@ -170,7 +170,7 @@ def _training(settings: DictConfig | None, choices: Mapping[str, Any], summary: 
         rows["batches"] = f"{batch:g} s of audio, in pieces of at most {crop:g} s" if crop else f"{batch:g} s of audio"
         rows["objective"] = ", ".join(part for part in (choices.get("objective"), _call(objective)) if part)
         rows["optimiser"] = _call(optimizer)
-        rows["precision"] = str(_select(settings, "trainer.precision"))
+        rows["precision"] = str(summary.get("precision") or _select(settings, "trainer.precision"))
         rows["seed"] = str(_select(settings, "seed"))
         if _select(settings, "init"):
             rows["start"] = "another encoder's weights"

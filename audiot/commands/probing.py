@@ -65,7 +65,9 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     OmegaConf.set_struct(probe, False)
     for name in SHARED:
         probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
-    device = {"trainer": {"accelerator": cfg.trainer.accelerator, "precision": cfg.trainer.precision}}
+    device = {"trainer": {"accelerator": cfg.trainer.accelerator}}
+    if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
+        device["trainer"]["precision"] = cfg.trainer.precision
     explicit = OmegaConf.from_dotlist([override for override in overrides if override.startswith("data.")])
     merged = OmegaConf.merge(probe, device, explicit)
     assert isinstance(merged, DictConfig)

@@ -214,7 +214,11 @@ class LayerSelection(nn.Module):
     def forward(self, picked: Tensor) -> Tensor:
         """The weighted sum of picked states, (chosen, B, T, d) → (B, T, d)."""
         weights = self.weights()
-        return picked[0] if weights is None else torch.einsum("l,lbtd->btd", weights, picked.to(weights.dtype))
+        if weights is None:
+            return picked[0]
+        if not torch.is_autocast_enabled(picked.device.type):  # which chooses a precision for both
+            picked = picked.to(weights.dtype)
+        return torch.einsum("l,lbtd->btd", weights, picked)
 
 
 def _hidden_layer(input_dim: int, hidden_dim: int | None) -> nn.Module:

@@ -171,7 +171,8 @@ def test_only_the_chosen_states_are_kept(demo_corpus, upstream, layers, kept):
     source = data(demo_corpus, upstream, "speaker")
     states = compute_states(source, "valid", upstream, CPU, LayerSelection(layers, 3))
     for batch in source.ordered_loader("valid"):
-        hidden, lengths = upstream(batch["waveforms"], batch["lengths"])
+        with torch.no_grad():
+            hidden, lengths = upstream(batch["waveforms"], batch["lengths"])
         for row, (name, length) in enumerate(zip(batch["ids"], lengths.tolist(), strict=True)):
             (state,) = (state for state in states if state.id == name)
             assert state.hidden.equal(hidden[kept, row, :length])
