@@ -1,4 +1,4 @@
-"""What is done to the graph of a compiled step: kernels interpreted here, compiled on CUDA devices."""
+"""What is done to the graph of a compiled step: by itself, its kernels interpreted, and in place on CUDA devices."""
 
 from __future__ import annotations
 
@@ -10,34 +10,30 @@ from audiot.model import Encoder
 
 INTERPRETED = """
 import torch
-from audiot import feed_forward, residual
-from audiot.attention import self_attention
-from audiot.compilation import SumsInPlace, compiled
-from audiot.model import Encoder
-
-feed_forward.in_half_precision = self_attention.in_half_precision = lambda tensor: True  # kernels, here
-residual.has_kernel = lambda update, norm: True
-torch.randint = lambda *_, **__: torch.full((1,), 5)  # the same dropout in both
-sums = []
-change = SumsInPlace.__call__
-def counted(self, graph):
-    change(self, graph)
-    targets = [str(node.target) for node in graph.nodes]
-    sums.append((targets.count("audiot.add_product.default"), targets.count("aten.add.Tensor")))
-SumsInPlace.__call__ = counted
-torch._inductor.config.force_disable_caches = True
+from torch.fx.experimental.proxy_tensor import make_fx
+from audiot import residual_kernels as kernels
+from audiot.compilation import SumsInPlace
 
 torch.manual_seed(0)
-attention = {"_target_": "audiot.attention.query_key.QueryKey"}
-encoder = Encoder(4, 16, 2, 1, 16, 8, attention, {"_target_": "audiot.positions.Rotary"}, dropout=0.3)
-features, direction = torch.randn(2, 8, 4), torch.randn(2, 8, 16)
-step = lambda: (encoder(features)[-1] * direction).sum()
-given = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-wanted = torch.autograd.grad(step(), given)
-found = torch.autograd.grad(compiled(step, graphs=False)(), given)
-for one, other in zip(found, wanted, strict=True):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-assert sums[-1] == (4, 0), sums  # of the attention and of the feed-forward network of two layers
+grad, residual, update = torch.randn(3, 6, 16)
+seed, mean, rstd, weight = torch.tensor([5]), torch.zeros(6), torch.ones(6), torch.randn(16)
+first, second = torch.randn(6, 8), torch.randn(8, 16)
+
+def backward(fresh):
+    total, grad_update, _, _ = torch.ops.audiot.residual_norm_backward(grad, residual, update, weight, seed, mean, rstd, 0.3)
+    inputs = (total, first, second) if fresh else (residual, first, second)
+    return torch.addmm(*inputs), grad_update, None if fresh else total
+
+for fresh in (True, False):  # what came from outside is not to be changed
+    graph = make_fx(lambda: backward(fresh))()
+    wanted = graph()
+    SumsInPlace()(graph.graph)
+    graph.recompile()
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert ("audiot.add_product.default" in targets) is fresh, targets
+    assert ("aten.addmm.default" in targets) is not fresh, targets
+    for one, other in zip(graph(), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 """
 
 
@@ -48,8 +44,15 @@ def test_products_are_added_to_the_residuals_gradient_where_it_lies():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_compiled_encoder_has_the_eager_ones_gradients_on_the_gpu(monkeypatch):
-    from audiot.compilation import compiled
+    from audiot.compilation import SumsInPlace, compiled
 
+    targets, change = [], SumsInPlace.__call__
+
+    def noted(self, graph):
+        change(self, graph)
+        targets[:] = [str(node.target) for node in graph.nodes]
+
+    monkeypatch.setattr(SumsInPlace, "__call__", noted)
     monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same dropout in both
     torch.manual_seed(0)
     attention, positions = {"_target_": "audiot.attention.query_key.QueryKey"}, {"_target_": "audiot.positions.Rotary"}
@@ -66,5 +69,6 @@ def test_a_compiled_encoder_has_the_eager_ones_gradients_on_the_gpu(monkeypatch)
         with torch.autocast("cuda", torch.bfloat16):
             loss = call()
         gradients.append(torch.autograd.grad(loss, given))
+    assert targets.count("audiot.add_product.default") == 2 * len(encoder.layers)  # of the backward pass, compiled last
     for eager, fast in zip(*gradients, strict=True):
         assert (fast - eager).norm() / eager.norm() < 0.03

@@ -225,9 +225,6 @@ class QueryKeyMechanism(AttentionMechanism):
         return arguments if "key" in arguments else arguments | {"key": arguments["query"]}
 
 
-FEW_WEIGHTS = 256 * 256  # of a head
-
-
 def fused_attention(
     query: Tensor,
     key: Tensor,
@@ -238,9 +235,6 @@ def fused_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(QKᵀ·scale + bias)V over the keys that `mask` allows, by PyTorch's fused kernels; zeros where it allows none.
-
-    Those for CPUs have slow gradients (in bfloat16 up to 15 times those of plain products) and no dropout: where few weights are
-    to be differentiated there, they are computed as they stand.
 
     Args:
         query: (B, H, T, D).
@@ -256,11 +250,6 @@ def fused_attention(
     """
     if bias is not None:
         bias = (bias if bias.dim() == 4 else bias[None]).to(query.dtype)
-    if query.device.type == "cpu" and query.shape[-2] * key.shape[-2] <= FEW_WEIGHTS and torch.is_grad_enabled():
-        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = masked_softmax(exact if bias is None else exact + bias, mask)
-        return F.dropout(weights, dropout).to(value.dtype) @ value
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
     some = mask.any(dim=-1, keepdim=True)

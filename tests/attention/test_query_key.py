@@ -1,4 +1,4 @@
-"""Query-key attention with one projection for queries and keys."""
+"""Query-key attention: short sequences on CPUs, and one projection for queries and keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiot.attention import build
-from audiot.attention.query_key import SharedQueryKey
+from audiot.attention.query_key import SHORT, QueryKey, SharedQueryKey
 
 
 def scores_without_the_diagonal(query):
@@ -19,6 +19,24 @@ def scores_without_the_diagonal(query):
                 scores = torch.stack([q @ rows[j] / rows[j].norm() for j in others]) / query.shape[-1] ** 0.5
                 weights[batch, head, i, others] = scores.softmax(0)
     return weights
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_frames", [40, SHORT + 1])
+def test_training_in_half_precision_on_a_cpu_is_that_in_float32(num_frames, padded):
+    torch.manual_seed(0)
+    exact = [tensor.bfloat16().float().requires_grad_() for tensor in 2 * torch.randn(3, 2, 3, num_frames, 8)]
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    valid = torch.arange(num_frames) < torch.tensor([[num_frames], [num_frames // 2]]) if padded else None
+    mechanism, direction = QueryKey(24, 3, 300), torch.randn(2, 3, num_frames, 8)
+    wanted = mechanism(query=exact[0], key=exact[1], value=exact[2], valid=valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mechanism(query=half[0], key=half[1], value=half[2], valid=valid)
+    assert found.dtype == torch.bfloat16
+    wanted_gradients = torch.autograd.grad(wanted, exact, direction)
+    gradients = torch.autograd.grad(found, half, direction.bfloat16())
+    for one, other in zip((found, *gradients), (wanted, *wanted_gradients), strict=True):
+        assert (one.float() - other).norm() / other.norm() < 0.01
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 9])
