@@ -29,8 +29,8 @@ class QueryKey(QueryKeyMechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """Attend with PyTorch's fused attention.
 
-        On CPUs, short sequences in half precision are trained as `dense_weights` defines it: the fused kernel's gradient takes 5 to
-        15 times as long there.
+        On CPUs, short sequences in half precision are trained as `dense_weights` defines it: the fused kernel's gradient takes
+        5 to 15 times as long there.
         """
         if _is_slow_fused(query):
             with torch.autocast(query.device.type, enabled=False):  # scores in float32, as the fused kernel has them
