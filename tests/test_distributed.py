@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from audiot.replication import ReplicatedStrategy
 
 PROGRAM = Path(__file__).parent.parent / "scripts" / "pretrain.py"
+MEETING = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"}
 TINY = [
     "data=folder",
     "data.valid_fraction=0.2",
@@ -38,7 +39,9 @@ TINY = [
 def pretrain(folder, name, *overrides):
     """The weights that `pretrain` exports to `folder`/`name`."""
     given = [*TINY, f"data.root={folder / 'audio'}", f"data_dir={folder / 'data'}", f"hydra.run.dir={folder / name}", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Another test's process group may have left its address here.
+    own = {name: value for name, value in os.environ.items() if name not in MEETING}
+    environment = own | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, PROGRAM, *given], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / name / "encoder" / "model.safetensors")

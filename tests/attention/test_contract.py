@@ -310,20 +310,13 @@ def test_sequences_beyond_a_hard_limit_are_refused_in_one_line(name, overrides):
 
 # One of each kind of graph. The lengths of the test lie on both sides of the blocks and windows of the files.
 COMPILED = [
-    ("query_key", {"share_query_key": True}),
-    ("local", {"window": 3, "share_query_key": True}),
     ("sparse_strided", {"stride": 3, "share_query_key": True}),
-    ("sparse_fixed", {"block_size": 5, "num_summary": 2, "share_query_key": True}),
-    ("lsh_simple", CHUNKED),
     ("lsh_simple", CHUNKED | {"num_rounds": 3, "share_query_key": True}),
-    ("alsh_xbox", CHUNKED),
     ("routing", {"num_clusters": 3, "cluster_size": 8, "share_query_key": True}),
     ("synthesizer_dense", {"per_head": False}),
     ("synthesizer_random", {"anchor": "length"}),
     ("synthesizer_random", {"form": "relative"}),
     ("synthesizer_random", {"form": "factorized", "init": "normal", "rank": 3}),
-    ("synthesizer_mixture", {"partner": "query_key"}),
-    ("synthesizer_mixture", {"mixture_of": "weights"}),
     ("synthesizer_mixture", {"partner": "query_key", "mixture_of": "weights", "share_query_key": True}),
 ]
 
@@ -357,7 +350,7 @@ def test_compiles_without_graph_breaks_and_a_few_times_for_all_lengths(name, ove
     check_compiled(name, overrides, True)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", ["lsh_simple", "routing", "synthesizer_random"])  # compute something else, or keep it
 def test_compiles_for_evaluation_too(name):
     check_compiled(name, {}, False)
 
