@@ -13,6 +13,7 @@ import soundfile
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from safetensors.torch import load_file
+from test_cli import succeed
 
 from audiot.replication import ReplicatedStrategy
 
@@ -36,15 +37,22 @@ TINY = [
 ]
 
 
+def options(folder, name):
+    return [*TINY, f"data.root={folder / 'audio'}", f"data_dir={folder / 'data'}", f"hydra.run.dir={folder / name}"]
+
+
+def weights(folder, name):
+    return load_file(folder / name / "encoder" / "model.safetensors")
+
+
 def pretrain(folder, name, *overrides):
-    """The weights that `pretrain` exports to `folder`/`name`."""
-    given = [*TINY, f"data.root={folder / 'audio'}", f"data_dir={folder / 'data'}", f"hydra.run.dir={folder / name}", *overrides]
+    """Train in processes of their own."""
+    given = [*options(folder, name), *overrides]
     # Another test's process group may have left its address here.
     own = {name: value for name, value in os.environ.items() if name not in MEETING}
     environment = own | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, PROGRAM, *given], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / name / "encoder" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +63,15 @@ def alone(tmp_path_factory):
     (folder / "audio").mkdir()
     for number in range(25):  # three validation batches, which two processes can't share evenly
         soundfile.write(folder / "audio" / f"{number:02d}.wav", 0.1 * noise.standard_normal(16000), 16000)
-    return folder, pretrain(folder, "alone", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4")
+    succeed("pretrain", *options(folder, "alone"), "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4")
+    return folder, weights(folder, "alone")
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_processes_give_the_encoder_of_one_that_adds_up_as_many_batches(alone, trainer):
     folder, expected = alone
-    found = pretrain(folder, trainer, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2")
+    pretrain(folder, trainer, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2")
+    found = weights(folder, trainer)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)

@@ -335,7 +335,7 @@ def check_compiled(name, overrides, training):
         return graph
 
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=backend)
-    for num_frames in (9, 12, 17, 31, 60, 80):
+    for num_frames in (9, 17, 31, 80):
         hidden, valid = frames(2, num_frames, EMBED_DIM).requires_grad_(training), valid_of([num_frames, 4], num_frames)
         with torch.set_grad_enabled(training):
             output, expected = compiled(hidden, valid), attention(hidden, valid)
