@@ -161,7 +161,7 @@ def _check_run(command: str, overrides: list[str]) -> None:
         after = compose(command, overrides)
     except MissingConfigException as error:
         group, _, found = (error.missing_cfg_file or "").rpartition("/")
-        there = list(error.options or [])
+        there = [name for name in error.options or [] if name[0] != "_"]  # _… is a part of others
         raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
     for name in names:
         if name in keys:
