@@ -16,7 +16,7 @@ from audiot.data.batches import Batch
 from audiot.masking import Corruption, interpolate_masked
 from audiot.model import ReconstructionHead, length_mask
 from audiot.optimization import configure
-from audiot.random import key
+from audiot.random import key, seed_torch
 from audiot.sharding import gather, is_sharded, release, shard, whole
 
 
@@ -64,12 +64,7 @@ class MaskedAcousticModel(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of a batch is drawn from the seed and the batch alone, so that a resumed run repeats it."""
-        number = key("dropout", self.hparams["seed"], *batch["position"])
-        torch.default_generator.manual_seed(number)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(number)  # of this device alone: seeding all that there may be takes milliseconds
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(number)
+        seed_torch(key("dropout", self.hparams["seed"], *batch["position"]), self.device)
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, num_tokens = self.model.features(batch["waveforms"], batch["lengths"])

@@ -24,6 +24,18 @@ def key(*about: str | int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def seed_torch(number: int, device: torch.device) -> None:
+    """Seed PyTorch's own generators (of dropout, say) that computation on a device draws from.
+
+    `torch.manual_seed` seeds those of all devices that there may be, which takes milliseconds.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 

@@ -15,7 +15,7 @@ from audiot.downstream.heads import LayerSelection
 from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
 from audiot.optimization import configure
-from audiot.random import key
+from audiot.random import key, seed_torch
 
 
 class DownstreamModule(pl.LightningModule):
@@ -78,7 +78,7 @@ class DownstreamModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of a batch is drawn from the seed and the batch alone."""
-        torch.manual_seed(key("dropout", self.hparams["seed"], *batch["position"]))
+        seed_torch(key("dropout", self.hparams["seed"], *batch["position"]), self.device)
 
     def picked_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The chosen hidden states (chosen, B, T, d) and lengths (B,): those kept from before, or the upstream's."""
