@@ -189,7 +189,7 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
-        *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s"),
+        *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s", "resumed_step"),
     }
     assert summary["steps"] == 4
     for name, value in summary.items():
@@ -227,7 +227,8 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
     before = read(folder / "summary.json")
-    succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
+    out = succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
+    assert " s since step 4\n" in out
     after = read(folder / "summary.json")
     assert after["steps"] == 6
     assert after["pretrain/val_l1"] != before["pretrain/val_l1"]

@@ -75,6 +75,7 @@ def main(cfg: DictConfig) -> float:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
     (validation,) = trainer.validate(module, data, verbose=False)
     throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+    resumed_step = module.trained_steps
     loss = validation["pretrain/val_l1"]
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={cfg.optimizer.lr}")
@@ -105,6 +106,7 @@ def main(cfg: DictConfig) -> float:
         "parameters": parameters,
         "steps": trainer.global_step,
         "wall_s": round(time.monotonic() - begin, 1),
+        "resumed_step": resumed_step,
     }
     write_json(run / "summary.json", summary)
     say(report(run))
@@ -191,6 +193,7 @@ def draw(run: Path, module: MaskedAcousticModel, data: SpeechDataModule) -> None
 def report(run: Path) -> str:
     """The closing lines: what was done, how good it is, what to run next."""
     summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
+    since = f"since step {summary['resumed_step']}" if summary.get("resumed_step") else "in all"
     lines = [
         "",
         table(
@@ -198,7 +201,7 @@ def report(run: Path) -> str:
                 "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
                 f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
                 "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
-                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s in all"
+                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
                 + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
             }
         ),
