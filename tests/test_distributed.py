@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import soundfile
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from safetensors.torch import load_file
 from test_cli import succeed
 
+from audiot.commands.common import warn_of_slow_strategy
 from audiot.replication import ReplicatedStrategy
 
 PROGRAM = Path(__file__).parent.parent / "scripts" / "pretrain.py"
@@ -75,6 +78,16 @@ def test_two_processes_give_the_encoder_of_one_that_adds_up_as_many_batches(alon
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "told"),
+    [(DDPStrategy, "cuda", True), (DDPStrategy, "cpu", False), (ReplicatedStrategy, "cuda", False)],
+)
+def test_who_chooses_lightnings_ddp_for_gpus_is_told_what_is_faster(kind, device, told):
+    strategy = kind(parallel_devices=[torch.device(device, 0)], cluster_environment=LightningEnvironment())
+    with pytest.warns(UserWarning, match="use trainer=ddp") if told else nullcontext():
+        warn_of_slow_strategy(strategy)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
