@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def find_device(name: str, complaint: str) -> torch.device:
     """The device of a name; ``auto``: a GPU if there is one, else the CPU.
@@ -17,11 +19,15 @@ def find_device(name: str, complaint: str) -> torch.device:
         ValueError: there is none of that name.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = _kind_at_hand()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
         raise ValueError(f"{complaint}: {str(error).splitlines()[0]}") from error
+
+
+def _kind_at_hand() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def fast_precision(accelerator: str) -> str:
@@ -33,13 +39,13 @@ def fast_precision(accelerator: str) -> str:
     Returns:
         ``bf16-mixed`` where the device has instructions for products of bfloat16 matrices, else ``32-true``.
     """
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
+    kind = _kind_at_hand() if accelerator == "auto" else accelerator
+    fast = False
+    if kind in ("gpu", "cuda"):
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
         known = torch.cpu.get_capabilities()
         fast = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        fast = False
     return "bf16-mixed" if fast else "32-true"
 
 
@@ -59,7 +65,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 def in_half_precision(tensor: Tensor) -> bool:
     """Whether matrix products with this tensor are in half precision on a CUDA device, where kernels of our own may be used."""
-    return tensor.is_cuda and autocast_dtype(tensor) in (torch.bfloat16, torch.float16)
+    return tensor.is_cuda and autocast_dtype(tensor) in HALF
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], torch.cuda.Event | None]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,3 +28,12 @@ class ReplicatedStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         return DistributedDataParallel(model, **self._ddp_kwargs)
+
+
+def warn_of_slow_strategy(strategy: Strategy) -> None:
+    """Tell who chose Lightning's own DDP for GPUs that `ReplicatedStrategy` does not wait for them."""
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, ReplicatedStrategy) and strategy.root_device.type == "cuda":
+        rank_zero_warn(
+            "Lightning's DDP moves the lengths of utterances to the GPU, where every step waits for them: use trainer=ddp, whose "
+            "strategy, audiot.replication.ReplicatedStrategy, takes the same arguments (+trainer.strategy.KEY=VALUE)"
+        )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audiot.devices import HALF
+
 try:
     from audiot import residual_kernels
 except ImportError:  # no Triton
@@ -62,4 +64,4 @@ def has_kernel(update: Tensor, norm: nn.LayerNorm) -> bool:
     """Whether a kernel would be taken for these states."""
     if residual_kernels is None or not update.is_cuda or norm.weight is None or norm.bias is None:
         return False
-    return update.dtype in (torch.bfloat16, torch.float16) and update.shape[-1] <= residual_kernels.MAX_DIM
+    return update.dtype in HALF and update.shape[-1] <= residual_kernels.MAX_DIM

@@ -168,17 +168,16 @@ def _(grad, residual, update, weight, seed, mean, rstd, dropout):
 
 def _save(ctx, inputs, output):
     residual, update, weight, _, seed, _, ctx.dropout = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(*([residual] if ctx.has_residual else []), update, weight, seed, *output[1:])
+    ctx.save_for_backward(residual, update, weight, seed, *output[1:])
 
 
 def _differentiate(ctx, grad, *_):
-    *residual, update, weight, seed, mean, rstd = ctx.saved_tensors
-    found = _gradients(grad, residual[0] if residual else None, update, weight, seed, mean, rstd, ctx.dropout)
+    residual, update, weight, seed, mean, rstd = ctx.saved_tensors
+    found = _gradients(grad, residual, update, weight, seed, mean, rstd, ctx.dropout)
     grad_total, grad_update, grad_weight, grad_bias = found
-    if not ctx.dropout or not ctx.has_residual:
-        grad_update = grad_total.to(update.dtype)
-    return grad_total if ctx.has_residual else None, grad_update, grad_weight, grad_bias, None, None, None
+    if residual is None:
+        return None, grad_total, grad_weight, grad_bias, None, None, None
+    return grad_total, grad_update if ctx.dropout else grad_total.to(update.dtype), grad_weight, grad_bias, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -17,11 +17,9 @@ from pytorch_lightning.strategies import DDPStrategy
 from safetensors.torch import load_file
 from test_cli import succeed
 
-from audiot.commands.common import warn_of_slow_strategy
-from audiot.replication import ReplicatedStrategy
+from audiot.replication import ReplicatedStrategy, warn_of_slow_strategy
 
 PROGRAM = Path(__file__).parent.parent / "scripts" / "pretrain.py"
-MEETING = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK"}
 TINY = [
     "data=folder",
     "data.valid_fraction=0.2",
@@ -51,9 +49,7 @@ def weights(folder, name):
 def pretrain(folder, name, *overrides):
     """Train in processes of their own."""
     given = [*options(folder, name), *overrides]
-    # Another test's process group may have left its address here.
-    own = {name: value for name, value in os.environ.items() if name not in MEETING}
-    environment = own | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, PROGRAM, *given], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

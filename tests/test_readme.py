@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -125,7 +127,8 @@ def test_commands_of_the_readme_run(folder, monkeypatch):
         monkeypatch.setattr(Figure, "savefig", blank if arguments[0] in drawn else draw)
         drawn.add(arguments[0])
         try:
-            main(quick(arguments, number, run, folder))
+            with mock.patch.dict(os.environ):  # several processes leave their meeting place there
+                main(quick(arguments, number, run, folder))
         except SystemExit as stop:
             pytest.fail(f"{line}: {stop}")
         number += arguments[0] in ("pretrain", "finetune", "prepare")

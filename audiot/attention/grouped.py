@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from audiot.attention.mechanism import fused_attention
+from audiot.devices import HALF
 from audiot.positions import NO_POSITIONS, Positions
 
 try:
@@ -140,4 +141,4 @@ def has_kernel(query: Tensor) -> bool:
     """Whether `grouped_attention` would take its kernels."""
     if grouped_kernels is None or not query.is_cuda or query.shape[0] * query.shape[1] > grouped_kernels.MAX_HEADS:
         return False
-    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= grouped_kernels.MAX_HEAD_DIM
+    return query.dtype in HALF and query.shape[-1] <= grouped_kernels.MAX_HEAD_DIM

@@ -13,6 +13,7 @@ from audiot.attention.mechanism import (
     offsets,
     position_bias,
 )
+from audiot.devices import HALF
 from audiot.positions import Positions
 
 SHORT = 256  # frames
@@ -79,8 +80,7 @@ class SharedQueryKey(QueryKeyMechanism):
 
 def _is_slow_fused(query: Tensor) -> bool:
     """Whether the weights themselves are faster to train than the fused kernel."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" and half and query.shape[-2] <= SHORT and torch.is_grad_enabled()
+    return query.device.type == "cpu" and query.dtype in HALF and query.shape[-2] <= SHORT and torch.is_grad_enabled()
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.strategies import DDPStrategy, Strategy
-from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
 from audiot.devices import fast_precision
-from audiot.replication import ReplicatedStrategy
+from audiot.replication import warn_of_slow_strategy
 
 log = logging.getLogger("audiot")
 
@@ -85,15 +84,6 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
         raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
     warn_of_slow_strategy(trainer.strategy)
     return trainer
-
-
-def warn_of_slow_strategy(strategy: Strategy) -> None:
-    """Tell who chose Lightning's own DDP for GPUs that audiot's does not wait for them."""
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, ReplicatedStrategy) and strategy.root_device.type == "cuda":
-        rank_zero_warn(
-            "Lightning's DDP moves the lengths of utterances to the GPU, where every step waits for them: use trainer=ddp, whose "
-            "strategy, audiot.replication.ReplicatedStrategy, takes the same arguments (+trainer.strategy.KEY=VALUE)"
-        )
 
 
 def start_wandb(logger: WandbLogger) -> None:

@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> float:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
     (validation,) = trainer.validate(module, data, verbose=False)
     throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
-    resumed_step = module.trained_steps
+    resumed_step = module.trained_steps  # which a module that is built anew for export does not know
     loss = validation["pretrain/val_l1"]
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={cfg.optimizer.lr}")

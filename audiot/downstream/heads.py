@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from audiot.devices import autocast_dtype
 from audiot.model import length_mask
 
 
@@ -216,9 +217,8 @@ class LayerSelection(nn.Module):
         weights = self.weights()
         if weights is None:
             return picked[0]
-        if not torch.is_autocast_enabled(picked.device.type):  # which chooses a precision for both
-            picked = picked.to(weights.dtype)
-        return torch.einsum("l,lbtd->btd", weights, picked)
+        precision = autocast_dtype(weights)
+        return torch.einsum("l,lbtd->btd", weights.to(precision), picked.to(precision))
 
 
 def _hidden_layer(input_dim: int, hidden_dim: int | None) -> nn.Module:
