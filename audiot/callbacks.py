@@ -265,11 +265,13 @@ class Interrupted(BaseException):
 class AnyProcess:
     """Whether a flag is set in any process.
 
-    On GPUs the answer comes with the next question: to wait for it at once would leave them without work between two steps.
+    On GPUs the answer comes with the next question, over a stream of its own: to wait for it, the host or the training's stream,
+    would leave them without work between two steps.
     """
 
     def __init__(self) -> None:
-        self._asked: tuple[list[Tensor], torch.cuda.Event | None] | None = None
+        self._asked: tuple[Tensor, list[Tensor], torch.cuda.Event | None] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def ask(self, flag: bool, trainer: pl.Trainer) -> bool:
         """All processes have to ask, and get the same answer."""
@@ -278,13 +280,17 @@ class AnyProcess:
             return trainer.strategy.reduce_boolean_decision(flag, all=False)
         before = False
         if self._asked is not None:
-            (answer,), arrived = self._asked
+            _, (answer,), arrived = self._asked
             assert arrived is not None
             arrived.synchronize()
             before = bool(answer)
-        answer = torch.full((), int(flag), dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        self._asked = to_host(answer)
+        question = torch.full((), int(flag), dtype=torch.int32, device=device)
+        work = torch.distributed.all_reduce(question, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            work.wait()
+            self._asked = (question, *to_host(question))  # kept, as the training's stream could reuse its memory
         return before
 
 
