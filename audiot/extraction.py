@@ -18,6 +18,7 @@ import soxr
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ from audiot.downstream.upstream import Upstream
 from audiot.files import write_csv
 from audiot.states import Failures, shard_path, stored, write_shard
 
+# Of PyTorch's attention. CuDNN's takes longer to plan for a shape than to compute, and hardly two batches have the same.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ALONE_S = 600  # less audio than that is read sooner than worker processes start
 
 
@@ -246,6 +249,7 @@ class Extractor:
         clock = _Clock()
         form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         with (
+            sdpa_kernel(BACKENDS),
             ThreadPoolExecutor(1) as writer,
             tqdm(total=total, initial=initial, desc="extract", bar_format=form, leave=False) as bar,
         ):
@@ -301,9 +305,14 @@ class Extractor:
     def _launch(self, waveforms: Tensor, lengths: Tensor) -> list[_Place]:
         hidden, num_frames = self.upstream(waveforms.to(self.device, non_blocking=True), lengths)
         chosen = torch.stack([hidden[layer].to(self.dtype) for layer in self.layers], dim=1)  # B, layers, T, d
-        valid = torch.arange(chosen.shape[2]) < num_frames[:, None, None]  # on the CPU, as the lengths are
-        rows = valid.expand(chosen.shape[:3]).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
-        states = chosen.flatten(0, 2)[rows]
+        # Row r of what is kept lies as many rows further on as there is padding before it. Told from the CPU, where the lengths
+        # are, so that the device is not waited for.
+        sizes = num_frames.repeat_interleave(len(self.layers))
+        padding = (chosen.shape[2] - sizes).cumsum(0) - (chosen.shape[2] - sizes)
+        count = int(sizes.sum())
+        sizes, padding = (each.to(self.device, non_blocking=True) for each in (sizes, padding))
+        rows = torch.arange(count, device=self.device) + padding.repeat_interleave(sizes, output_size=count)
+        states = chosen.flatten(0, 2).index_select(0, rows)
         finite = (states * 0).sum(dim=1) == 0  # isfinite of half precision takes 15 times as long on CPUs
         (states, finite), arrived = to_host(states, finite)
         encoded = _Encoded(states, finite, (num_frames * len(self.layers)).tolist(), arrived)

@@ -292,7 +292,7 @@ def test_code_is_generated_for_our_own_encoders_where_that_is_asked_for(encoder,
     compiled = []
     monkeypatch.setattr(AudioEncoder, "compile", lambda self: compiled.append(self))
     extract(encoder, audio, tmp_path / "cpu")
-    assert not compiled  # not by default on CPUs
+    assert not compiled  # not by default
     extract(encoder, audio, tmp_path / "out", "--compile")
     assert len(compiled) == 1
 

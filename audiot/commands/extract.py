@@ -58,9 +58,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--compute-dtype", choices=DTYPES, help="of the computation (default: bfloat16 on CUDA devices, float32 elsewhere)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="generate faster code first (default: on CUDA devices)"
-    )
+    parser.add_argument("--compile", action="store_true", help="generate faster code first, which takes up to a minute")
     parser.add_argument(
         "--batch-s", type=float, metavar="S", help="seconds of audio in a batch (default: 480 on CUDA devices, 60 elsewhere)"
     )
@@ -120,7 +118,7 @@ def main(arguments: list[str]) -> None:
     claim(folder, settings)
 
     upstream = upstream.to(device=device, dtype=DTYPES[compute_dtype]).eval()
-    if isinstance(upstream, EncoderUpstream) and (on_gpu if options.compile is None else options.compile):
+    if isinstance(upstream, EncoderUpstream) and options.compile:
         upstream.encoder.compile()
     first, step = options.part
     mine = {number: shards[number] for number in range(first, len(shards), step)}
@@ -131,7 +129,7 @@ def main(arguments: list[str]) -> None:
         speed = extractor.run(todo, folder, initial=sum(total_seconds(mine[number]) for number in mine.keys() - todo.keys()))
     except _compile_error() as error:
         words = " ".join(str(error).split("\n\n")[0].split())[:200]
-        raise ValueError(f"torch.compile failed: {words}: --no-compile does without it") from error
+        raise ValueError(f"torch.compile failed: {words}: leave --compile out") from error
     for number in mine:
         failures |= shard_failures(folder, number)
     left = sum(not shard_path(folder, number).is_file() for number in range(len(shards)))
