@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,35 +233,41 @@ class DemoCorpus:
         missing = [job for job in jobs.values() if job not in spoken]
         seconds = sum(map(_speech_s, spoken))
         bar = tqdm(total=len(jobs), initial=len(spoken), desc="demo corpus", unit="speaker", disable=not progress)
-        with bar, ThreadPoolExecutor(self.num_jobs) as pool:
-            futures = [pool.submit(_run, job) for job in missing]
-            try:
-                for future in as_completed(futures):
-                    seconds += _speech_s(future.result())
-                    bar.set_postfix_str(f"{seconds / 3600:.2f} h of speech", refresh=False)
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with bar:
+            for speaker in _spoken(missing, self.num_jobs):
+                seconds += _speech_s(jobs[speaker])
+                bar.set_postfix_str(f"{seconds / 3600:.2f} h of speech", refresh=False)
+                bar.update()
 
     def _load(self, split: str) -> CutSet:
         cuts = CutSet.from_jsonl(self.root / f"{split}.jsonl")
         return cuts.with_recording_path_prefix(self.root)
 
 
-def _run(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job to its end; returns it."""
-    process = subprocess.run(
-        [sys.executable, "-m", "audiot.data.corpora.espeak"],
-        input=json.dumps(job),
-        capture_output=True,
+def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
+    """Run jobs, so many at a time; the name of each one's speaker when it is done."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "audiot.data.corpora.espeak", str(num_jobs)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a pool of threads takes longer to start than to speak
-    )
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            with process.stdin as stream:
+                json.dump(jobs, stream)
+            for line in process.stdout:
+                yield line.rstrip("\n")
+            failures = process.stderr.read().strip().splitlines()
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode:
-        reason = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise RuntimeError(f"demo corpus: speaker {job['speaker']} failed: {reason[0]}")
-    return job
+        raise RuntimeError(f"demo corpus: {failures[0] if failures else f'exit status {process.returncode}'}")
 
 
 def _speech_s(job: dict[str, Any]) -> float:

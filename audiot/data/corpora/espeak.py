@@ -1,20 +1,23 @@
-"""eSpeak NG through ctypes, and the process that speaks one speaker of the demo corpus: ``python -m audiot.data.corpora.espeak``.
+"""eSpeak NG through ctypes, and what speaks speakers of the demo corpus: ``python -m audiot.data.corpora.espeak NUM_JOBS``.
 
 eSpeak NG is licensed GPL-3.0-or-later. It comes with the package ``espeakng-loader`` (the extra ``audiot[demo]``) and is
 loaded only here, in a process of its own. That is needed anyway: the samples depend on everything that its process has
 spoken before, so a fresh process for each speaker makes the corpus independent of the number of workers.
-This module imports neither torch nor lhotse, so that such a process starts in a fraction of a second.
+Those processes are forks of one that has imported this module and nothing large: neither torch nor lhotse.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import wave
 import zlib
+from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -214,5 +217,33 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def speak_all(jobs: list[dict[str, Any]], num_jobs: int) -> None:
+    """Run jobs, each in a process of its own, so many at a time; print the name of each speaker when it is done."""
+    context = multiprocessing.get_context("fork")
+    running: dict[int, tuple[Any, str]] = {}
+    left = iter(jobs)
+    while True:
+        for job in islice(left, num_jobs - len(running)):
+            process = context.Process(target=_speak, args=(job,))
+            process.start()
+            running[process.sentinel] = process, job["speaker"]
+        if not running:
+            return
+        for sentinel in wait(list(running)):
+            assert isinstance(sentinel, int)
+            process, speaker = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                sys.exit(f"speaker {speaker}: exit status {process.exitcode}")
+            print(speaker, flush=True)
+
+
+def _speak(job: dict[str, Any]) -> None:
+    try:
+        speak_speaker(job)
+    except Exception as error:  # whatever it is, the main process tells it
+        sys.exit(f"speaker {job['speaker']} failed: {type(error).__name__}: {error}")
+
+
 if __name__ == "__main__":
-    speak_speaker(json.load(sys.stdin))
+    speak_all(json.load(sys.stdin), int(sys.argv[1]))
