@@ -63,7 +63,7 @@ def run(command: str, arguments: list[str]) -> None:
         if resumed != "null":
             if command != "pretrain":
                 raise ValueError(f"resume={resumed}: only pretrain resumes a run; {command} starts anew")
-            _quieten_libraries()
+            quieten_libraries()
             task(_resumed_config(Path(resumed), [override for override in overrides if not override.startswith("resume=")]))
             return
         if command == "pretrain":
@@ -74,7 +74,7 @@ def run(command: str, arguments: list[str]) -> None:
             _check_overrides(command, overrides, bool(sweep))
 
     def guarded(cfg: DictConfig) -> object:
-        _quieten_libraries()  # here, since a sweep may run it in a process of its own
+        quieten_libraries()  # here, since a sweep may run it in a process of its own
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         with failure_noted() if in_sweep else nullcontext(), one_line_errors(debug), finished_wandb():
             return task(cfg)
@@ -87,7 +87,7 @@ def run_tool(tool: str, arguments: list[str]) -> None:
     """Run a command that takes plain arguments; its errors are told in one line too."""
     module = importlib.import_module(f"audiot.commands.{tool.replace('-', '_')}")
     with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
-        _quieten_libraries()
+        quieten_libraries()
         module.main(arguments)
 
 
@@ -261,7 +261,7 @@ def describe(error: BaseException) -> str:
     return f"{key}: {words}" if key and not isinstance(error, (ValueError, OSError)) else words
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep notices that call for nothing out of a user's sight; errors and unknown warnings stay."""
     for message in (
         ".*does not have many workers.*",

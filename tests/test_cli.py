@@ -238,21 +238,32 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}", "trainer.max_steps=6", "probe=false")
 
 
-@blank
-def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path):
-    folder = copy_run(made, tmp_path / "run")
+def without_probes(made, folder, kept, missing):
+    """A copy of the pre-training run with probes of these names alone, the latter not done yet."""
+    copy_run(made, folder)
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    kept, missing = "probe/phone/encoder", "probe/phone/features"
-    config.probes = {name: config.probes[name] for name in (kept, missing)}
+    config.probes = {name: config.probes[name] for name in (*kept, *missing)}
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
     summary = {name: value for name, value in read(folder / "summary.json").items() if not name.startswith("probe/")}
     (folder / "summary.json").write_text(json.dumps(summary))
-    shutil.rmtree(folder / "probes" / "probe-phone-features")
+    for name in missing:
+        shutil.rmtree(folder / "probes" / name.replace("/", "-"))
+
+
+@blank
+@pytest.mark.parametrize(("missing", "jobs"), [(["features"], 1), (["features", "random"], 2)])
+def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path, missing, jobs):
+    folder, kept, missing = tmp_path / "run", "probe/phone/encoder", [f"probe/phone/{name}" for name in missing]
+    without_probes(made, folder, [kept], missing)
     untouched = (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns
-    succeed("pretrain", f"resume={folder}")
+    out = succeed("pretrain", f"resume={folder}", f"probe_jobs={jobs}")
     expected = read(made.run / "summary.json")
-    assert {name: expected[name] for name in (kept, missing)}.items() <= read(folder / "summary.json").items()
+    assert {name: expected[name] for name in (kept, *missing)}.items() <= read(folder / "summary.json").items()
     assert (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns == untouched
+    if jobs > 1:  # what each says stands together
+        for name in missing:
+            said = rf"\n{name}:  audiot finetune .*\ncorpus .*\ntest .*\nrun .*{name.replace('/', '-')}: metrics.json"
+            assert re.search(said, out)
 
 
 @blank
@@ -285,6 +296,35 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp
     command = resume.removeprefix("resume:  audiot ").split()
     succeed(*command, f"trainer.max_steps={step + 2}", "trainer.val_check_interval=1", "data.num_workers=0")
     assert read(folder / "summary.json")["steps"] == step + 2
+
+
+def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
+    folder, names = tmp_path / "run", ["probe/phone/encoder", "probe/phone/random"]
+    without_probes(made, folder, [], names)
+    config = (folder / ".hydra" / "config.yaml").read_text()
+    (folder / ".hydra" / "config.yaml").write_text(config.replace("trainer.max_steps=2", "trainer.max_steps=1000000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "audiot.cli", "pretrain", f"resume={folder}", "probe_jobs=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not all((folder / "probes" / name.replace("/", "-") / "checkpoints").is_dir() for name in names):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):  # soon nothing is left of its group
+            for _ in range(600):
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"resume:  audiot pretrain resume={folder}\n" in err
 
 
 # The other commands

@@ -32,7 +32,7 @@ from audiot.commands.common import (
     step_of,
     table,
 )
-from audiot.commands.probing import check_probes, run_probes
+from audiot.commands.probing import check_probes, probe_configs, run_probes
 from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.prepare import PreparedCorpus
@@ -60,8 +60,8 @@ def main(cfg: DictConfig) -> float:
     module = build(cfg)
     corpus = open_corpus(cfg)
     _check_rate(module, corpus.sample_rate)
-    if cfg.probe:
-        check_probes(cfg, run, corpus)
+    probes = probe_configs(cfg, run) if cfg.probe else {}
+    check_probes(probes, corpus)
     data = open_data(cfg, module, corpus)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
@@ -93,7 +93,7 @@ def main(cfg: DictConfig) -> float:
     draw(run, module, data)
     if cfg.probe:
         try:
-            summary |= run_probes(cfg, run)
+            summary |= run_probes(cfg, run, probes, trainer.strategy.root_device)
         except Interrupted as stop:
             raise Interrupted(trainer.global_step, newest_checkpoint(run)) from stop
         if any(name.startswith(("probe/", "finetune/")) for name in summary):

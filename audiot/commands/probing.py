@@ -3,55 +3,142 @@
 from __future__ import annotations
 
 import gc
+import io
+import logging
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
-from audiot.commands.common import same_data, say
+from audiot.callbacks import Interrupted
+from audiot.commands.common import log, plain, same_data, say
 from audiot.commands.finetune import finetune
-from audiot.data.prepare import ROLES, PreparedCorpus
+from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
 from audiot.files import read_json
 
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
 
-def run_probes(cfg: DictConfig, run: Path) -> dict[str, float]:
-    """The test's figure (accuracy, or what the task monitors) of every entry of ``cfg.probes``.
+def probe_configs(cfg: DictConfig, run: Path) -> dict[str, DictConfig]:
+    """The config of every entry of ``cfg.probes``, by its name.
 
-    One that a resumed run has done before is not done again.
+    Raises:
+        ValueError: ``cfg.probe_jobs`` is no number of processes.
     """
-    figures = {}
-    for name, overrides in cfg.probes.items():
-        folder = run / "probes" / str(name).replace("/", "-")
-        if not (folder / "metrics.json").is_file():
-            say(f"\n{name}:  audiot finetune {' '.join(overrides)}{same_data(run)}")
-            probe = probe_config(cfg, list(overrides), folder)
-            (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(probe, folder / ".hydra" / "config.yaml")  # for `audiot evaluate`
-            finetune(probe)
-            gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
-        metrics = read_json(folder / "metrics.json", "metrics")
-        figures[str(name)] = metrics[f"test/{metrics['monitor']}"]
-    return figures
+    jobs = cfg.probe_jobs
+    if jobs != "auto" and not (isinstance(jobs, int) and jobs >= 1):
+        raise ValueError(f"probe_jobs must be auto or at least 1, found {jobs}")
+    return {
+        str(name): probe_config(cfg, list(overrides), run / "probes" / str(name).replace("/", "-"))
+        for name, overrides in cfg.probes.items()
+    }
 
 
-def check_probes(cfg: DictConfig, run: Path, corpus: PreparedCorpus) -> None:
+def check_probes(probes: Mapping[str, DictConfig], corpus: PreparedCorpus) -> None:
     """Look for the labels that the probes need before pre-training, which may take days.
 
     Raises:
         ValueError: a probe's split or its labels are not there.
     """
-    for name, overrides in cfg.probes.items():
-        probe = probe_config(cfg, list(overrides), run / "probes")
+    for name, probe in probes.items():
         labels = instantiate(probe.downstream.labels)
         try:
             for role in ROLES:
                 labels.names(next(iter(corpus.cuts(corpus.split_for(probe.downstream.task, role)))))
         except ValueError as error:
             raise ValueError(f"{error} (wanted by the probe {name}; probes=none or probe=false pre-trains without)") from error
+
+
+def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], device: torch.device) -> dict[str, float]:
+    """The test's figure (accuracy, or what the task monitors) of every probe.
+
+    One that a resumed run has done before is not done again.
+    """
+    left = {name: probe for name, probe in probes.items() if not _metrics(probe).is_file()}
+    for probe in left.values():
+        (Path(probe.run_dir) / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(probe, Path(probe.run_dir) / ".hydra" / "config.yaml")  # for `audiot evaluate`
+    titles = {str(name): f"\n{name}:  audiot finetune {' '.join(given)}{same_data(run)}" for name, given in cfg.probes.items()}
+    jobs = cfg.probe_jobs
+    if jobs == "auto":  # what is small runs better on one core than on several
+        jobs = torch.get_num_threads() if device.type == "cpu" else 1
+    if min(jobs, len(left)) > 1:
+        _run_together(left, titles, min(jobs, len(left)))
+    else:
+        for name, probe in left.items():
+            say(titles[name])
+            finetune(probe)
+            gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
+    figures = {}
+    for name, probe in probes.items():
+        metrics = read_json(_metrics(probe), "metrics")
+        figures[name] = metrics[f"test/{metrics['monitor']}"]
+    return figures
+
+
+def _metrics(probe: DictConfig) -> Path:
+    return Path(probe.run_dir) / "metrics.json"
+
+
+def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], jobs: int) -> None:
+    """Run probes in so many processes, which share out this one's threads; say what each one said when it is done.
+
+    Raises:
+        Interrupted: by Ctrl-C.
+    """
+    before = multiprocessing.active_children()
+    start = (max(1, torch.get_num_threads() // jobs), multiprocessing.get_start_method())
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, start) as pool,
+        tqdm(total=len(probes), desc="probes", unit="probe", leave=False) as bar,
+    ):
+        try:
+            running = {pool.submit(_told, plain(probe)): name for name, probe in probes.items()}
+            for done in as_completed(running):
+                with tqdm.external_write_mode():
+                    say(f"{titles[running[done]]}\n{done.result()}")
+                bar.update()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - set(before):
+                process.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(0, None) from error
+            raise
+
+
+def _start(threads: int, start_method: str) -> None:
+    """Begin a process of `_run_together`: with its share of the threads, and loaders that start as they do elsewhere."""
+    from audiot.launch import quieten_libraries
+
+    start_worker()
+    multiprocessing.set_start_method(start_method, force=True)  # else "spawn", which imports everything for each worker
+    quieten_libraries()
+    torch.set_num_threads(threads)
+
+
+def _told(probe: dict[str, Any]) -> str:
+    """Run one probe without a progress bar; what it said."""
+    cfg = OmegaConf.create(probe)
+    cfg.trainer.enable_progress_bar = False
+    for name in ("progress", "interrupt"):  # the parent has a bar, and ends its processes itself
+        cfg.callbacks.pop(name, None)
+    said = logging.StreamHandler(io.StringIO())
+    log.addHandler(said)
+    log.setLevel(logging.INFO)
+    try:
+        finetune(cfg)
+    finally:
+        log.removeHandler(said)
+    return said.stream.getvalue().rstrip("\n")
 
 
 def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:

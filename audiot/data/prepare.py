@@ -237,7 +237,8 @@ def _process_chunk(jobs: list[_Job], options: _Options) -> list[dict[str, Any]]:
     return [_process(job, options) for job in jobs]
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a process of a pool begins with: Ctrl-C is for its parent, with which it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     # A killed parent can't stop its workers, and they would write beside the run that resumes.
     if parent := multiprocessing.parent_process():
@@ -256,7 +257,7 @@ def _process_all(jobs: Iterable[_Job], options: _Options, num_jobs: int) -> Gene
         return
     rest = iter(jobs)
     pending: set[Future] = set()
-    pool = ProcessPoolExecutor(num_jobs, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(num_jobs, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
         while True:
             for _ in range(2 * num_jobs - len(pending)):
