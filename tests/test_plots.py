@@ -117,6 +117,7 @@ def test_attention_has_a_map_of_every_head_and_layer(tmp_path, drawn):
     assert width == pytest.approx(110 * (1.7 * 3 + 0.6), abs=2)
     assert len(drawn[0].axes) == 6
     np.testing.assert_allclose(drawn[0].axes[4].images[0].get_array() ** 2, weights[1][1], rtol=1e-5)
+    assert drawn[0].axes[4].get_xlabel() == f"0 to {weights[1][1].max():.2g}"  # its own scale
 
 
 def test_attention_takes_names_and_masks(tmp_path, drawn):
@@ -162,7 +163,8 @@ def test_layer_weights_are_a_bar_of_each_state(tmp_path, drawn):
     axis = drawn[0].axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0.2, 0.5, 0.3]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "6", "12"]
-    assert axis.lines[0].get_ydata()[0] == pytest.approx(1 / 3)  # what an even sum would be
+    assert axis.lines[0].get_ydata()[0] == pytest.approx(1 / 3)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["equal shares"]
 
 
 def test_a_failed_plot_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
@@ -148,6 +149,8 @@ def plot_attention(
             # A square root shows weak weights too; each map has its own scale.
             axis.imshow(np.sqrt(matrix), cmap="viridis", interpolation="nearest", vmin=0)
             axis.set(xticks=[], yticks=[])
+            if matrices.dtype != torch.bool:
+                axis.set_xlabel(f"0 to {matrix.max():.2g}", fontsize=7)
             if layer == 0:
                 axis.set_title(columns[head], fontsize=9)
             if head == 0:
@@ -212,7 +215,8 @@ def plot_layer_weights(weights: Sequence[float], names: Sequence[str], title: st
     axis = figure.subplots()
     bars = axis.bar(range(len(weights)), list(weights), color=BLUE)
     axis.bar_label(bars, fmt="%.2f", fontsize=8)
-    axis.axhline(1 / len(weights), color=GREY, linestyle="--", linewidth=1)
+    axis.axhline(1 / len(weights), color=GREY, linestyle="--", linewidth=1, label="equal shares")
+    axis.legend(fontsize=8)
     axis.set_xticks(range(len(weights)), names)
     axis.set(ylabel="share", xlabel="hidden state (0: input of the first layer)", title=title)
     _save(figure, path)
