@@ -309,6 +309,7 @@ def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )
     try:
         while not all((folder / "probes" / name.replace("/", "-") / "checkpoints").is_dir() for name in names):
