@@ -255,10 +255,11 @@ class Interrupted(BaseException):
 
     Args:
         checkpoint: Where it can go on from, if one was saved.
+        where: What was going on, if it was not training itself.
     """
 
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
-        super().__init__(f"interrupted after step {step}")
+    def __init__(self, step: int, checkpoint: Path | None, where: str = "") -> None:
+        super().__init__(f"interrupted {where}after step {step}")
         self.checkpoint = checkpoint
 
 

@@ -260,6 +260,7 @@ def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path, mis
     expected = read(made.run / "summary.json")
     assert {name: expected[name] for name in (kept, *missing)}.items() <= read(folder / "summary.json").items()
     assert (folder / "probes" / "probe-phone-encoder" / "metrics.json").stat().st_mtime_ns == untouched
+    assert f"probes  1 of {1 + len(missing)} are there already\n" in out
     if jobs > 1:  # what each says stands together
         for name in missing:
             said = rf"\n{name}:  audiot finetune .*\ncorpus .*\ntest .*\nrun .*{name.replace('/', '-')}: metrics.json"
@@ -326,6 +327,7 @@ def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert "audiot: interrupted in the probes after step 4; " in err
     assert f"resume:  audiot pretrain resume={folder}\n" in err
 
 

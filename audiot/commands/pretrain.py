@@ -95,7 +95,7 @@ def main(cfg: DictConfig) -> float:
         try:
             summary |= run_probes(cfg, run, probes, trainer.strategy.root_device)
         except Interrupted as stop:
-            raise Interrupted(trainer.global_step, newest_checkpoint(run)) from stop
+            raise Interrupted(trainer.global_step, newest_checkpoint(run), "in the probes ") from stop
         if any(name.startswith(("probe/", "finetune/")) for name in summary):
             plot_probes(summary, run / "plots" / "probes.png")
     summary |= {

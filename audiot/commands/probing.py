@@ -66,6 +66,8 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
     for probe in left.values():
         (Path(probe.run_dir) / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(probe, Path(probe.run_dir) / ".hydra" / "config.yaml")  # for `audiot evaluate`
+    if len(left) < len(probes):
+        say(f"probes  {len(probes) - len(left)} of {len(probes)} are there already")
     titles = {str(name): f"\n{name}:  audiot finetune {' '.join(given)}{same_data(run)}" for name, given in cfg.probes.items()}
     jobs = cfg.probe_jobs
     if jobs == "auto":  # what is small runs better on one core than on several
