@@ -168,9 +168,8 @@ def _report(
         size += shard_path(folder, number).stat().st_size
     how_fast = "which were there already" if speed is None else f"{speed:,.0f} × real time"
     how_large = f"{size / 1e9:,.2f} GB" if size > 1e9 else f"{size / 1e6:,.2f} MB"
-    print(
-        f"wrote   {folder}: {count:,} utterances, {seconds / 3600:,.2f} h, {how_fast}; {how_large} in {len(mine)} shard{'s' * (len(mine) != 1)}"
-    )
+    files = "1 shard" if len(mine) == 1 else f"{len(mine)} shards"
+    print(f"wrote   {folder}: {count:,} utterances, {seconds / 3600:,.2f} h, {how_fast}; {how_large} in {files}")
     if left:
         print(f"left    {left} of {settings['num_shards']} shards, to other parts; the last one to end writes index.csv")
         return
