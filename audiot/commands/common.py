@@ -55,6 +55,11 @@ def open_corpus(cfg: DictConfig) -> PreparedCorpus:
     return corpus
 
 
+def known_precision(precision: Any, accelerator: str) -> Any:
+    """What Lightning calls a precision; ``auto``: the one that is fast on this machine."""
+    return fast_precision(accelerator) if precision == "auto" else precision
+
+
 def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     """Lightning's Trainer with the callbacks and loggers of the config.
 
@@ -72,8 +77,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             start_wandb(logger)
-    if cfg.trainer.precision == "auto":
-        options = {"precision": fast_precision(cfg.trainer.accelerator)} | options
+    options = {"precision": known_precision(cfg.trainer.precision, cfg.trainer.accelerator)} | options
     try:
         trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
     except InstantiationException as error:

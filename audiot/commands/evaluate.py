@@ -11,10 +11,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from audiot.callbacks import ProgressBar
-from audiot.commands.common import check_archive, data_options, finetune_command, newest_checkpoint, open_corpus, say, table
+from audiot.commands.common import (
+    check_archive,
+    data_options,
+    finetune_command,
+    known_precision,
+    newest_checkpoint,
+    open_corpus,
+    say,
+    table,
+)
 from audiot.commands.finetune import task_data
 from audiot.data.datamodule import SpeechDataModule
-from audiot.devices import fast_precision
 from audiot.downstream.module import DownstreamModule
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
@@ -24,12 +32,9 @@ def main(cfg: DictConfig) -> None:
     """Print what was measured then and now; now's figures go to ``evaluation.json`` in the run's folder."""
     run = Path(cfg.run)
     settings = run_config(run)
-    precision: Any = cfg.precision or settings.trainer.precision
-    if precision == "auto":
-        precision = fast_precision(cfg.accelerator)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
-        precision=precision,
+        precision=known_precision(cfg.precision or settings.trainer.precision, cfg.accelerator),
         devices=1,
         callbacks=[ProgressBar(leave=False)],
         logger=False,

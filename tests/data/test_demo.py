@@ -106,7 +106,7 @@ def test_an_interrupted_corpus_is_continued_with_the_same_bytes(root, tmp_path, 
     corpus.manifests(progress=False)
     assert asked[0] == set(corpus.speakers())
     assert asked[1] < asked[0]
-    assert len(asked[1]) <= len(asked[0]) - 2
+    assert len(asked[1]) <= len(asked[0]) - 3  # those that were told as done
     assert tree(tmp_path / "demo") == tree(root)
 
 

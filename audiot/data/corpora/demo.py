@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            with process.stdin as stream:
+            with suppress(BrokenPipeError), process.stdin as stream:  # where it ended at once, it says why
                 json.dump(jobs, stream)
             for line in process.stdout:
                 yield line.rstrip("\n")
@@ -267,7 +268,7 @@ def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
             process.kill()
             raise
     if process.returncode:
-        raise RuntimeError(f"demo corpus: {failures[0] if failures else f'exit status {process.returncode}'}")
+        raise RuntimeError(f"demo corpus: {failures[-1] if failures else f'exit status {process.returncode}'}")
 
 
 def _speech_s(job: dict[str, Any]) -> float:

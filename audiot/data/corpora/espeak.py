@@ -233,15 +233,15 @@ def speak_all(jobs: list[dict[str, Any]], num_jobs: int) -> None:
             assert isinstance(sentinel, int)
             process, speaker = running.pop(sentinel)
             process.join()
-            if process.exitcode:
-                sys.exit(f"speaker {speaker}: exit status {process.exitcode}")
+            if process.exitcode:  # 1: it said why itself
+                sys.exit(1 if process.exitcode > 0 else f"speaker {speaker} failed: ended by signal {-process.exitcode}")
             print(speaker, flush=True)
 
 
 def _speak(job: dict[str, Any]) -> None:
     try:
         speak_speaker(job)
-    except Exception as error:  # whatever it is, the main process tells it
+    except Exception as error:  # whatever it is, it is the reason
         sys.exit(f"speaker {job['speaker']} failed: {type(error).__name__}: {error}")
 
 
