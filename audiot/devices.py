@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -55,6 +58,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def attention_of_any_shape() -> AbstractContextManager:
+    """PyTorch's fused attention without cuDNN's: for batches of which hardly two have the same shape.
+
+    CuDNN plans anew for each shape, which takes longer than to compute it.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,21 +18,18 @@ import soxr
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from audiot.data.batches import ignore_interrupt
 from audiot.data.datamodule import useful_workers
 from audiot.data.prepare import BadAudioError
-from audiot.devices import to_host
+from audiot.devices import attention_of_any_shape, to_host
 from audiot.downstream.classifier import by_length, collate, read_audio, together
 from audiot.downstream.upstream import Upstream
 from audiot.files import write_csv
 from audiot.states import Failures, shard_path, stored, write_shard
 
-# Of PyTorch's attention. CuDNN's takes longer to plan for a shape than to compute, and hardly two batches have the same.
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ALONE_S = 600  # less audio than that is read sooner than worker processes start
 
 
@@ -249,7 +246,7 @@ class Extractor:
         clock = _Clock()
         form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         with (
-            sdpa_kernel(BACKENDS),
+            attention_of_any_shape(),
             ThreadPoolExecutor(1) as writer,
             tqdm(total=total, initial=initial, desc="extract", bar_format=form, leave=False) as bar,
         ):

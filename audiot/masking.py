@@ -24,6 +24,11 @@ def num_spans(lengths: Tensor, proportion: float, span: int) -> Tensor:
     return (lengths * proportion / span).round().long().clamp(min=1).minimum((lengths - span + 1).clamp(min=1))
 
 
+def max_spans(num_frames: int, proportion: float, span: int) -> int:
+    """Most spans that `num_spans` gives an utterance of up to ``num_frames``; a Python number, so no device is asked."""
+    return max(1, math.ceil(num_frames * proportion / span))
+
+
 def span_starts(keys: Tensor, lengths: Tensor, num_frames: int, proportion: float, span: int) -> Tensor:
     """Start frames of the masked spans, drawn without replacement; the spans may overlap.
 
@@ -38,23 +43,35 @@ def span_starts(keys: Tensor, lengths: Tensor, num_frames: int, proportion: floa
     position = torch.arange(num_frames, device=keys.device)
     allowed = position <= (lengths[:, None] - span).clamp(min=0)
     score = random.bits(keys, num_frames, _SPANS).masked_fill(~allowed, torch.iinfo(torch.int64).max)
-    threshold = score.sort(dim=1).values.gather(1, num_spans(lengths, proportion, span)[:, None] - 1)
+    # topk, not sort: Inductor leaves it to PyTorch's own kernels, and of a sort it writes code that takes minutes to compile.
+    lowest = score.topk(min(max_spans(num_frames, proportion, span), num_frames), dim=1, largest=False, sorted=True).values
+    threshold = lowest.gather(1, num_spans(lengths, proportion, span)[:, None] - 1)
     return allowed & (score <= threshold)
 
 
 def cover(starts: Tensor, lengths: Tensor, span: int) -> Tensor:
     """Frames covered by spans of ``span`` frames that begin at ``starts`` (B, T), within ``lengths``: bool (B, T)."""
-    begun = starts.long().cumsum(1)
-    ended = torch.nn.functional.pad(begun, (span, 0))[:, : begun.shape[1]]
     position = torch.arange(starts.shape[1], device=starts.device)
-    return (begun > ended) & (position < lengths[:, None])
+    return _latest(starts, span).any(-1) & (position < lengths[:, None])
+
+
+def _latest(starts: Tensor, span: int) -> Tensor:
+    """``starts`` at each frame and the ``span`` - 1 before it, the latest first: bool (B, T, span).
+
+    A look back of so many frames is compiled as a plain reduction; of a running sum or maximum Inductor would write a scan.
+    """
+    span = min(span, starts.shape[1])
+    return torch.nn.functional.pad(starts, (span - 1, 0)).unfold(1, span, 1).flip(-1)
 
 
 def frames_from_elsewhere(features: Tensor, starts: Tensor, keys: Tensor, lengths: Tensor, span: int) -> Tensor:
-    """Every span's frames taken from a span of the same utterance that starts at random: (B, T, C)."""
+    """Every span's frames taken from a span of the same utterance that starts at random: (B, T, C).
+
+    What the result holds outside the spans means nothing.
+    """
     num_frames = features.shape[1]
     position = torch.arange(num_frames, device=features.device).expand_as(starts)
-    begin = position.masked_fill(~starts, 0).cummax(1).values  # the latest span that has begun at each frame
+    begin = (position - _latest(starts, span).byte().argmax(-1)).clamp(min=0)  # of the latest span that covers each frame
     choices = (lengths[:, None] - span).clamp(min=0) + 1
     drawn = (random.uniform(keys, num_frames, _SOURCES) * choices).long()
     source = (drawn.gather(1, begin) + position - begin).clamp(max=num_frames - 1)
@@ -130,7 +147,7 @@ class Corruption:
 
     def max_masked(self, num_frames: int) -> int:
         """Most frames that spans can cover in an utterance of up to ``num_frames``; a Python number, so no device is asked."""
-        return min(max(1, math.ceil(num_frames * self.mask_proportion / self.span)) * self.span, num_frames)
+        return min(max_spans(num_frames, self.mask_proportion, self.span) * self.span, num_frames)
 
     def mask(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
         """Frames under a span: bool (B, T)."""

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from audiot.checkpoint import AudioEncoder
 from audiot.data.batches import Batch
+from audiot.devices import attention_of_any_shape
 from audiot.masking import Corruption, interpolate_masked
 from audiot.model import ReconstructionHead, length_mask
 from audiot.optimization import configure
@@ -122,8 +123,11 @@ class MaskedAcousticModel(pl.LightningModule):
 
     def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions for masked frames alone. How many are gathered follows from the shape, so no device is waited for."""
-        count = self.objective.max_masked(tokens.shape[1])
-        index = frames.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+        num_frames = tokens.shape[1]
+        count = self.objective.max_masked(num_frames)
+        # Masked frames first, in their order: topk of different numbers, since Inductor writes slow code of a sort.
+        rank = frames * num_frames - torch.arange(num_frames, device=frames.device)
+        index = rank.topk(count, dim=1, sorted=True).indices
         chosen = frames.gather(1, index)[..., None]
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         target = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -138,7 +142,8 @@ class MaskedAcousticModel(pl.LightningModule):
         """
         tokens, lengths, valid = self._features(batch)
         corrupted = self.objective.zero_out(tokens, lengths, batch["keys"])
-        prediction = self.head(self.model.encoder(corrupted.features, valid)[-1]).float()
+        with attention_of_any_shape():  # whole utterances
+            prediction = self.head(self.model.encoder(corrupted.features, valid)[-1]).float()
         masked = corrupted.frames.repeat_interleave(self.stack, dim=1)
         target = self.model.features.unstack(tokens)
         return {

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from hydra import compose, initialize_config_module
 from interpreter import run_interpreted
+from omegaconf import OmegaConf
+from torch._dynamo.backends.common import aot_autograd
 
+import audiot.launch  # registers the config's resolvers
+from audiot.attention import names
 from audiot.model import Encoder
+from audiot.pretraining import MaskedAcousticModel
 
 INTERPRETED = """
 import torch
@@ -40,6 +47,60 @@ for fresh in (True, False):  # what came from outside is not to be changed
 def test_products_are_added_to_the_residuals_gradient_where_it_lies():
     pytest.importorskip("triton")
     run_interpreted(INTERPRETED)
+
+
+# Of these Inductor writes code itself: at some sizes it takes Triton minutes to compile.
+WRITTEN_BY_INDUCTOR = {"sort", "argsort", "msort", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "associative_scan"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [*((name, {}) for name in names()), *((name, {"search": "chunked"}) for name in names() if "lsh" in name)],
+)
+def test_no_mechanism_has_a_sort_or_a_scan_that_inductor_would_write(name, overrides):
+    if "lsh" in name:
+        overrides = {"num_bits": 16, **overrides}
+    operations = operations_of_a_step(attention={**options(name), **overrides})
+    assert len(operations) > 10
+    assert not operations & WRITTEN_BY_INDUCTOR
+
+
+@pytest.mark.parametrize("objective", ["mockingjay", "tera", "audio_albert"])
+def test_no_objective_has_a_sort_or_a_scan_that_inductor_would_write(objective):
+    operations = operations_of_a_step(attention=options("uniform"), objective=objective)
+    assert "topk" in operations  # which Inductor leaves to PyTorch
+    assert not operations & WRITTEN_BY_INDUCTOR
+
+
+def operations_of_a_step(attention, objective="mockingjay"):
+    """Names of PyTorch's operations in the graphs, forward and backward, that Inductor would get of a training step."""
+    operations = set()
+
+    def noted(graph, _):
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        operations.update(str(call).split(".")[1] for call in calls if str(call).count(".") >= 2)
+        return make_boxed_func(graph.forward)
+
+    features = {"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 1}
+    encoder = {
+        "_target_": "audiot.model.Encoder", "embed_dim": 24, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_frames": 160,
+        "attention": attention, "positions": {"_target_": "audiot.positions.Sinusoid"},
+    }  # fmt: skip
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        corruption = OmegaConf.to_container(compose("pretrain", [f"objective={objective}"]).objective)
+    optimizer, scheduler = {"_target_": "torch.optim.SGD"}, {"_target_": "audiot.optimization.constant"}
+    module = MaskedAcousticModel(features, encoder, corruption, optimizer, scheduler)
+    torch._dynamo.reset()
+    step = torch.compile(module.loss, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=noted))
+    lengths = torch.tensor([150, 90])
+    step(torch.randn(2, 150, 20), lengths, torch.tensor([1, 2]), torch.arange(150) < lengths[:, None]).backward()
+    return operations
+
+
+def options(name):
+    """Parameters of a mechanism as its file in conf/attention has them."""
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        return {**OmegaConf.to_container(compose("pretrain", [f"attention={name}"]).attention), "dropout": 0.0}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

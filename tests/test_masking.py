@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from audiot import random
 from audiot.masking import (
     Corruption,
     band,
@@ -56,6 +58,24 @@ def test_number_of_spans_is_the_share_of_the_length():
         found = num_spans(torch.tensor(lengths), proportion, span).tolist()
         for length, count in zip(lengths, found, strict=True):
             assert count == min(max(1, round(length * proportion / span)), max(1, length - span + 1))
+
+
+def test_masks_are_those_of_a_plain_sort():
+    """The spans with the smallest random numbers, by a sort in NumPy; the digest is of the masks of version 0.1.0."""
+    digest = hashlib.sha256()
+    for proportion, span in [(0.15, 7), (0.15, 3), (0.5, 1), (0.33, 10), (1.0, 2)]:
+        for num_frames in (1, 2, 5, 40, 128, 200, 256, 257, 400, 1536):
+            lengths = torch.arange(num_frames, 0, -max(1, num_frames // 9))
+            row_keys = keys(len(lengths))
+            masked = Corruption(proportion, span).mask(row_keys, lengths, num_frames)
+            scores, counts = random.bits(row_keys, num_frames, 0), num_spans(lengths, proportion, span)
+            for row, score, length, count in zip(masked.numpy(), scores, lengths.tolist(), counts.tolist(), strict=True):
+                expected = np.zeros(num_frames, bool)
+                for start in np.argsort(score[: max(0, length - span) + 1].numpy())[:count]:
+                    expected[start : min(start + span, length)] = True
+                assert (row == expected).all()
+            digest.update(masked.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "fc3d6601a7d7bf2a"
 
 
 def test_starts_are_drawn_without_replacement_and_evenly():
@@ -259,7 +279,24 @@ def test_impossible_settings_are_refused(options, message):
         Corruption(**options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("num_frames", [frames for power in range(1, 12) for frames in (2**power, 2**power + 1)])
+def test_masks_compile_at_every_length_and_stay_the_same(num_frames):
+    torch._dynamo.reset()
+    lengths = torch.tensor([num_frames, num_frames, max(1, num_frames // 2)])
+    corruption, features = Corruption(**EVERYTHING), torch.randn(3, num_frames, 8)
+    compiled = torch.compile(corruption, fullgraph=True, dynamic=False)
+    there = compiled(features.cuda(), lengths.cuda(), keys(3).cuda())
+    here = corruption(features, lengths, keys(3))
+    assert there.frames.cpu().equal(here.frames)
+    assert there.elements.cpu().equal(here.elements)
+    torch.testing.assert_close(there.features.cpu(), here.features, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
 def test_gpu_and_cpu_corrupt_alike():
     features = torch.randn(16, 50, 20, generator=torch.Generator().manual_seed(0))
     lengths = torch.arange(35, 51)

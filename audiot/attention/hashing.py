@@ -138,7 +138,8 @@ def hamming_distance(query_code: Tensor, key_code: Tensor) -> Tensor:
 def l2_collisions(query: Tensor, key: Tensor, width: Tensor) -> Tensor:
     """Number of projections in which query and key differ by w/2 at most (QALSH at one radius).
 
-    Takes one projection after another, as all differences at once would be T·S·K numbers.
+    Takes one projection after another, as all differences at once would be T·S·K numbers. Compiled, it is one sum, of which
+    nothing is stored; of the loop Inductor would write K steps, whose kernel takes Triton over a minute to compile.
 
     Args:
         query: Projected queries (…, T, K).
@@ -148,7 +149,9 @@ def l2_collisions(query: Tensor, key: Tensor, width: Tensor) -> Tensor:
     Returns:
         int32 (…, T, S).
     """
-    # A start without the result's shape: given one, graphs compiled for any length fail at a second (PyTorch 2.11).
+    if torch.compiler.is_compiling():
+        near = (query[..., :, None, :] - key[..., None, :, :]).abs() <= width[..., None] / 2
+        return near.sum(dim=-1, dtype=torch.int32)
     count = torch.zeros((), dtype=torch.int32, device=query.device)
     for q, k in zip(query.unbind(-1), key.unbind(-1), strict=True):
         count = count + ((q[..., :, None] - k[..., None, :]).abs() <= width / 2)

@@ -23,6 +23,7 @@ from audiot.attention.mechanism import (
     position_bias,
 )
 from audiot.positions import NO_POSITIONS, Positions
+from audiot.sorting import stable_sort
 
 SEARCHES = ("topk", "chunked")
 NUM_CELLS = 4096
@@ -198,7 +199,7 @@ class LSHAttention(QueryKeyMechanism):
         # Numbers that tell the rows apart as well: one sort of all frames is much faster on a GPU than one a row.
         num_rows = shape[1] * shape[2] * shape[3]
         row = torch.arange(2 * num_rows, device=cell.device, dtype=torch.int32).view(*shape[:-1], 1)
-        cell, order = (row * (NUM_CELLS + 1) + cell).flatten().sort(stable=True)
+        cell, order = stable_sort((row * (NUM_CELLS + 1) + cell).flatten())
         query_order, key_order = (order % num_frames).view(shape)
 
         # Each chunk's median, of its real queries only, and the middle of the keys of the same cell.

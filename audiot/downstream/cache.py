@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from audiot.data.batches import Batch, to_device
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Labels
+from audiot.devices import attention_of_any_shape
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.upstream import Upstream
 from audiot.random import key
@@ -109,7 +110,8 @@ def compute_states(
     states: list[State] = []
     for batch in data.ordered_loader(role):
         batch = to_device(batch, device)
-        hidden, lengths = upstream(batch["waveforms"], batch["lengths"])
+        with attention_of_any_shape():
+            hidden, lengths = upstream(batch["waveforms"], batch["lengths"])
         hidden, labels = layers.pick(hidden).cpu(), batch["labels"].cpu()
         for number, length in enumerate(lengths.tolist()):
             own = hidden[:, number, :length].clone()

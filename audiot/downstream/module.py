@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from audiot.data.batches import Batch
+from audiot.devices import attention_of_any_shape
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
@@ -84,7 +85,7 @@ class DownstreamModule(pl.LightningModule):
         """The chosen hidden states (chosen, B, T, d) and lengths (B,): those kept from before, or the upstream's."""
         if "hidden" in batch:
             return batch["hidden"], batch["lengths"]
-        with torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
+        with attention_of_any_shape(), torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
             hidden, lengths = self.upstream(batch["waveforms"], batch["lengths"])
         return self.layers.pick(hidden), lengths
 

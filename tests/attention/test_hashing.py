@@ -172,6 +172,8 @@ def test_l2_collisions_count_projections_within_half_the_width():
     one, other = torch.randn(2, 9, 17, generator=torch.Generator().manual_seed(5)).mul(2).round()  # differences of exactly w/2
     expected = [[sum(abs(a - b) <= 2 for a, b in zip(q, x, strict=True)) for x in other.tolist()] for q in one.tolist()]
     assert hashing.l2_collisions(one, other, torch.tensor([[4.0]])).tolist() == expected
+    compiled = torch.compile(hashing.l2_collisions, backend="eager", fullgraph=True)
+    assert compiled(one, other, torch.tensor([[4.0]])).tolist() == expected
 
 
 def test_xbox_has_the_codes_of_simple_lsh_under_sign_random_projections(vectors):

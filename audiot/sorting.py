@@ -1,0 +1,20 @@
+"""Sorting that `torch.compile` leaves to PyTorch's own kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("audiot::stable_sort", mutates_args=())
+def stable_sort(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (N,) in ascending order, equal ones in the order in which they came, and the place that each had before.
+
+    Of a short `Tensor.sort` Inductor writes code itself, which takes Triton minutes to compile.
+    """
+    return tuple(values.sort(stable=True))
+
+
+@stable_sort.register_fake
+def _(values: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(values), torch.empty_like(values, dtype=torch.int64)
