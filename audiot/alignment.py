@@ -17,11 +17,11 @@ from lhotse.cut import Cut
 from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 from torch import Tensor
-from torchaudio.functional import forced_align
 
 from audiot.data.labels import CharacterLabels, PhoneSequence, TokenLabels
 from audiot.downstream.classifier import Classifier, by_length, collate, frame_edges, together
 from audiot.downstream.ctc import BLANK
+from audiot.pairing import torchaudio
 
 SILENCE = "SIL"
 SILENCES = ("", "<eps>", SILENCE)  # what aligners write where nobody speaks
@@ -55,7 +55,7 @@ def align(log_probabilities: Tensor, tokens: Sequence[int]) -> tuple[list[Span],
             f"{len(tokens)} tokens and {repeats} blanks between equal ones do not fit {len(log_probabilities)} frames"
         )
     targets = torch.tensor([tokens]) + 1
-    path, scores = forced_align(log_probabilities.float().contiguous()[None], targets, blank=BLANK)
+    path, scores = torchaudio("functional").forced_align(log_probabilities.float().contiguous()[None], targets, blank=BLANK)
     outputs, probabilities = path[0].tolist(), scores[0].exp().tolist()
     spans, at = [], 0
     for output, stretch in groupby(outputs):

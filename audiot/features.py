@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import torch
-import torchaudio
 from torch import Tensor, nn
-from torchaudio.compliance import kaldi
+
+from audiot.pairing import torchaudio
 
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
 
@@ -388,6 +388,8 @@ class LogMel(Features):
             center=center,
             level_db=level_db,
         )
+        from librosa.filters import mel  # seconds, for Numba
+
         _check_n_fft(n_fft, win_length)
         if mel_scale not in ("htk", "slaney"):
             raise ValueError(f"features.mel_scale must be htk or slaney, found {mel_scale!r}")
@@ -399,10 +401,9 @@ class LogMel(Features):
         self.floor = floor
         self.add_floor = add_floor
         with warnings.catch_warnings():  # ours, below, names the remedy
-            warnings.filterwarnings("ignore", message="At least one mel filterbank")
-            filters = torchaudio.functional.melscale_fbanks(
-                n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=norm, mel_scale=mel_scale
-            )
+            warnings.filterwarnings("ignore", message="Empty filters detected")
+            shape = {"sr": sample_rate, "n_fft": n_fft, "n_mels": n_mels, "fmin": f_min, "fmax": f_max}
+            filters = torch.from_numpy(mel(**shape, htk=mel_scale == "htk", norm=norm).T.copy())
         empty = int((filters.amax(0) == 0).sum())
         if empty:
             warnings.warn(
@@ -514,7 +515,9 @@ class _Kaldi(Features):
         self.filters: Tensor
         window = torch.hann_window(win_length, periodic=False).pow(0.85)
         # Triangles that are straight on the mel scale; the bin at half the sample rate belongs to none of them.
-        filters, _ = kaldi.get_mel_banks(num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0)
+        filters, _ = torchaudio("compliance.kaldi").get_mel_banks(
+            num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0
+        )
         filters = nn.functional.pad(filters, (0, 1)).T.contiguous()
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, num_mel_bins
@@ -644,7 +647,7 @@ class MFCC(_Kaldi):
             delta_order=delta_order,
             delta_window=delta_window,
         )
-        cosines = torchaudio.functional.create_dct(n_mfcc, num_mel_bins, norm="ortho")
+        cosines = torchaudio("functional").create_dct(n_mfcc, num_mel_bins, norm="ortho")
         if cepstral_lifter:
             order = torch.arange(n_mfcc)
             cosines = cosines * (1 + cepstral_lifter / 2 * torch.sin(math.pi * order / cepstral_lifter))

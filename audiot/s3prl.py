@@ -22,7 +22,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchaudio.compliance import kaldi
 
 from audiot.attention.query_key import QueryKey
 from audiot.checkpoint import AudioEncoder, load_encoder
@@ -30,6 +29,7 @@ from audiot.downstream.upstream import EncoderUpstream
 from audiot.features import MFCC, KaldiFbank, LogMel, Spectrogram
 from audiot.files import replacing
 from audiot.model import ReconstructionHead
+from audiot.pairing import torchaudio
 from audiot.positions import Sinusoid
 
 SAMPLE_RATE = 16000  # Hz
@@ -203,7 +203,10 @@ def _kaldi_features(audio: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kaldi_defaults(kind: str) -> dict[str, Any]:
-    return {name: option.default for name, option in inspect.signature(getattr(kaldi, kind)).parameters.items()}
+    return {
+        name: option.default
+        for name, option in inspect.signature(getattr(torchaudio("compliance.kaldi"), kind)).parameters.items()
+    }
 
 
 def _stft_features(audio: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
-import torchaudio
 from hydra.utils import instantiate
 from torch import Tensor
-from torchaudio.compliance import kaldi
 
 from audiot import benchmark
 from audiot.cli import nearest, options
@@ -19,6 +17,7 @@ from audiot.commands.benchmark import published_config
 from audiot.commands.common import say
 from audiot.features import MFCC, Features, KaldiFbank, LogMel, Spectrogram
 from audiot.files import replacing, write_csv
+from audiot.pairing import torchaudio
 from audiot.random import key
 from audiot.tables import aligned, markdown
 
@@ -130,16 +129,16 @@ def torchaudio_frames(front_end: Features, device: torch.device) -> Callable[[Te
             "num_mel_bins": front_end.filters.shape[1],
         }
         if isinstance(front_end, KaldiFbank):
-            return lambda waveform: kaldi.fbank(waveform, **shape)
-        return lambda waveform: kaldi.mfcc(waveform, num_ceps=front_end.num_channels, **shape)
+            return lambda waveform: torchaudio("compliance.kaldi").fbank(waveform, **shape)
+        return lambda waveform: torchaudio("compliance.kaldi").mfcc(waveform, num_ceps=front_end.num_channels, **shape)
     assert isinstance(front_end, (LogMel, Spectrogram))
     shape = {"n_fft": front_end.n_fft, "win_length": front_end.win_length, "hop_length": front_end.hop_length, "center": False}
     if isinstance(front_end, LogMel):
-        transform: torch.nn.Module = torchaudio.transforms.MelSpectrogram(
+        transform: torch.nn.Module = torchaudio("transforms").MelSpectrogram(
             front_end.sample_rate, n_mels=front_end.num_channels, **shape
         )
     else:
-        transform = torchaudio.transforms.Spectrogram(**shape)
+        transform = torchaudio("transforms").Spectrogram(**shape)
     transform = transform.to(device)
     return lambda waveform: transform(waveform)[0].T.clamp(min=front_end.floor).log()
 
@@ -148,6 +147,6 @@ def _normalised(frames: Tensor, front_end: Features) -> Tensor:
     """Deltas and the normalisation of an utterance by torchaudio and PyTorch: (T, channels) → (T, C)."""
     channels = [frames]
     for _ in range(front_end.delta_order):
-        channels.append(torchaudio.functional.compute_deltas(channels[-1].T, front_end.delta_window).T)
+        channels.append(torchaudio("functional").compute_deltas(channels[-1].T, front_end.delta_window).T)
     joined = torch.cat(channels, dim=-1)
     return (joined - joined.mean(0)) / joined.std(0).clamp(min=front_end.eps)

@@ -16,6 +16,7 @@ from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
+from audiot.pairing import torchaudio
 
 BLANK = 0  # output 0; class k is output k + 1
 SPACE = "|"  # stands for the space between words, as in torchaudio
@@ -168,7 +169,7 @@ class BeamDecoder:
             if path is not None and not Path(path).is_file():
                 raise FileNotFoundError(f"downstream.objective.beam.{name}: there is no file {path}")
         try:
-            from torchaudio.models.decoder import ctc_decoder
+            ctc_decoder = torchaudio("models.decoder").ctc_decoder
         except RuntimeError as error:
             raise ImportError("downstream.objective.beam needs flashlight-text: pip install 'audiot[beam]'") from error
         self.classes = list(classes)
