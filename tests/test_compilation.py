@@ -10,7 +10,7 @@ from interpreter import run_interpreted
 from omegaconf import OmegaConf
 from torch._dynamo.backends.common import aot_autograd
 
-import audiot.launch  # registers the config's resolvers
+import audiot.launch  # noqa: F401 (registers the config's resolvers)
 from audiot.attention import names
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
