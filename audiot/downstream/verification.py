@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_eer, binary_roc
 
+from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_scores
 from audiot.data.batches import Batch
+from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
 from audiot.random import key
@@ -30,7 +32,7 @@ class Verification(Objective):
 
     Args:
         classes: Training speakers.
-        embedding_dim: Of the head's output.
+        embedding_dim: Width of the head's output.
         scale, margin: s and m of the loss.
         trials: File of the test's trials, lines ``1|0 UTTERANCE UTTERANCE`` (1: same speaker; .wav may follow); None: all pairs
             of test utterances. Validation always takes all pairs.
@@ -60,11 +62,13 @@ class Verification(Objective):
         self.path = trials
         self.stage = "test"
 
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy over training speakers, the true one's cosine less the margin."""
-        cosines = nn.functional.normalize(outputs.float()) @ nn.functional.normalize(self.speakers.float()).T
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
+        """Cross-entropy over training speakers, the true one's cosine less the margin: a mean over utterances."""
+        embeddings, speakers = (nn.functional.normalize(at_least_float32(vectors)) for vectors in (outputs, self.speakers))
+        cosines = embeddings @ speakers.T
         margins = nn.functional.one_hot(batch["labels"], len(self.classes)) * self.margin
-        return nn.functional.cross_entropy(self.scale * (cosines - margins), batch["labels"])
+        loss = nn.functional.cross_entropy(self.scale * (cosines - margins), batch["labels"])
+        return Mean(loss, loss.new_full((), len(outputs)))
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Keep the embeddings."""
