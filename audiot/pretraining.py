@@ -55,7 +55,9 @@ class MaskedAcousticModel(WeightedSteps):
         self.trained_steps = 0  # of a loaded checkpoint
         self._graphs = False
         self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Mean] = self.loss
-        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("val_l1", "zero_l1", "interpolation_l1")})
+        names = ("val_l1", "zero_l1", "interpolation_l1")
+        # A loss that is not a number is not to be left out.
+        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how far the checkpoint was trained."""
@@ -168,8 +170,13 @@ class MaskedAcousticModel(WeightedSteps):
         for name, guess in guesses.items():
             metric = self.validation_metrics[name]
             assert isinstance(metric, MeanMetric)
-            metric(masked_l1(guess, view["target"], masked[..., None]).value, weight=masked.sum())
-            self.log(f"pretrain/{name}", metric, on_epoch=True, prog_bar=name == "val_l1")
+            metric.update(masked_l1(guess, view["target"], masked[..., None]).value, weight=masked.sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all processes, each of which has to ask for them: one may have had no batch."""
+        for name, metric in self.validation_metrics.items():
+            assert isinstance(metric, MeanMetric)
+            self.log(f"pretrain/{name}", metric, prog_bar=name == "val_l1")
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from unequal_batches import KINDS, STEPS, batches_of, big_batch, made, step
+from unequal_batches import KINDS, STEPS, VALIDATIONS, batches_of, big_batch, made, step
 
 from audiot.data.labels import IGNORED
+from audiot.masking import interpolate_masked
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 
@@ -78,3 +79,18 @@ def ranks(tmp_path_factory):
 def test_ranks_with_unequal_batches_have_the_loss_and_gradient_of_one(ranks, strategy, kind, count):
     for results in ranks:
         check(results[strategy, kind, count], kind, 2 * count)
+
+
+@pytest.mark.parametrize("count", VALIDATIONS)
+def test_ranks_share_validation_even_where_one_has_no_batch(ranks, count):
+    module, batch = made("reconstruction").eval(), big_batch("reconstruction", count)
+    with torch.no_grad():
+        view = module.reconstruct(batch)
+    target, masked = view["target"], view["masked"]
+    guesses = {
+        "val_l1": view["prediction"],
+        "zero_l1": torch.zeros_like(target),
+        "interpolation_l1": interpolate_masked(target, masked, view["lengths"]),
+    }
+    expected = {f"pretrain/{name}": float((guess - target).abs()[masked].mean()) for name, guess in guesses.items()}
+    assert [results["validation", count] for results in ranks] == [pytest.approx(expected, rel=1e-5)] * 2

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from audiot.data.labels import IGNORED
 from audiot.downstream.module import DownstreamModule
@@ -125,12 +125,33 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def silent_trainer(**options):
+    settings = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    shown = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
+    return pl.Trainer(**settings | shown | options)
+
+
+class Batches(IterableDataset):
+    """Batches whose number nobody is told, as those of a data module."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def validate(batches, **options):
+    """Metrics of the validation of one kind."""
+    (metrics,) = silent_trainer(**options).validate(
+        made("reconstruction"), DataLoader(Batches(batches), batch_size=None), verbose=False
+    )
+    return metrics
+
+
 def step(kind, batches, **options):
     """One step of the optimiser: what is logged, and the gradients behind it."""
-    module = made(kind)
-    settings = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_checkpointing": False} | options
-    shown = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
-    trainer = pl.Trainer(**settings | shown, log_every_n_steps=1)
+    module, trainer = made(kind), silent_trainer(**options)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     logged = {name.rpartition("/")[2]: float(value) for name, value in trainer.callback_metrics.items()}
     gradients = {name: whole(parameter.grad) for name, parameter in module.named_parameters() if parameter.grad is not None}
@@ -145,6 +166,7 @@ STEPS = [  # strategy, kind, batches that each rank adds up
     ("fsdp", "reconstruction of bands", 2),
     ("fsdp", "reconstruction", 1),
 ]
+VALIDATIONS = [3, 1]  # batches that two ranks share
 
 
 def main(folder, rank):
@@ -156,6 +178,10 @@ def main(folder, rank):
     for strategy, kind, count in STEPS:
         options = {"accumulate_grad_batches": count, "devices": 2, "strategy": STRATEGIES[strategy]()}
         results[strategy, kind, count] = step(kind, batches_of(kind, 2 * count)[rank::2], **options)
+    for count in VALIDATIONS:
+        results["validation", count] = validate(
+            batches_of("reconstruction", count)[rank::2], devices=2, strategy=STRATEGIES["ddp"]()
+        )
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
