@@ -46,10 +46,11 @@ class SynthesizerRandom(AttentionMechanism):
     are cropped to the current length. `relative` is in neither paper.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: L: the longest sequence supported, or of `relative` the longest with trained values of its own.
-        dropout: See `AttentionMechanism`; of `full` and `relative`, one mask serves the whole batch.
+        embed_dim: Width d of the model.
+        num_heads: Number of heads H, a divisor of `embed_dim`.
+        max_frames: Longest sequence supported, L; with `relative`, the longest that has trained values of its own.
+        dropout: Probability of dropping an attention weight while training; with `full` and `relative`, one mask serves the
+            whole batch.
         form: `full`, `relative` or `factorized`.
         rank: Rank of R in the form `factorized`; others ignore it.
         init: `handcrafted`: the patterns of `audiot.attention.patterns` on the first seven heads, N(0, 1) on the rest. The
