@@ -19,6 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from audiot.accumulation import WeightedSteps
 from audiot.analysis.plots import plot_reconstruction
 from audiot.data.batches import Batch, to_device
 from audiot.devices import synchronise, to_host
@@ -65,7 +66,9 @@ class ProgressBar(TQDMProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Note the loss, and draw."""
-        self.loss.put(outputs["loss"])
+        assert isinstance(pl_module, WeightedSteps)
+        if pl_module.latest_loss is not None:  # the first step may still lack batches
+            self.loss.put(pl_module.latest_loss)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:

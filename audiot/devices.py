@@ -74,6 +74,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it is in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def in_half_precision(tensor: Tensor) -> bool:
     """Whether matrix products with this tensor are in half precision on a CUDA device, where kernels of our own may be used."""
     return tensor.is_cuda and autocast_dtype(tensor) in HALF

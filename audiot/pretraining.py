@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from audiot.accumulation import Mean, WeightedSteps
 from audiot.checkpoint import AudioEncoder
 from audiot.data.batches import Batch
-from audiot.devices import attention_of_any_shape
+from audiot.devices import at_least_float32, attention_of_any_shape
 from audiot.masking import Corruption, interpolate_masked
 from audiot.model import ReconstructionHead, length_mask
 from audiot.optimization import configure
@@ -21,18 +21,20 @@ from audiot.random import key, seed_torch
 from audiot.sharding import gather, is_sharded, release, shard, whole
 
 
-def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Mean:
     """Mean absolute error over the scored elements; ``weight`` is 0 or 1 and broadcasts to the others' shape."""
     weight = weight.expand_as(target)
-    return ((prediction.float() - target.float()).abs() * weight).sum() / weight.sum().clamp(min=1)
+    count = weight.sum()
+    error = (at_least_float32(prediction) - at_least_float32(target)).abs()
+    return Mean((error * weight).sum() / count.clamp(min=1), count)
 
 
-class MaskedAcousticModel(pl.LightningModule):
+class MaskedAcousticModel(WeightedSteps):
     """Pre-train an encoder by reconstructing what was corrupted (Mockingjay, TERA, AudioALBERT).
 
     Args:
         features, model, objective, optimizer, scheduler: Configs, as plain dicts.
-        seed: Of dropout; the masks' seed comes with the batches.
+        seed: Seed of the dropout; the masks' seed comes with the batches.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class MaskedAcousticModel(pl.LightningModule):
         self.stack = self.model.features.stack
         self.trained_steps = 0  # of a loaded checkpoint
         self._graphs = False
-        self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = self.loss
-        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("val_l1", "zero_l1", "interpolation_l1")})
+        self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Mean] = self.loss
+        names = ("val_l1", "zero_l1", "interpolation_l1")
+        # A loss that is not a number is not to be left out.
+        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how far the checkpoint was trained."""
@@ -76,11 +80,13 @@ class MaskedAcousticModel(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """L1 of the reconstruction where something was corrupted."""
         tokens, lengths, valid = self._features(batch)
-        loss = self.step_loss(tokens, lengths, batch["keys"], valid)
-        self.log("pretrain/train_l1", loss)
-        return loss
+        return self.weighted(self.step_loss(tokens, lengths, batch["keys"], valid), batch_idx)
 
-    def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    def log_loss(self, loss: Tensor) -> None:
+        """Log the L1 of all batches of a step."""
+        self.log("pretrain/train_l1", loss)
+
+    def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
         """Corrupt a batch and score its reconstruction; what `compile_step` compiles.
 
         Args:
@@ -97,12 +103,13 @@ class MaskedAcousticModel(pl.LightningModule):
             prediction, target, weight = self.head(hidden), tokens, corrupted.elements
         return masked_l1(prediction, target, weight)
 
-    def step_loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    def step_loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
         """`loss` as training computes it: compiled, if `compile_step` was called."""
         if not self._graphs:
             return self._loss(tokens, lengths, keys, valid)
         torch.compiler.cudagraph_mark_step_begin()
-        return self._loss(tokens, lengths, keys, valid).clone()  # out of the graph's own memory, which the next step writes again
+        value, count = self._loss(tokens, lengths, keys, valid)
+        return Mean(value.clone(), count.clone())  # out of the graph's own memory, which the next step writes again
 
     def compile_step(self, graphs: bool = False) -> None:
         """Compile `loss` with `torch.compile` for training; validation stays as it is.
@@ -167,8 +174,13 @@ class MaskedAcousticModel(pl.LightningModule):
         for name, guess in guesses.items():
             metric = self.validation_metrics[name]
             assert isinstance(metric, MeanMetric)
-            metric(masked_l1(guess, view["target"], masked[..., None]), weight=masked.sum())
-            self.log(f"pretrain/{name}", metric, on_epoch=True, prog_bar=name == "val_l1")
+            metric.update(masked_l1(guess, view["target"], masked[..., None]).value, weight=masked.sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all processes, each of which has to ask for them: one may have had no batch."""
+        for name, metric in self.validation_metrics.items():
+            assert isinstance(metric, MeanMetric)
+            self.log(f"pretrain/{name}", metric, prog_bar=name == "val_l1")
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

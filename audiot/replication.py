@@ -20,7 +20,7 @@ class ReplicatedStrategy(DDPStrategy):
     there they tell without waiting for the device that nothing is padded. Every step would attend with a mask.
 
     Args:
-        options: Of Lightning's `DDPStrategy`.
+        options: Arguments of Lightning's `DDPStrategy`.
     """
 
     def __init__(self, **options: Any) -> None:

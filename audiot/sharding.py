@@ -20,7 +20,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, all processes of which share the data; a checkpoint is one file, as of one device.
 
     Args:
-        options: Of Lightning's `ModelParallelStrategy`.
+        options: Arguments of Lightning's `ModelParallelStrategy`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -62,6 +62,11 @@ def release(module: nn.Module) -> None:
         if isinstance(part, FSDPModule):
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be shared out, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def operations_of_a_step(attention, objective="mockingjay"):
     torch._dynamo.reset()
     step = torch.compile(module.loss, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=noted))
     lengths = torch.tensor([150, 90])
-    step(torch.randn(2, 150, 20), lengths, torch.tensor([1, 2]), torch.arange(150) < lengths[:, None]).backward()
+    step(torch.randn(2, 150, 20), lengths, torch.tensor([1, 2]), torch.arange(150) < lengths[:, None]).value.backward()
     return operations
 
 

@@ -90,7 +90,7 @@ def test_a_compiled_step_on_the_gpu_waits_for_nothing_and_learns_what_the_eager_
             torch.cuda.set_sync_debug_mode("error" if step >= 9 else "default")
             with torch.autocast("cuda", torch.bfloat16):
                 tokens, lengths, valid = model._features(batch)
-                loss = model.step_loss(tokens, lengths, batch["keys"], valid)
+                loss = model.step_loss(tokens, lengths, batch["keys"], valid).value
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -124,9 +124,9 @@ def test_training_loss_equals_a_loop_over_all_frames(pretraining, objective):
 
 def test_masked_l1_counts_the_scored_elements_alone():
     prediction, target = torch.tensor([[1.0, 5.0], [2.0, -7.0]]), torch.tensor([[0.0, 2.0], [4.0, 0.0]])
-    assert masked_l1(prediction, target, torch.tensor([[1], [0]])) == (1 + 3) / 2
-    assert masked_l1(prediction, target, torch.tensor([[0, 1], [0, 1]])) == (3 + 7) / 2
-    assert masked_l1(prediction, target, torch.zeros(2, 1)) == 0
+    assert masked_l1(prediction, target, torch.tensor([[1], [0]])).value == (1 + 3) / 2
+    assert masked_l1(prediction, target, torch.tensor([[0, 1], [0, 1]])).value == (3 + 7) / 2
+    assert masked_l1(prediction, target, torch.zeros(2, 1)).value == 0
 
 
 def test_head_is_run_on_masked_frames_alone(pretraining):

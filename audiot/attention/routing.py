@@ -19,7 +19,7 @@ try:
 except ImportError:  # Triton comes with PyTorch's builds for CUDA only
     routing_kernels = None  # type: ignore[assignment]
 
-SCORE_RESOLUTION = 2**10  # steps a unit, so that a score is a 15-bit number
+SCORE_RESOLUTION = 2**10  # steps per unit, so that a score is a 15-bit number
 MAX_SCORE = 16
 # Score and number of a frame share a 32-bit rank.
 MAX_RANKED_FRAMES = 2**17
@@ -28,37 +28,49 @@ MAX_RANKED_FRAMES = 2**17
 class Routing(QueryKeyMechanism):
     """Routing Transformer's attention (Roy et al. 2021, arXiv:2003.05997, section 4.1 and algorithm 1).
 
-    Every head has C centroids. Queries and keys are normalised (LayerNorm without parameters); each centroid takes the w
-    real queries and the w real keys that have the largest product with it, and the queries attend to the keys of their
-    cluster, softmax(QKᵀ/√D)V. Clusters are balanced, and no sequence depends on its companions in the batch. A frame
-    that several centroids take gets the mean of its results, one that none takes zeros (the residual connection carries it
-    on). With C·w = 2T that happens to 13% of the frames of a formless cloud (e⁻²), and to less than 1% where the frames
-    lie in clusters and the centroids in these.
+    Each head of each sequence computes, over its real frames alone:
 
-    The centroids are state, not parameters. Each training step moves them towards the mean of the queries and keys whose
-    nearest centroid they are, as an exponential moving average that is scaled back to unit length; a centroid that is
-    nearest to none stays. `forward` only sums up what it saw; `after_step` makes the update, once a step of the optimiser,
-    with the sums of all ranks.
+    1. Queries and keys, two projections of the frame, are normalised by a LayerNorm without parameters.
+    2. Each of C centroids, vectors of length 1, takes the w queries that have the largest products with it, and by itself the
+       w keys; all of them where a sequence has fewer. So clusters are balanced, a query may be in several of them or in none,
+       and no sequence depends on its companions in the batch.
+    3. The queries of a cluster attend to all of its keys, earlier and later: softmax(QKᵀ/√D)V of the normalised vectors.
+       Rotary positions turn these before, but after the choice, which depends on content alone. The bias of other positions is
+       added to the scores.
+    4. A query gets the mean of its results in the clusters that took it, and zeros where none did (the residual connection
+       carries the frame on). With C·w = 2T that happens to 13% of the frames of a formless cloud (e⁻²), and to less than 1%
+       where the frames lie in clusters and the centroids in these.
+
+    The centroids are state, which no gradient trains. In training, a query or key belongs to the one centroid with which its
+    product is largest. `forward` only sums these vectors up. Once a step of the optimiser, `after_step` moves each centroid to
+    which any belong, in any batch and on any rank: with m the mean of its queries and keys, scaled to length 1, it becomes
+    λ·centroid + (1 − λ)·m, scaled to length 1. The others stay. Evaluation moves none.
+
+    Differs from the paper:
+
+    - Nothing is causal. The paper's causal model takes its queries for keys; here `share_query_key` does, and each frame then
+      counts once for the centroids.
+    - All heads route; the paper sets heads with local attention beside them.
+    - A cluster takes twice the paper's w = T/C by default, and w does not follow the length, as padding would change it.
+    - A centroid moves towards the direction of a mean and keeps its length; the paper adds (1 − λ)/2 times the sum of the
+      queries and as much of the keys.
+    - Products are rounded down to a multiple of 2⁻¹⁰ before a cluster takes the largest; of equal ones it takes the earlier
+      frame's. So the choice is the same on every device and with any padding.
 
     Works at any length: `max_frames` only sets the defaults.
 
     Cost: O(C·T·d) time to choose and O(C·w²·d) to attend, hence O(T√T·d) with the defaults at T = `max_frames`; memory
     O(C·T); no parameters beside the projections, C·d numbers of state.
 
-    Differs from the paper: no causal mask; no heads of
-    other kinds beside; updates use the mean of a step where the paper adds vector by vector. Products with centroids are
-    compared at a resolution of 2⁻¹⁰, then the earlier frame wins, on every device and whatever the padding. Rotary
-    positions turn queries and keys after the choice, which depends on content alone.
-
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: See `AttentionMechanism`.
-        dropout: See `AttentionMechanism`.
-        share_query_key: See `QueryKeyMechanism`.
-        num_clusters: C; None = √`max_frames`.
-        cluster_size: w, where sequences have as many frames; None = 2·`max_frames`/C, up to a multiple of 8.
-        ema_decay: λ: a centroid becomes λ·centroid + (1 − λ)·mean, at unit length.
+        embed_dim: Width d of the model.
+        num_heads: Number of heads, a divisor of `embed_dim`; each has D = d / `num_heads` elements.
+        max_frames: Length that the default sizes are for.
+        dropout: Probability of dropping an attention weight while training.
+        share_query_key: Whether the queries are the keys too; there is no projection of keys then.
+        num_clusters: Number of centroids C; None = √`max_frames`.
+        cluster_size: Number w of queries, and of keys, in a cluster; None = 2·`max_frames`/C, up to a multiple of 8.
+        ema_decay: Share λ of a centroid that a step leaves as it was.
 
     Raises:
         ValueError: a size is not positive, `ema_decay` is outside [0, 1], or the head size is above 256.

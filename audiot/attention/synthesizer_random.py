@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,10 @@ class SynthesizerRandom(AttentionMechanism):
     - `factorized`: R = R₁R₂ᵀ of rank `rank` (`left`, `right`; the paper's Factorized Random Synthesizer). 2HL·`rank` parameters.
 
     Because all sequences share R, `full` and `relative` fold the batch into the columns of one matrix product (see
-    `audiot.attention.folding`). With padding, and in evaluation, which keeps them for `full` until a parameter or T changes, the
-    weights are exp(R − row maximum), divided by their sums over the real frames; logits more than 80 below their row's
-    maximum count as 80 below it. `factorized` is fused attention of R₁ and R₂.
+    `audiot.attention.folding`). With padding, the weights are exp(R − row maximum), divided by their sums over the real frames;
+    logits more than 80 below their row's maximum count as 80 below it. They are computed from the parameters in every call:
+    PyTorch has ways to write parameters that leave no trace, so that weights kept from an earlier call could be those of other
+    parameters. `factorized` is fused attention of R₁ and R₂.
 
     Cost: O(T²d) time, half of query-key attention's products (with `anchor: length`, one more for two heads), O(Td) memory
     a sequence and O(HT²) once a batch. `factorized`: time and memory of query-key attention. No query and key projections.
@@ -45,10 +46,11 @@ class SynthesizerRandom(AttentionMechanism):
     are cropped to the current length. `relative` is in neither paper.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: L: the longest sequence supported, or of `relative` the longest with trained values of its own.
-        dropout: See `AttentionMechanism`; of `full` and `relative`, one mask serves the whole batch.
+        embed_dim: Width d of the model.
+        num_heads: Number of heads H, a divisor of `embed_dim`.
+        max_frames: Longest sequence supported, L; with `relative`, the longest that has trained values of its own.
+        dropout: Probability of dropping an attention weight while training; with `full` and `relative`, one mask serves the
+            whole batch.
         form: `full`, `relative` or `factorized`.
         rank: Rank of R in the form `factorized`; others ignore it.
         init: `handcrafted`: the patterns of `audiot.attention.patterns` on the first seven heads, N(0, 1) on the rest. The
@@ -106,7 +108,6 @@ class SynthesizerRandom(AttentionMechanism):
             shapes = {"left": (max_frames, rank), "right": (max_frames, rank)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape)))
-        self._cache: _Cache | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -177,12 +178,12 @@ class SynthesizerRandom(AttentionMechanism):
 
     def _attend_folded(self, value: Tensor, valid: Tensor | None) -> Tensor:
         num_sequences, _, num_frames, head_dim = value.shape
-        if valid is None and self.anchor == "max_frames" and not self._may_cache():
-            weights = self.scores(num_frames)
-            weights = weights.softmax(dim=-1, dtype=torch.promote_types(weights.dtype, torch.float32)).to(value.dtype)
+        scores = self.scores(num_frames)
+        if valid is None and self.anchor == "max_frames":
+            weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
             context = self._dropped(weights) @ value.permute(1, 2, 0, 3).flatten(2)  # H, T, B·D
             return context.unflatten(-1, (num_sequences, head_dim)).permute(2, 0, 1, 3)
-        whole = self._exponentials(num_frames, value.dtype)
+        whole = _exponentials(scores, value.dtype)
         kept = self._dropped(whole)
         if self.anchor == "length":
             _check_order(valid)
@@ -217,43 +218,6 @@ class SynthesizerRandom(AttentionMechanism):
     def _dropped(self, weights: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout_now) if self.dropout_now else weights
 
-    def _exponentials(self, num_frames: int, dtype: torch.dtype) -> Tensor:
-        """exp(R − row maximum) of the first T frames (H, T, T): from the cache, if there may be one."""
-        if not self._may_cache():
-            return _exponentials(self.scores(num_frames), dtype)
-        parameters, cache = tuple(self.parameters()), self._cache
-        if cache is None or not cache.holds(parameters, num_frames, dtype):
-            cache = self._cache = _Cache(
-                parameters,
-                tuple(parameter.detach() for parameter in parameters),
-                tuple(parameter._version for parameter in parameters),
-                _exponentials(self.scores(num_frames), dtype),  # the maximum is that of the crop
-            )
-        return cache.exponentials
-
-    def _may_cache(self) -> bool:
-        if self.training or torch.is_grad_enabled():
-            # A fused optimiser changes parameters without counting their versions up: what precedes a step ends the cache.
-            self._cache = None
-            return False
-        if torch.compiler.is_compiling() or self.form != "full":
-            return False  # a compiled graph can't ask for versions; other tables are small beside their matrices
-        # A tensor made in inference mode counts no versions.
-        return not any(parameter.is_inference() for parameter in self.parameters())
-
-    def train(self, mode: bool = True) -> SynthesizerRandom:
-        """Switch between training and evaluation; drops the cache."""
-        self._cache = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SynthesizerRandom:
-        self._cache = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache out of copies and pickles."""
-        return {**self.__dict__, "_cache": None}
-
 
 class _Toeplitz(torch.autograd.Function):
     """Values of the offsets 1 − T to T − 1, (H, 2T − 1) → the matrix of the values at j − i, (H, T, T).
@@ -283,32 +247,12 @@ class _Toeplitz(torch.autograd.Function):
         return torch.cat([columns[:, num_frames + 1 :], columns[:, :num_frames] + rest], dim=1)
 
 
-class _Cache(NamedTuple):
-    """exp(R − row maximum) and the state of the parameters that it was computed from.
-
-    A change in place counts a tensor's version up, and a replaced parameter is another object. A write through `.data`
-    leaves no trace: it is seen after the next `train()` or `eval()`. Nor does the step of a fused optimiser, which a forward
-    pass with gradients precedes.
-    """
-
-    parameters: tuple[Tensor, ...]
-    storages: tuple[Tensor, ...]  # keep the memory alive, so that its address can't be given to other values
-    versions: tuple[int, ...]
-    exponentials: Tensor
-
-    def holds(self, parameters: tuple[Tensor, ...], num_frames: int, dtype: torch.dtype) -> bool:
-        """Whether the cached values are those of `parameters` now, for T frames, in `dtype`."""
-        return (self.exponentials.dtype, self.exponentials.shape[-1]) == (dtype, num_frames) and all(
-            cached is parameter and storage.data_ptr() == parameter.data_ptr() and version == parameter._version
-            for cached, storage, version, parameter in zip(self.parameters, self.storages, self.versions, parameters, strict=True)
-        )
-
-
 def _exponentials(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(scores − row maximum), at least exp(−80): computed in float32 or better, returned in `dtype`."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # The maximum cancels between numerator and denominator, hence has no gradient.
-    return (scores - scores.detach().amax(dim=-1, keepdim=True)).clamp_min(LOWEST).exp().to(dtype)
+    below = scores - scores.detach().amax(dim=-1, keepdim=True)
+    return below.clamp_min(LOWEST).exp_().to(dtype)
 
 
 def _check_order(valid: Tensor | None) -> None:

@@ -349,7 +349,7 @@ class TrainingBenchmark:
             with self._autocast():
                 tokens, lengths, valid = module._features(batch)
                 watch.mark("features")
-                loss = module.step_loss(tokens, lengths, batch["keys"], valid)
+                loss = module.step_loss(tokens, lengths, batch["keys"], valid).value
             watch.mark("forward")
             optimiser.zero_grad()
             loss.backward()

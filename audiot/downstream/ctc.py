@@ -11,9 +11,11 @@ import jiwer
 import torch
 from torch import Tensor, nn
 
+from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_confusion
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
+from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
 from audiot.pairing import torchaudio
@@ -44,13 +46,14 @@ class CTC(Objective):
         self.beam = None if beam is None else BeamDecoder(self.classes, **beam)
         self.stage = "test"
 
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
         """Negative log-likelihood of the tokens, a token's mean, averaged over utterances."""
         labels = batch["labels"]
-        log_probabilities = outputs.float().log_softmax(-1).transpose(0, 1)  # T, B, C
+        log_probabilities = at_least_float32(outputs).log_softmax(-1).transpose(0, 1)  # T, B, C
         counts = (labels != IGNORED).sum(1)
         targets = labels.clamp(min=0) + 1
-        return nn.functional.ctc_loss(log_probabilities, targets, lengths.to(labels.device), counts, blank=BLANK)
+        loss = nn.functional.ctc_loss(log_probabilities, targets, lengths.to(labels.device), counts, blank=BLANK)
+        return Mean(loss, loss.new_full((), len(labels)))
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Decode, and note what was said and heard."""

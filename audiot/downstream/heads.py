@@ -20,7 +20,7 @@ class FrameClassifier(nn.Module):
     """Probe of every spectrogram frame; a state of ``stack`` frames gives as many outputs.
 
     Args:
-        input_dim, num_outputs, stack: See above.
+        input_dim, num_outputs, stack: Sizes, as above.
         hidden_dim: Width of a hidden layer with ReLU; None: a linear probe.
         context: Neighbouring states, its own in the middle, that are concatenated for each one; zeros beyond the utterance.
     """
@@ -47,9 +47,9 @@ class RecurrentClassifier(nn.Module):
     """Bidirectional LSTM, then a linear layer for every frame: SUPERB's head for speech recognition (Yang et al. 2021).
 
     Args:
-        input_dim, num_outputs, stack: See above.
-        hidden_dim: Of each direction.
-        num_layers: Of the LSTM.
+        input_dim, num_outputs, stack: Sizes, as above.
+        hidden_dim: Width of each direction.
+        num_layers: Number of layers of the LSTM.
         dropout: Probability, between and behind the layers.
         projector_dim: Width of a linear layer before the LSTM; None: none.
     """
@@ -84,7 +84,7 @@ class UtteranceClassifier(nn.Module):
     """Pool over an utterance's own frames, then a linear layer.
 
     Args:
-        input_dim, num_outputs: See above.
+        input_dim, num_outputs: Sizes, as above.
         stack: Not used.
         pooling: ``mean``; ``statistics``: mean and standard deviation (Snyder et al. 2018); ``attentive``: the same two weighted
             by a learned attention over time (Okabe et al. 2018, arXiv:1803.10963).
@@ -116,10 +116,10 @@ class XVector(nn.Module):
     """Time-delay network, statistics pooling, two layers: the x-vector (Snyder et al. 2018), SUPERB's head for verification.
 
     Args:
-        input_dim, num_outputs: See above; the outputs are the embedding.
+        input_dim, num_outputs: Sizes, as above; the outputs are the embedding.
         stack: Not used.
         projector_dim: Width of the layer that reads the hidden states.
-        channels: Of the last layer before pooling; the others are as wide as the embedding.
+        channels: Width of the last layer before pooling; the others are as wide as the embedding.
         contexts: Kernel size and dilation of each convolution. Zeros lie beyond an utterance, so that any length will do.
     """
 

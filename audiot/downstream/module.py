@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from audiot.accumulation import WeightedSteps
 from audiot.data.batches import Batch
 from audiot.devices import attention_of_any_shape
 from audiot.downstream.heads import LayerSelection
@@ -19,7 +19,7 @@ from audiot.optimization import configure
 from audiot.random import key, seed_torch
 
 
-class DownstreamModule(pl.LightningModule):
+class DownstreamModule(WeightedSteps):
     """A model of a speech task over an upstream's hidden states.
 
     Args:
@@ -27,11 +27,11 @@ class DownstreamModule(pl.LightningModule):
         head: Config of the head; ``input_dim``, ``num_outputs`` and ``stack`` are given to it here.
         objective: Config of the objective; ``classes`` is given to it here.
         classes: Label names.
-        layers: See `LayerSelection`.
+        layers: Hidden states that the head reads, as `LayerSelection` takes them.
         train_encoder: Fine-tune the upstream; else it is frozen and in evaluation mode.
         top_layers: Fine-tune so many of the upper layers alone; None: everything.
         optimizer, scheduler: Configs, as plain dicts.
-        seed: Of dropout.
+        seed: Seed of the dropout.
     """
 
     def __init__(
@@ -97,9 +97,11 @@ class DownstreamModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's loss."""
         outputs, lengths = self(batch)
-        loss = self.objective.loss(outputs, lengths, batch)
+        return self.weighted(self.objective.loss(outputs, lengths, batch), batch_idx)
+
+    def log_loss(self, loss: Tensor) -> None:
+        """Log the objective's loss of all batches of a step."""
         self.log("train/loss", loss, prog_bar=True)
-        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Begin to measure."""

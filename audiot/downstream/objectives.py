@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_confusion
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
+from audiot.devices import at_least_float32
 from audiot.files import write_csv
 from audiot.model import length_mask
 
@@ -50,8 +52,8 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
-        """What training minimises."""
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
+        """What training minimises, and the number of frames or utterances that it is the mean of."""
 
     @abstractmethod
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
@@ -107,13 +109,14 @@ class Classification(Objective):
         valid = length_mask(lengths, num_frames, labels.device)
         return labels if valid is None else labels.masked_fill(~valid, IGNORED)
 
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
         """Mean cross-entropy over labelled frames or utterances; zero where nothing is labelled."""
         labels = self._matched(outputs, lengths, batch["labels"])
         total = nn.functional.cross_entropy(
-            outputs.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            at_least_float32(outputs.flatten(0, -2)), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return total / (labels != IGNORED).sum().clamp(min=1)
+        count = (labels != IGNORED).sum()
+        return Mean(total / count.clamp(min=1), count)
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Count into the confusion matrix and note each utterance."""
@@ -209,12 +212,12 @@ class Slots(Objective):
             parts.append((field, first, slot, outputs[:, first : first + slot.num_outputs]))
         return parts
 
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
-        """Sum of the slots' cross-entropies."""
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
+        """Sum of the slots' cross-entropies, a mean over utterances: each has a label for every slot."""
         columns = batch["labels"].unbind(1)
         parts = zip(self._parts(outputs), columns, strict=True)
         losses = [slot.loss(own, lengths, {"labels": column - first}) for (_, first, slot, own), column in parts]
-        return torch.stack(losses).sum()
+        return Mean(torch.stack([loss.value for loss in losses]).sum(), losses[0].scored)
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Count each slot and note each utterance."""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_eer, binary_roc
 
+from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_scores
 from audiot.data.batches import Batch
+from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
 from audiot.random import key
@@ -25,12 +26,12 @@ Trial = tuple[bool, str, str]  # same speaker, utterance, utterance
 class Verification(Objective):
     """Embeddings that the training speakers' identities teach, compared by their cosine.
 
-    Training minimises the additive-margin softmax (Wang et al. 2018, arXiv:1801.05599). The metrics are the equal error rate
-    and the minimum of the normalised detection cost (NIST; both errors cost 1).
+    Training minimises the additive-margin softmax (Wang et al. 2018, arXiv:1801.05599). The metrics are the equal error rate,
+    as SUPERB computes it (see `error_rates`), and the minimum of the normalised detection cost (NIST; both errors cost 1).
 
     Args:
         classes: Training speakers.
-        embedding_dim: Of the head's output.
+        embedding_dim: Width of the head's output.
         scale, margin: s and m of the loss.
         trials: File of the test's trials, lines ``1|0 UTTERANCE UTTERANCE`` (1: same speaker; .wav may follow); None: all pairs
             of test utterances. Validation always takes all pairs.
@@ -60,11 +61,13 @@ class Verification(Objective):
         self.path = trials
         self.stage = "test"
 
-    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy over training speakers, the true one's cosine less the margin."""
-        cosines = nn.functional.normalize(outputs.float()) @ nn.functional.normalize(self.speakers.float()).T
+    def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
+        """Cross-entropy over training speakers, the true one's cosine less the margin: a mean over utterances."""
+        embeddings, speakers = (nn.functional.normalize(at_least_float32(vectors)) for vectors in (outputs, self.speakers))
+        cosines = embeddings @ speakers.T
         margins = nn.functional.one_hot(batch["labels"], len(self.classes)) * self.margin
-        return nn.functional.cross_entropy(self.scale * (cosines - margins), batch["labels"])
+        loss = nn.functional.cross_entropy(self.scale * (cosines - margins), batch["labels"])
+        return Mean(loss, loss.new_full((), len(outputs)))
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Keep the embeddings."""
@@ -155,6 +158,11 @@ class Verification(Objective):
 def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[str, float]:
     """Equal error rate and minimum detection cost of scored trials.
 
+    The receiver operating characteristic has a point for each different score, the share of false alarms and of hits where
+    that score and all larger ones are accepted, and a point where none is. Between points it is a straight line. The equal
+    error rate is the share of false alarms where it meets the line on which as large a share is missed; the detection cost is
+    the least of all points.
+
     Args:
         scores: (trials,), larger for one speaker.
         same: (trials,), 1 for one speaker and 0 for two.
@@ -163,14 +171,21 @@ def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[st
     Returns:
         ``eer`` and ``min_dcf``, normalised by the cost of deciding without looking.
     """
-    # Between 0 and 1: other scores would pass for logits.
-    scores = (scores.double() + 1) / 2
-    false_alarms, hits, _ = binary_roc(scores, same.long())
+    scores, order = scores.double().sort(descending=True)
+    same = same[order].long()
+    last = nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # of the trials with the same score
+    hits, false_alarms = (nn.functional.pad(kind.cumsum(0)[last], (1, 0)) / kind.sum().double() for kind in (same, 1 - same))
     cost = p_target * (1 - hits) + (1 - p_target) * false_alarms
-    return {
-        "eer": float(binary_eer(scores, same.long())),
-        "min_dcf": float(cost.min()) / min(p_target, 1 - p_target),
-    }
+    return {"eer": _crossing(false_alarms, hits), "min_dcf": float(cost.min()) / min(p_target, 1 - p_target)}
+
+
+def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
+    """Share of false alarms where a line through points, from (0, 0) to (1, 1), meets false alarms = 1 − hits."""
+    excess = 1 - hits - false_alarms  # falls from 1 to −1
+    after = int((excess > 0).sum())
+    before = after - 1
+    way = excess[before] / (excess[before] - excess[after])
+    return float(false_alarms[before] + way * (false_alarms[after] - false_alarms[before]))
 
 
 def read_trials(path: str) -> list[Trial]:

@@ -170,6 +170,34 @@ def test_clusters_are_balanced(length, taken):
     assert not members[1].any()
 
 
+def attended_by_hand(mechanism, query, key, value):
+    """Result (T, D) of one head's real frames (T, D): cluster by cluster."""
+    num_frames, size = len(query), mechanism.cluster_size
+    query, key = (torch.stack([normalised(frame) for frame in frames]) for frames in (query, key))
+    results = [[] for _ in range(num_frames)]
+    for centroid in mechanism.centroids[0]:
+        taken = []
+        for frames in (query, key):
+            products = [math.floor(1024 * float(centroid @ frame)) for frame in frames]
+            taken.append(sorted(range(num_frames), key=lambda number: (-products[number], number))[:size])
+        queries, keys = taken
+        weights = (query[queries] @ key[keys].T / math.sqrt(query.shape[1])).softmax(-1)
+        for number, result in zip(queries, weights @ value[keys], strict=True):
+            results[number].append(result)
+    return torch.stack([sum(found) / len(found) if found else torch.zeros(value.shape[1]) for found in results])
+
+
+@pytest.mark.parametrize("share_query_key", [False, True])
+@pytest.mark.parametrize("length", [3, 17])
+def test_attention_equals_a_loop_over_clusters(length, share_query_key):
+    mechanism = routing(embed_dim=4, num_heads=1, num_clusters=4, cluster_size=6, share_query_key=share_query_key).eval()
+    query, key, value = randn(3, 1, 1, 20, 4)
+    inputs = {"query": query, "value": value} | ({} if share_query_key else {"key": key})
+    found = mechanism(**inputs, valid=torch.arange(20)[None] < length)[0, 0, :length]
+    own = [frames[0, 0, :length] for frames in (query, query if share_query_key else key, value)]
+    torch.testing.assert_close(found, attended_by_hand(mechanism, *own), rtol=1e-10, atol=1e-12)
+
+
 def test_clusters_take_what_is_nearest():
     mechanism = routing(num_clusters=5, cluster_size=6)
     frames = F.layer_norm(randn(2, 3, 24, 4), (4,))

@@ -1,14 +1,12 @@
-"""The random synthesizer: initial values of its forms, cropping, dropout, precision, the cache."""
+"""The random synthesizer: initial values of its forms, cropping, dropout, precision."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from audiot.attention import build, patterns, synthesizer_random
+from audiot.attention import build, patterns
 from audiot.attention.patterns import legacy_patterns, offset_patterns
 from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.optimization import parameter_groups
@@ -297,80 +295,6 @@ def test_training_in_bfloat16_makes_no_float32_copy_of_the_values(options, padde
     assert max(made.float32) < value.numel() / 2 or synthesizer.form == "factorized"
 
 
-def first(synthesizer):
-    return next(synthesizer.parameters())
-
-
-CHANGES = {
-    "in place": lambda synthesizer: first(synthesizer).mul_(0.5),
-    "in place, last": lambda synthesizer: list(synthesizer.parameters())[-1].add_(torch.randn(12)),
-    "optimiser step": lambda synthesizer: step(synthesizer),
-    "fused optimiser step": lambda synthesizer: fused_step(synthesizer),
-    "load_state_dict": lambda synthesizer: synthesizer.load_state_dict(mechanism_like(synthesizer).state_dict()),
-    "load_state_dict assign": lambda synthesizer: synthesizer.load_state_dict(
-        {key: entry.clone() for key, entry in mechanism_like(synthesizer).state_dict().items()}, assign=True
-    ),
-    "dtype round trip": lambda synthesizer: synthesizer.bfloat16().float(),
-    "reset": lambda synthesizer: synthesizer.reset_parameters(),
-    "new parameter": lambda synthesizer: replace(synthesizer),
-    "new data": lambda synthesizer: setattr(first(synthesizer), "data", torch.randn_like(first(synthesizer))),
-    "write through data, then eval": lambda synthesizer: (first(synthesizer).data.mul_(0.5), synthesizer.eval()),
-}
-
-
-def mechanism_like(synthesizer):
-    return mechanism(12, num_heads=8, form=synthesizer.form, anchor=synthesizer.anchor, seed=5)
-
-
-def step(synthesizer):
-    with torch.enable_grad():
-        sum(parameter.square().sum() for parameter in synthesizer.parameters()).backward()
-    torch.optim.AdamW(synthesizer.parameters(), lr=0.1).step()
-
-
-def fused_step(synthesizer):
-    """A step of training in evaluation mode, by an optimiser that counts no version up."""
-    with torch.enable_grad():
-        synthesizer(value=values(2, 9, 8)).square().sum().backward()
-    torch.optim.AdamW(synthesizer.parameters(), lr=0.1, fused=True).step()
-
-
-def replace(synthesizer):
-    name, parameter = next(synthesizer.named_parameters())
-    setattr(synthesizer, name, torch.nn.Parameter(torch.randn_like(parameter)))
-
-
-@folded_forms
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@torch.no_grad()
-def test_the_cache_never_outlives_a_change_of_the_parameters(options, change):
-    synthesizer = mechanism(12, num_heads=8, **options).eval()
-    value = values(2, 9, 8)
-    before = synthesizer(value=value)
-    change(synthesizer)
-    after = synthesizer(value=value)
-    with torch.enable_grad():  # never cached
-        expected = synthesizer(value=value)
-    torch.testing.assert_close(after, expected)
-    assert not torch.allclose(before, after, atol=1e-4)
-
-
-@pytest.mark.parametrize("anchor", ["max_frames", "length"])
-@torch.no_grad()
-def test_the_cache_is_used_until_the_length_changes_in_evaluation_only(anchor, monkeypatch):
-    calls = []
-    original = synthesizer_random._exponentials
-    monkeypatch.setattr(synthesizer_random, "_exponentials", lambda *args: (calls.append(args), original(*args))[1])
-    synthesizer = mechanism(12, anchor=anchor).eval()
-    for num_frames, valid in ((12, None), (12, None), (9, None), (9, valid_of([9, 4], 9))):
-        synthesizer(value=values(2, num_frames), valid=valid)
-    assert len(calls) == 2
-    synthesizer.train()
-    for _ in range(2):
-        synthesizer(value=values(2, 9), valid=valid_of([9, 4], 9))
-    assert len(calls) == 4
-
-
 @pytest.mark.parametrize("spread", [1, 10, 15])
 def test_sharp_tables_are_exact_cropped_and_padded(spread):
     synthesizer = mechanism(60, num_heads=1, init="normal").double().eval()
@@ -400,13 +324,6 @@ def test_relative_form_makes_no_matrix_at_construction():
     assert max(made.numel) < 100 * 100
 
 
-@torch.no_grad()
-def test_relative_form_keeps_no_matrix_in_evaluation():
-    synthesizer = mechanism(12, form="relative").eval()
-    synthesizer(value=values(2, 20))
-    assert synthesizer._cache is None
-
-
 def test_left_padding_is_refused_where_patterns_follow_the_length():
     with pytest.raises(ValueError, match=r"^anchor=length needs real frames before padded ones: pad at the end, or set .*$"):
         mechanism(12, anchor="length")(value=values(1, 5), valid=torch.tensor([[False, True, True, True, True]]))
@@ -421,21 +338,7 @@ def test_sequences_beyond_the_table_of_offsets_are_exact():
         torch.testing.assert_close(synthesizer(value=value), expected)
 
 
-def test_a_compiled_step_of_training_ends_the_cache_too():
-    torch._dynamo.reset()
-    synthesizer = mechanism(12).eval()
-    compiled = torch.compile(synthesizer, backend="eager", fullgraph=True)
-    value = values(2, 9)
-    with torch.no_grad():
-        synthesizer(value=value)
-    compiled(value=value).square().sum().backward()
-    torch.optim.AdamW(synthesizer.parameters(), lr=0.1, fused=True).step()
-    with torch.no_grad():
-        after = synthesizer(value=value)
-    torch.testing.assert_close(after, synthesizer(value=value))
-
-
-def test_a_cache_made_in_inference_mode_does_not_disturb_training():
+def test_a_call_in_inference_mode_does_not_disturb_training():
     synthesizer = mechanism(12).eval()
     with torch.inference_mode():
         expected = synthesizer(value=values(2, 9))
@@ -445,22 +348,6 @@ def test_a_cache_made_in_inference_mode_does_not_disturb_training():
     torch.testing.assert_close(output, expected)
     with torch.no_grad():
         torch.testing.assert_close(synthesizer(value=value), expected)
-
-
-@torch.no_grad()
-def test_moving_the_model_frees_the_cache():
-    synthesizer = mechanism(12).eval()
-    synthesizer(value=values(2, 9))
-    assert synthesizer.double()._cache is None
-
-
-@torch.no_grad()
-def test_copies_and_saved_parameters_leave_the_cache_behind():
-    synthesizer = mechanism(12).eval()
-    synthesizer(value=values(2, 9))
-    assert synthesizer._cache is not None
-    assert copy.deepcopy(synthesizer)._cache is None
-    assert list(synthesizer.state_dict()) == ["logits"]
 
 
 def test_parameters_made_in_inference_mode_work():

@@ -94,7 +94,7 @@ def test_the_loss_of_frames_is_a_mean_over_frames_with_output_and_label():
     outputs, labels = frames()
     objective = Classification(CLASSES)
     assert objective.num_outputs == 4
-    loss = objective.loss(outputs, LENGTHS, batch_of(labels)).item()
+    loss = objective.loss(outputs, LENGTHS, batch_of(labels)).value.item()
     assert loss == pytest.approx(mean_cross_entropy(items(outputs, labels, LENGTHS)), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_more_outputs_than_labels_count_as_if_padded():
     outputs, labels = frames()
     narrow = labels[:, :5]
     objective = Classification(CLASSES)
-    loss = objective.loss(outputs, LENGTHS, batch_of(narrow)).item()
+    loss = objective.loss(outputs, LENGTHS, batch_of(narrow)).value.item()
     padded = torch.nn.functional.pad(narrow, (0, 3), value=IGNORED)
     assert loss == pytest.approx(mean_cross_entropy(items(outputs, padded, LENGTHS)), rel=1e-5)
 
@@ -147,7 +147,7 @@ def test_the_speaker_of_every_frame_never_counts_padding():
     objective = Classification(CLASSES)
     pairs = items(outputs, labels, LENGTHS)
     assert len(pairs) == 6 + 3
-    assert objective.loss(noisy, LENGTHS, batch_of(labels)).item() == pytest.approx(mean_cross_entropy(pairs), rel=1e-5)
+    assert objective.loss(noisy, LENGTHS, batch_of(labels)).value.item() == pytest.approx(mean_cross_entropy(pairs), rel=1e-5)
     objective.update(noisy, LENGTHS, batch_of(labels))
     accuracy, _, _ = expected_figures(pairs, CLASSES)
     assert objective.compute()["accuracy"] == pytest.approx(accuracy)
@@ -168,7 +168,7 @@ def test_rows_of_frames_are_each_utterances_own_accuracy():
 
 def test_a_batch_without_any_label_teaches_nothing():
     outputs = draw(3, 6, 4).requires_grad_()
-    loss = Classification(CLASSES).loss(outputs, LENGTHS, batch_of(torch.full((3, 8), IGNORED)))
+    loss = Classification(CLASSES).loss(outputs, LENGTHS, batch_of(torch.full((3, 8), IGNORED))).value
     loss.backward()
     assert loss == 0
     assert not outputs.grad.any()
@@ -182,7 +182,7 @@ def test_loss_metrics_and_rows_of_utterances():
     objective = Classification(CLASSES)
     batch = batch_of(labels)
     pairs = list(zip(outputs, labels.tolist(), strict=True))
-    assert objective.loss(outputs, LENGTHS, batch).item() == pytest.approx(mean_cross_entropy(pairs), rel=1e-5)
+    assert objective.loss(outputs, LENGTHS, batch).value.item() == pytest.approx(mean_cross_entropy(pairs), rel=1e-5)
     objective.update(outputs, LENGTHS, batch)
     accuracy, macro_f1, _ = expected_figures(pairs, CLASSES)
     assert objective.compute() == pytest.approx({"accuracy": accuracy, "macro_f1": macro_f1})
@@ -316,7 +316,7 @@ def test_the_loss_of_slots_is_the_sum_of_theirs():
         own = OWN[field]
         pairs = [(outputs[row, own], SLOTS.index(f"{field}={said[place]}") - own.start) for row, said in enumerate(SAID)]
         total += mean_cross_entropy(pairs)
-    assert objective.loss(outputs, LENGTHS, slot_batch()).item() == pytest.approx(total, rel=1e-5)
+    assert objective.loss(outputs, LENGTHS, slot_batch()).value.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_an_utterance_is_right_when_all_its_slots_are():

@@ -9,6 +9,8 @@ import random
 
 import pytest
 import torch
+from scipy.interpolate import interp1d
+from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
 from audiot.downstream.verification import Verification, error_rates, read_trials
@@ -21,17 +23,20 @@ def draw(*shape, seed=0):
 
 
 def by_thresholds(scores, same, p_target):
-    """Equal error rate and minimum cost by trying every threshold: accepted is what scores at least that."""
+    """Equal error rate and minimum cost by trying every threshold: accepted is what scores at least that.
+
+    The equal error rate is where S3PRL's evaluation of SUPERB finds it: a root of 1 − x − hits(x), interpolated.
+    """
     targets = [score for score, kind in zip(scores, same, strict=True) if kind]
     others = [score for score, kind in zip(scores, same, strict=True) if not kind]
-    best, costs = None, []
-    for threshold in [*sorted(set(scores)), math.inf]:
+    points, costs = [], []
+    for threshold in [math.inf, *sorted(set(scores), reverse=True)]:
         misses = sum(score < threshold for score in targets) / len(targets)
         alarms = sum(score >= threshold for score in others) / len(others)
         costs.append((p_target * misses + (1 - p_target) * alarms) / min(p_target, 1 - p_target))
-        if best is None or abs(misses - alarms) < best[0]:
-            best = (abs(misses - alarms), (misses + alarms) / 2)
-    return best[1], min(costs)
+        points.append((alarms, 1 - misses))
+    hits = interp1d(*zip(*points, strict=True))
+    return brentq(lambda alarms: 1 - alarms - hits(alarms), 0, 1), min(costs)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +46,21 @@ def by_thresholds(scores, same, p_target):
         ([0.2, -0.1, 0.9, 0.8], [1, 1, 0, 0], 1.0, 1.0),  # the wrong way round
         ([0.9, 0.5, 0.4, 0.1], [1, 0, 1, 0], 0.5, 0.5),  # 1 of 2 missed, no false alarm: 0.01 · 0.5 / 0.01
         ([0.3] * 6, [1, 1, 1, 0, 0, 0], 0.5, 1.0),  # all alike
+        ([0.3] * 5, [1, 0, 0, 0, 0], 0.5, 1.0),
+        # Misses and false alarms: 1/2 and 1/3 at 0.5, 1/2 and 2/3 at 0.4, equal half way between.
+        ([0.9, 0.3, 0.5, 0.4, 0.1], [1, 1, 0, 0, 0], 0.5, 0.5),
+        # 1/2 and 0 at 0.9; one of each kind at 0.5: 0 and 1/2; half way 1/4 and 1/4.
+        ([0.9, 0.5, 0.5, 0.1], [1, 1, 0, 0], 0.25, 0.5),
+        # 2/3 and 0 at 0.9; 0 and 1/4 with both others at 0.5; equal after 8/11 of the way.
+        ([0.9, 0.5, 0.5, 0.5, 0.2, 0.1, 0.0], [1, 1, 1, 0, 0, 0, 0], 2 / 11, 2 / 3),
+        ([7.0, 3.0, -2.0, -5.0], [1, 1, 0, 0], 0.0, 0.0),  # scores of any size
         # 1 of 4 missed and 1 of 4 let in at 0.5; the least cost is at 0.8: 2 of 4 missed, nobody let in.
         ([0.9, 0.8, 0.6, 0.1, 0.7, 0.3, 0.2, 0.0], [1, 1, 1, 1, 0, 0, 0, 0], 0.25, 0.5),
     ],
 )
 def test_error_rates_of_scores_made_by_hand(scores, same, eer, cost):
     rates = error_rates(torch.tensor(scores), torch.tensor(same))
-    assert rates == pytest.approx({"eer": eer, "min_dcf": cost}, abs=1e-6)
+    assert rates == pytest.approx({"eer": eer, "min_dcf": cost}, abs=1e-12)
 
 
 @pytest.mark.parametrize("p_target", [0.01, 0.05, 0.5, 0.9])
@@ -58,11 +71,10 @@ def test_error_rates_equal_a_search_over_all_thresholds(seed, p_target):
     scores = [max(-1.0, min(1.0, round(rng.gauss(0.3 * kind, 0.3), 2))) for kind in same]  # rounded: with ties
     eer, cost = by_thresholds(scores, same, p_target)
     rates = error_rates(torch.tensor(scores, dtype=torch.float64), torch.tensor(same), p_target)
-    assert rates["min_dcf"] == pytest.approx(cost, abs=1e-6)
-    assert rates["eer"] == pytest.approx(eer, abs=1e-6)
-    alarms, hits, _ = roc_curve(same, scores, drop_intermediate=False)
-    gap = abs(alarms - (1 - hits)).argmin()
-    assert rates["eer"] == pytest.approx((alarms[gap] + 1 - hits[gap]) / 2, abs=1e-6)
+    assert rates["min_dcf"] == pytest.approx(cost, abs=1e-9)
+    assert rates["eer"] == pytest.approx(eer, abs=1e-9)
+    alarms, hits, _ = roc_curve(same, scores)
+    assert rates["eer"] == pytest.approx(brentq(lambda share: 1 - share - interp1d(alarms, hits)(share), 0, 1), abs=1e-9)
 
 
 def test_cosines_a_little_above_one_are_scores_like_others():
@@ -89,7 +101,7 @@ def test_the_loss_is_the_additive_margin_softmax():
         own = math.exp(20 * (cosines[label] - 0.3))
         others = sum(math.exp(20 * value) for number, value in enumerate(cosines) if number != label)
         total -= math.log(own / (own + others))
-    loss = objective.loss(outputs, torch.ones(5), {"labels": torch.tensor(labels)})
+    loss = objective.loss(outputs, torch.ones(5), {"labels": torch.tensor(labels)}).value
     assert loss.item() == pytest.approx(total / 5, rel=1e-4)
     loss.backward()
     assert objective.speakers.grad.abs().sum() > 0
