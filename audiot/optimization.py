@@ -98,8 +98,8 @@ def configure(
 ) -> dict[str, Any]:
     """Optimiser and schedule as Lightning's ``configure_optimizers`` returns them.
 
-    A checkpoint brings back what the optimiser has learnt, such as its moments; its settings stay those that it is made with
-    here, as far as a `Schedule` sets the rate. Another scheduler keeps the rates of the checkpoint.
+    A checkpoint brings back what the optimiser has learnt, such as its moments. Its settings stay those that it is made with here.
+    The learning rate is the scheduler's: a `Schedule` computes it anew, any other one goes on with the rate of the checkpoint.
 
     Args:
         optimizer: Makes an optimiser of parameter groups.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -46,7 +46,7 @@ def run_config(run: Path, key: str = "run") -> DictConfig:
     """
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{key}={run}: no run there ({run / CONFIG} is missing)")
-    cfg = OmegaConf.create(_read(run / CONFIG, dict))
+    cfg = _read(run / CONFIG, DictConfig)
     for override in parse(_added(_resumes(run))):
         OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
     cfg.run_dir = str(run)
@@ -55,7 +55,8 @@ def run_config(run: Path, key: str = "run") -> DictConfig:
 
 def run_overrides(run: Path) -> list[str]:
     """The command line that would start a run as it is now; nothing where that is not known."""
-    overrides = [str(override) for override in _read(run / OVERRIDES, list)] if (run / OVERRIDES).is_file() else []
+    started: Any = OmegaConf.to_container(_read(run / OVERRIDES, ListConfig)) if (run / OVERRIDES).is_file() else []
+    overrides = [str(override) for override in started]
     for added in _added(_resumes(run)):
         overrides = [*(override for override in overrides if _name(override) != _name(added)), added]
     return overrides
@@ -65,22 +66,24 @@ def _name(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+")
 
 
-def _read(path: Path, kind: type) -> Any:
-    """A YAML file of a run, which holds a dict or a list; interpolations as they are written."""
+def _read(path: Path, kind: type[DictConfig] | type[ListConfig]) -> Any:
+    """A YAML file of a run, which holds keys or a list."""
     try:
         content = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeError) as error:
         raise ValueError(f"{path} is not readable: {error}") from error
-    plain = OmegaConf.to_container(content) or kind()
-    if not isinstance(plain, kind):
-        raise ValueError(f"{path} is not a run's: expected {'keys' if kind is dict else 'a list'}")
-    return plain
+    if not content:  # an empty file
+        empty: Any = {} if kind is DictConfig else []
+        return OmegaConf.create(empty)
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is not a run's: expected {'keys' if kind is DictConfig else 'a list'}")
+    return content
 
 
 def _resumes(run: Path) -> list[dict[str, Any]]:
     """Every resume that changed something: the ``step`` from which, and the ``overrides`` of its command line."""
     path = run / RESUMES
-    resumes = _read(path, list) if path.is_file() else []
+    resumes: Any = OmegaConf.to_container(_read(path, ListConfig)) if path.is_file() else []
     for resume in resumes:
         overrides = resume.get("overrides") if isinstance(resume, dict) else None
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):

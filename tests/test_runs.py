@@ -18,7 +18,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from test_cli import blank, copy_run, made, read, run, succeed
 
+import audiot.runs
 from audiot.callbacks import GracefulInterrupt
+from audiot.commands.pretrain import announce, go_on
 from audiot.runs import (
     check_fresh,
     is_finished,
@@ -188,8 +190,9 @@ def test_an_override_that_can_not_be_applied_is_refused_by_name(started, text, e
     assert not (started / ".hydra" / "resumes.yaml").exists()
 
 
-def test_every_key_of_a_run_is_applied_or_refused_by_name(started):
+def test_every_key_of_a_run_is_applied_or_refused_by_name(started, monkeypatch):
     cfg = run_config(started)
+    monkeypatch.setattr(audiot.runs, "run_config", lambda *_: cfg.copy())  # read once: YAML is slow
     keys = []
 
     def walk(node, prefix):
@@ -306,6 +309,7 @@ NAMES += [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_printed_command_names_the_very_folder(folder, tmp_path, monkeypatch, name):
+    OmegaConf.save({"resume": None, "trainer": {"max_steps": 6}}, folder / ".hydra" / "config.yaml")
     there = folder.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     for path in (there, there.relative_to(tmp_path)):
@@ -422,7 +426,43 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(pretraining, tiny,
         )
 
 
+def own(optimizer, total_steps):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+
+
+def test_rates_that_a_foreign_scheduler_keeps_in_the_checkpoint_are_not_changed_silently(folder):
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    config.scheduler = {"_target_": "test_runs.own", "_partial_": True}
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    announce(resume(str(folder), ["data.num_workers=0"]))
+    for change in ("optimizer.lr=0.5", "trainer.max_steps=20"):
+        with pytest.raises(ValueError, match=re.escape(f"{change} can't change on resume: test_runs.own keeps its rates in ")):
+            announce(resume(str(folder), [change]))
+
+
+def test_a_checkpoint_that_can_not_be_loaded_is_named_and_nothing_is_recorded(pretraining, folder, tmp_path):
+    resumed = resume(str(folder), ["optimizer.lr=0.5"])
+    (folder / "probes").mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{folder} can't go on from {resumed.checkpoint}: ")):
+        go_on(pretraining.trainer(tmp_path), pretraining.module(), pretraining.data(), resumed)
+    assert (folder / "probes").is_dir()
+    assert not (folder / ".hydra" / "resumes.yaml").exists()
+
+
+def test_float16_begins_with_a_scale_of_its_own_where_bfloat16_had_none(pretraining):
+    module = pretraining.module()
+    for kept, state in ((False, {}), (True, {"scale": 2.0})):
+        checkpoint = {"global_step": 3, "MixedPrecision": state, "state_dict": module.state_dict()}
+        module.on_load_checkpoint(checkpoint)
+        assert ("MixedPrecision" in checkpoint) == kept
+
+
 # Whole commands
+
+
+def test_a_run_is_resumed_from_the_command_line_alone(tmp_path):
+    result = run("pretrain", "++resume=nowhere", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.err == "audiot: error: a config can't resume a run: put resume=RUN on the command line, without a + before it\n"
 
 
 def logged_rates(folder):

@@ -166,7 +166,7 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
     trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
     try:
         trainer.fit(module, data, ckpt_path=resumed.checkpoint, weights_only=False)
-    except (RuntimeError, LookupError, UnpicklingError) as error:
+    except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
         if accepted or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{resumed.run} can't go on from {resumed.checkpoint}: {error}") from error
