@@ -98,7 +98,7 @@ def configure(
 ) -> dict[str, Any]:
     """Optimiser and schedule as Lightning's ``configure_optimizers`` returns them.
 
-    A checkpoint brings back what the optimiser has learnt, such as its moments. Its settings stay those that it is made with here.
+    A checkpoint brings back what the optimiser has learnt, such as its moments. Its settings stay those that it is made with.
     The learning rate is the scheduler's: a `Schedule` computes it anew, any other one goes on with the rate of the checkpoint.
 
     Args:

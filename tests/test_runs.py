@@ -248,7 +248,10 @@ def test_finished_looks_at_the_newest_checkpoint(folder):
 
 def test_a_checkpoint_beyond_the_last_step_is_not_taken_for_a_finished_run(folder):
     finish(folder, 12)
+    trained_to(folder, 12)
+    assert is_finished(folder, run_config(folder))
     trained_to(folder, 302)
+    assert not is_finished(folder, run_config(folder))
     expected = f"trainer.max_steps=12 lies before {folder}/checkpoints/step=302.ckpt: set trainer.max_steps=302 or more"
     with pytest.raises(ValueError, match=re.escape(expected)):
         resume(str(folder), [])
