@@ -17,15 +17,17 @@ import hydra
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot.callbacks import Interrupted
 from audiot.cli import groups, nearest
+from audiot.overrides import check_type, flat, parse
+from audiot.quoting import parsed
+from audiot.runs import check_fresh, resume, resume_command
 from audiot.sweep import failure_noted
 
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -50,26 +52,27 @@ OmegaConf.register_new_resolver("frames", frames, replace=True)
 def run(command: str, arguments: list[str]) -> None:
     """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead."""
     module = importlib.import_module(f"audiot.commands.{command}")
-    from audiot.commands.common import check_fresh
-
-    task: Callable[[DictConfig], object] = module.main
+    task: Callable[..., object] = module.main
     debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
     overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
     # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
     sys.argv = [str(Path(module.__file__ or command)), *sweep, *overrides]
     with one_line_errors(debug):
-        resumed = next((override.split("=", 1)[1] for override in overrides if override.startswith("resume=")), "null")
-        if resumed != "null":
+        folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
+        if folder.lower() != "null":
             if command != "pretrain":
-                raise ValueError(f"resume={resumed}: only pretrain resumes a run; {command} starts anew")
+                raise ValueError(f"resume={folder}: only pretrain resumes a run; {command} starts anew")
+            resumed = resume(folder, [*sweep, *(override for override in overrides if not override.startswith("resume="))])
             quieten_libraries()
-            task(_resumed_config(Path(resumed), [override for override in overrides if not override.startswith("resume=")]))
+            log_to(resumed.run)
+            with one_line_errors(debug or resumed.config.debug):
+                task(resumed.config, resumed)
             return
         if command == "pretrain":
             for override in overrides:
-                if override.startswith("hydra.run.dir="):  # here, before Hydra writes its config there
-                    check_fresh(Path(override.split("=", 1)[1]))
+                if override.startswith("hydra.run.dir=") and (folder := parsed(override)):
+                    check_fresh(Path(str(folder)))  # here, before Hydra writes its config there
         if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
             _check_overrides(command, overrides, bool(sweep))
 
@@ -91,44 +94,23 @@ def run_tool(tool: str, arguments: list[str]) -> None:
         module.main(arguments)
 
 
-def _resumed_config(folder: Path, overrides: list[str]) -> DictConfig:
-    """The config that a run was started with, on its own folder, and its log to go on with."""
-    path = folder / ".hydra" / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"resume={folder}: no run there ({path} is missing)")
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
-    if "resume" not in cfg:
-        raise ValueError(f"resume={folder}: not a pre-training run; only those can be resumed")
-    cfg.merge_with({"resume": str(folder), "run_dir": str(folder)})
-    for override in overrides:
-        name = override.split("=", 1)[0]
-        if name not in _flat(cfg):
-            raise ValueError(f"resume={folder}: {name!r} is not a key of the run's config{nearest(name, [*_flat(cfg)])}")
-    changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist(overrides))
-    assert isinstance(changed, DictConfig)
-    for name in (override.split("=", 1)[0] for override in overrides):
-        _check_type(name, OmegaConf.select(cfg, name), OmegaConf.select(changed, name))
+def log_to(run: Path) -> None:
+    """Go on with the log of a run, as Hydra began it."""
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",
-        handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "train.log")],
+        handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(run / "train.log", encoding="utf-8")],
         force=True,
     )
-    return changed
 
 
 def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
     """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        reason = [line for line in error.message.splitlines() if not line.startswith("See ")][-1]
-        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {reason}") from error
-    for override in parsed:
+    given = parse(overrides)
+    for override in given:
         if override.is_sweep_override() and not sweep:
             raise ValueError(f"{override.input_line} names several values: add -m to run them all, or [brackets] for a list")
-    choices = [values for values in map(_choices, parsed) if values]
+    choices = [values for values in map(_choices, given) if values]
     first = [values[0] for values in choices]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         _check_run(command, first)
@@ -153,7 +135,7 @@ def _check_run(command: str, overrides: list[str]) -> None:
     chosen = [override for override, name in zip(overrides, names, strict=True) if name.split("@")[0] in chooses]
     try:
         before = compose(command, chosen)  # what the other overrides change
-        keys = _flat(before)
+        keys = flat(before)
         known = [*keys, *groups()]
         for name in names:
             if name.split("@")[0] not in known and not name.startswith(("+", "~", "hydra.", "hydra/")):
@@ -165,38 +147,10 @@ def _check_run(command: str, overrides: list[str]) -> None:
         raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
     for name in names:
         if name in keys:
-            _check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
-    for name, value in _flat(after).items():
+            check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
+    for name, value in flat(after).items():
         if value == "???":
             raise ValueError(f"{name} has no value: set {name}=…")
-
-
-def _check_type(name: str, before: object, after: object) -> None:
-    """Refuse a word in place of a number or a truth value; whoever uses the value says what else is wrong with it."""
-    wanted: dict[type | tuple[type, ...], str] = {
-        bool: "true or false",
-        int: f"a whole number, such as {before}",
-        (int, float): f"a number, such as {before}",
-        ListConfig: f"a list, such as {before}",
-        DictConfig: f"its single keys, as in {name}.key=value",
-    }
-    for kind, what in wanted.items():
-        if isinstance(before, kind):
-            fits = isinstance(after, kind) and (kind is bool or not isinstance(after, bool))
-            if not fits and after is not None and name != "trainer.devices":  # a number, a list or auto
-                raise ValueError(f"{name}={after}: expected {what}")
-            return
-
-
-def _flat(cfg: DictConfig) -> dict[str, object]:
-    """Full names of all keys with what they hold, interpolations as they are written."""
-
-    def walk(node: object, prefix: str) -> Iterator[tuple[str, object]]:
-        for name, value in node.items() if isinstance(node, dict) else ():
-            yield f"{prefix}{name}", value
-            yield from walk(value, f"{prefix}{name}.")
-
-    return dict(walk(OmegaConf.to_container(cfg), ""))
 
 
 @contextmanager
@@ -208,7 +162,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         GlobalHydra.instance().clear()
         sys.stderr.write(f"\naudiot: {stop}")
         if stop.checkpoint is not None:
-            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  audiot pretrain resume={stop.checkpoint.parent.parent}")
+            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(stop.checkpoint.parent.parent)}")
         sys.stderr.write("\n")
         sys.exit(130)
     except KeyboardInterrupt:

@@ -60,8 +60,25 @@ class MaskedAcousticModel(WeightedSteps):
         self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how far the checkpoint was trained."""
+        """Note how far the checkpoint was trained.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         self.trained_steps = checkpoint["global_step"]
+        if not checkpoint.get("MixedPrecision", True):  # of bfloat16, which has no scale: float16 begins with one of its own
+            del checkpoint["MixedPrecision"]
+        theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # `ShardedStrategy` has loaded its own already
+        if theirs is None or {name: value.shape for name, value in theirs.items()} == {n: v.shape for n, v in ours.items()}:
+            return
+        saved = checkpoint.get("hyper_parameters", {})
+        apart = [
+            f"{part}.{name}={value} (the checkpoint has {saved[part].get(name)})"
+            for part in ("features", "model")
+            for name, value in self.hparams[part].items()
+            if part in saved and saved[part].get(name) != value
+        ]
+        raise ValueError(f"the checkpoint is of another model: {', '.join(apart) or 'its parameters have other names or shapes'}")
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of every layer, as :class:`AudioEncoder` gives them."""

@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiot.commands.compare import is_rate, run_overrides
+from audiot.commands.compare import is_rate
 from audiot.files import read_json, replacing
+from audiot.runs import run_overrides
 
 RESULTS = {
     "summary.json": ("pretrain/val_l1", "probe/", "finetune/", "frames_per_s"),

@@ -17,13 +17,12 @@ from tqdm import tqdm
 
 from audiot.alignment import Aligned, Aligner
 from audiot.commands.common import open_corpus, plain, say, table
-from audiot.commands.compare import run_overrides
-from audiot.commands.evaluate import run_config
 from audiot.data.labels import CharacterLabels, TokenLabels
 from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.downstream.classifier import WINDOW, Classifier, load_classifier
 from audiot.downstream.ctc import CTC
 from audiot.files import replacing_gzip, replacing_text
+from audiot.runs import run_config, run_overrides
 
 
 @dataclass

@@ -13,12 +13,13 @@ from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstructi
 from audiot.attention.patterns import NAMES
 from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.commands.common import data_options, open_corpus, say
-from audiot.commands.evaluate import load_pretraining, run_config
+from audiot.commands.evaluate import load_pretraining
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
+from audiot.runs import run_config
 
 
 @torch.no_grad()

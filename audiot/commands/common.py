@@ -8,7 +8,6 @@ import json
 import logging
 import shlex
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
 from audiot.devices import fast_precision
 from audiot.replication import warn_of_slow_strategy
+from audiot.runs import run_overrides
 
 log = logging.getLogger("audiot")
 
@@ -112,45 +111,8 @@ def data_options(cfg: DictConfig) -> dict[str, Any]:
     return {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")} | {"seed": cfg.seed}
 
 
-def check_fresh(run: Path) -> None:
-    """Refuse to pre-train in the folder of another run, whose checkpoints and probes would mix with the new ones.
-
-    Raises:
-        ValueError: there are checkpoints.
-    """
-    if any((run / "checkpoints").glob("step=*.ckpt")):
-        raise ValueError(f"{run} holds a run already: resume={run} goes on with it, another hydra.run.dir starts anew")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.stem.split("=")[1])
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint of a pre-training run's latest step.
-
-    Raises:
-        FileNotFoundError: it has none.
-        ValueError: it is truncated.
-    """
-    found = list((run / "checkpoints").glob("step=*.ckpt"))
-    if not found:
-        raise FileNotFoundError(f"{run}: no checkpoint of a pre-training run in {run / 'checkpoints'}")
-    return check_archive(max(found, key=step_of))
-
-
-def check_archive(path: Path) -> Path:
-    """A checkpoint's path, if it is whole: its index stands at the end of the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated or not a checkpoint")
-    return path
-
-
 def same_data(run: Path) -> str:
-    """The data settings that a run was started with, as arguments of a next command."""
+    """The data settings of a run, as arguments of a next command."""
     return "".join(
         f" {shlex.quote(override)}" for override in run_overrides(run) if override.startswith(("data=", "data.", "data_dir="))
     )

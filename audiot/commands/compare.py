@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from audiot.files import read_json, replacing, replacing_text
+from audiot.runs import run_overrides
 from audiot.tables import aligned, markdown
 
 RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
@@ -58,14 +57,8 @@ def _results(run: Path) -> dict[str, Any]:
     return read_json(path, "results")
 
 
-def run_overrides(run: Path) -> list[str]:
-    """What a run was started with on the command line; nothing where that is not known."""
-    path = run / ".hydra" / "overrides.yaml"
-    return [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
-
-
 def _setting(run: Path) -> list[str]:
-    """The same, but for where it went and which encoder it heard."""
+    """The overrides of a run, but for where it went and which encoder it heard."""
     return [override for override in run_overrides(run) if not override.startswith(("hydra.", "upstream.path="))]
 
 

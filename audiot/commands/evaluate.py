@@ -8,15 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from audiot.callbacks import ProgressBar
 from audiot.commands.common import (
-    check_archive,
     data_options,
     finetune_command,
     known_precision,
-    newest_checkpoint,
     open_corpus,
     say,
     table,
@@ -26,6 +24,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.downstream.module import DownstreamModule
 from audiot.files import read_json, write_json
 from audiot.pretraining import MaskedAcousticModel
+from audiot.runs import check_archive, newest_checkpoint, run_config
 
 
 def main(cfg: DictConfig) -> None:
@@ -53,17 +52,6 @@ def main(cfg: DictConfig) -> None:
     say(f"wrote   {run / 'evaluation.json'}")
     if (run / "encoder").is_dir():
         say(f"next:   {finetune_command(run)}")
-
-
-def run_config(run: Path) -> DictConfig:
-    """The config that a run was started with."""
-    path = run / ".hydra" / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"run={run}: no run there ({path} is missing)")
-    settings = OmegaConf.load(path)
-    assert isinstance(settings, DictConfig)
-    settings.run_dir = str(run)
-    return settings
 
 
 def load_pretraining(run: Path) -> MaskedAcousticModel:

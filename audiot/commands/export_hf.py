@@ -17,6 +17,7 @@ from audiot.commands.common import same_data
 from audiot.files import read_json
 from audiot.huggingface import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
+from audiot.runs import CONFIG, run_config
 
 from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.huggingface, which says how to install it
 
@@ -70,7 +71,7 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> Path |
         encoder = encoder / "encoder"
     loaded = load_encoder(encoder)
     parent = encoder.absolute().parent
-    run = parent if any((parent / name).is_file() for name in (".hydra/config.yaml", "summary.json")) else None
+    run = parent if any((parent / name).is_file() for name in (CONFIG, "summary.json")) else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -93,8 +94,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         run: The run's folder; what it does not hold is left out.
         license_id: The licence of the weights, or None.
     """
-    settings = OmegaConf.load(run / ".hydra" / "config.yaml") if run and (run / ".hydra" / "config.yaml").is_file() else None
-    assert settings is None or isinstance(settings, DictConfig)
+    settings = run_config(run) if run and (run / CONFIG).is_file() else None
     summary = read_json(run / "summary.json", "summary") if run and (run / "summary.json").is_file() else {}
     corpus = _select(settings, "data.name") or "its corpus"
     lines, results = _figures(run, summary, corpus)

@@ -9,27 +9,27 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.callbacks import Interrupted, Throughput
 from audiot.checkpoint import load_encoder, save_encoder
 from audiot.commands.common import (
-    check_fresh,
     data_options,
     finetune_command,
     make_trainer,
-    newest_checkpoint,
     open_corpus,
     plain,
     say,
-    step_of,
     table,
 )
 from audiot.commands.probing import check_probes, probe_configs, run_probes
@@ -37,27 +37,28 @@ from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.prepare import PreparedCorpus
 from audiot.files import read_json, write_json
+from audiot.optimization import Schedule
 from audiot.pretraining import MaskedAcousticModel
+from audiot.runs import Resumed, check_fresh, is_finished, newest_checkpoint, step_of
 from audiot.sharding import ShardedStrategy, is_sharded
 
 # A compiled step of a GPU saves some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
 COMPILED_STEPS = 5000
 
 
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches."""
     begin = time.monotonic()
     run = Path(cfg.run_dir)
-    checkpoint = newest_checkpoint(run) if cfg.resume else None
-    if checkpoint is None:
+    if resumed is None:
+        if cfg.resume:
+            raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
         check_fresh(run)
     else:
-        if _finished(run, cfg):
+        if is_finished(run, cfg):
             say(f"{run} is finished: nothing to resume\n{report(run)}")
             return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
-        if step_of(checkpoint) < cfg.trainer.max_steps:  # those of the encoder as it was
-            shutil.rmtree(run / "probes", ignore_errors=True)
-        say(f"resume  {checkpoint}")
+        announce(resumed)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
     module = build(cfg)
@@ -73,7 +74,10 @@ def main(cfg: DictConfig) -> float:
         module.compile_step(graphs=wants_graphs(trainer))
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    if resumed is None:
+        trainer.fit(module, data)
+    else:
+        go_on(trainer, module, data, resumed)
     if not cfg.checkpoint.every_n_steps or trainer.max_steps % cfg.checkpoint.every_n_steps:
         trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
     (validation,) = trainer.validate(module, data, verbose=False)
@@ -114,6 +118,63 @@ def main(cfg: DictConfig) -> float:
     write_json(run / "summary.json", summary)
     say(report(run))
     return loss
+
+
+def announce(resumed: Resumed) -> None:
+    """Say where a run goes on, with what changes, and its learning rates where they aren't what they would have been.
+
+    Raises:
+        ValueError: the rates can't be changed.
+    """
+    changes = f", with {' '.join(resumed.changes)}" if resumed.changes else ""
+    say(f"resume  {resumed.checkpoint}{changes}")
+    before, after = (schedule(cfg) for cfg in (resumed.before, resumed.config))
+    step = step_of(resumed.checkpoint)
+    if isinstance(before, Schedule) and isinstance(after, Schedule):
+        if (before.description, before.rate(step + 1)) != (after.description, after.rate(step + 1)):
+            rates = f"step {step:,} had {before.rate(step):.3g}" + (
+                f", step {step + 1:,} has {after.rate(step + 1):.3g}" if step < resumed.config.trainer.max_steps else ""
+            )
+            say(f"rates   the learning rate goes {after.description}: {rates}")
+        return
+    for change in resumed.changes:
+        if change.startswith(("trainer.max_steps=", "optimizer.lr=", "scheduler.")):
+            kind = resumed.config.scheduler._target_
+            raise ValueError(f"{change} can't change on resume: {kind} keeps its rates in the checkpoint; a new run can have it")
+
+
+def schedule(cfg: DictConfig) -> Any:
+    """The schedule of a config, of an optimiser without a model."""
+    return instantiate(cfg.scheduler)(
+        instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))]), total_steps=cfg.trainer.max_steps
+    )
+
+
+def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed) -> None:
+    """Train on from a checkpoint. Once it is loaded, the run's changes are its own, and probes of the encoder as it was go away.
+
+    Raises:
+        ValueError: the checkpoint can't be loaded.
+    """
+    accepted = False
+
+    def accept(*_: Any) -> None:
+        nonlocal accepted
+        accepted = True
+        if trainer.is_global_zero:
+            resumed.record()
+            if step_of(resumed.checkpoint) < resumed.config.trainer.max_steps:
+                shutil.rmtree(resumed.run / "probes", ignore_errors=True)
+
+    trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
+    try:
+        trainer.fit(module, data, ckpt_path=resumed.checkpoint, weights_only=False)
+    except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
+        if accepted or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{resumed.run} can't go on from {resumed.checkpoint}: {error}") from error
+    if not accepted:  # nothing was left to train
+        accept()
 
 
 def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
@@ -172,13 +233,6 @@ def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
         raise ValueError(
             f"the corpus is at {sample_rate} Hz and the features at {wanted} Hz: set data.prepare.sample_rate={wanted}"
         )
-
-
-def _finished(run: Path, cfg: DictConfig) -> bool:
-    if not (run / "summary.json").is_file():
-        return False
-    summary = read_json(run / "summary.json", "summary")
-    return summary["steps"] >= cfg.trainer.max_steps and (not cfg.probe or set(cfg.probes) <= set(summary))
 
 
 @torch.no_grad()

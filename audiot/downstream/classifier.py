@@ -16,12 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audiot.checkpoint import check_targets
-from audiot.commands.common import check_archive, finetune_command
+from audiot.commands.common import finetune_command
 from audiot.data.labels import Framing
 from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
 from audiot.devices import find_device
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
+from audiot.runs import check_archive
 
 WINDOW = 256  # files looked at together, to find those of similar length
 Item = TypeVar("Item")

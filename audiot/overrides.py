@@ -1,0 +1,51 @@
+"""Overrides of a command line: read in Hydra's grammar, and compared with the config that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Overrides as Hydra reads them.
+
+    Raises:
+        ValueError: one is not in Hydra's grammar.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        reason = [line for line in error.message.splitlines() if not line.startswith("See ")][-1]
+        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {reason}") from error
+
+
+def check_type(name: str, before: object, after: object) -> None:
+    """Refuse a word in place of a number or a truth value; whoever uses the value says what else is wrong with it."""
+    wanted: dict[type | tuple[type, ...], str] = {
+        bool: "true or false",
+        int: f"a whole number, such as {before}",
+        (int, float): f"a number, such as {before}",
+        ListConfig: f"a list, such as {before}",
+        DictConfig: f"its single keys, as in {name}.key=value",
+    }
+    for kind, what in wanted.items():
+        if isinstance(before, kind):
+            fits = isinstance(after, kind) and (kind is bool or not isinstance(after, bool))
+            if not fits and after is not None and name != "trainer.devices":  # a number, a list or auto
+                raise ValueError(f"{name}={after}: expected {what}")
+            return
+
+
+def flat(cfg: DictConfig) -> dict[str, object]:
+    """Full names of all keys with what they hold, interpolations as they are written."""
+
+    def walk(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{name}", value
+            yield from walk(value, f"{prefix}{name}.")
+
+    return dict(walk(OmegaConf.to_container(cfg), ""))
