@@ -14,7 +14,6 @@ from audiot.callbacks import ProgressBar
 from audiot.commands.common import (
     check_archive,
     data_options,
-    finetune_command,
     known_precision,
     newest_checkpoint,
     open_corpus,
@@ -22,6 +21,7 @@ from audiot.commands.common import (
     table,
 )
 from audiot.commands.finetune import task_data
+from audiot.commands.following import finetune_command
 from audiot.data.datamodule import SpeechDataModule
 from audiot.downstream.module import DownstreamModule
 from audiot.files import read_json, write_json

@@ -23,7 +23,6 @@ from audiot.checkpoint import load_encoder, save_encoder
 from audiot.commands.common import (
     check_fresh,
     data_options,
-    finetune_command,
     make_trainer,
     newest_checkpoint,
     open_corpus,
@@ -32,6 +31,7 @@ from audiot.commands.common import (
     step_of,
     table,
 )
+from audiot.commands.following import finetune_command
 from audiot.commands.probing import check_probes, probe_configs, run_probes
 from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
