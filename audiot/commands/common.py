@@ -49,7 +49,10 @@ def open_corpus(cfg: DictConfig) -> PreparedCorpus:
     folder, settings, options = corpus_folder(cfg)
     num_jobs = cfg.data.prepare.num_jobs
     corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
-    say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h")
+    count, hours = corpus.utterances, corpus.total_hours
+    if count is None or hours is None:
+        count, hours = sum(corpus.counts.values()), sum(corpus.hours.values())
+    say(f"corpus  {folder}: {count} utterances, {hours:.2f} h")
     return corpus
 
 

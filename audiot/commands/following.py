@@ -104,9 +104,11 @@ def fitting_task(corpus: PreparedCorpus, settings: DictConfig) -> Task | None:
             return [("downstream", "speaker_utterance")]
         if field == SLOTS[0] and all(_fits(corpus, "intent", slot) for slot in SLOTS):
             return [("downstream", "intent")]
+        own: Task = [] if field == "keyword" else [("downstream.labels.field", field)]
         if field != "speaker" and _fits(corpus, "keyword", field):
-            own: Task = [] if field == "keyword" else [("downstream.labels.field", field)]
             return [("downstream", "keyword"), *own]
+        if field != "speaker" and _fits(corpus, "speaker", field):  # a label of speakers: on those that training has heard
+            return [("downstream", "keyword"), *own, ("downstream.task", "speaker")]
     characters: list[Task] = [[("downstream", "asr")], [("downstream", "asr"), ("downstream.labels.alphabet", None)]]
     return next((task for task in characters if _is_transcribed(corpus, settings, task)), None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
-import hashlib
 import operator
 import os
 import re
@@ -20,6 +19,7 @@ from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut, MultiCut
 from tqdm import tqdm
 
+from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
 
@@ -226,30 +226,6 @@ def _number(value: str | int | float) -> int | float | None:
     return float(value) if re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", value) else None
 
 
-def hold_out(utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str]) -> dict[str, list[str]]:
-    """Take a share of the utterances for each of ``roles`` (at least one each) and leave the rest to ``train``.
-
-    Which ones is a hash of seed and utterance, so that it depends neither on order nor on platform.
-
-    Raises:
-        ValueError: the fraction is out of range, or too few utterances are there.
-    """
-    if not 0 < fraction < 0.5:
-        raise ValueError(f"data.valid_fraction must be above 0 and below 0.5, found {fraction}")
-    size = max(1, round(fraction * len(utterances)))
-    if len(utterances) <= size * len(roles):
-        raise ValueError(
-            f"{len(utterances)} utterances are too few to take {size} each for {' and '.join(roles)}: "
-            "add some, or name the splits yourself"
-        )
-    by_hash = sorted(utterances, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    role_of = {name: role for at, role in enumerate(roles) for name in by_hash[at * size : (at + 1) * size]}
-    split: dict[str, list[str]] = {role: [] for role in ("train", *roles)}
-    for name in utterances:
-        split[role_of.get(name, "train")].append(name)
-    return split
-
-
 def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut:
     """A whole file as a cut, from its header.
 
@@ -285,7 +261,8 @@ class FolderCorpus:
         pattern: Labels in the path, see :class:`PathPattern`.
         labels: A table, see :func:`read_labels`, its paths relative to the root. Files that it does not list are rejected.
         train: Which utterances are for training, see :class:`SplitExpression`; None: those that are left.
-        valid: For validation; None: ``valid_fraction`` of the training utterances.
+        valid: For validation; None: ``valid_fraction`` of the training utterances, of speakers of their own where there are
+            enough, see :func:`audiot.data.corpora.held_out.divide`.
         test: For testing; None: as many again.
         valid_fraction: Share of the training utterances to hold out, at least one.
         seed: Of that choice.
@@ -370,10 +347,10 @@ class FolderCorpus:
         rejected.sort()
         if not cuts:  # preparation reports it
             return Manifests({}, rejected=rejected)
-        split = self._split({utterance: labels_of[utterance] for utterance in cuts})
-        return Manifests(
-            {role: CutSet.from_cuts(cuts[name] for name in names) for role, names in split.items()}, rejected=rejected
-        )
+        given = self._split({utterance: labels_of[utterance] for utterance in cuts})
+        splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
+        chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
+        return Manifests(chosen, tasks, rejected)
 
     def _find(self) -> list[str]:
         """Paths of audio below the root, '/' between folders, sorted."""
@@ -414,6 +391,7 @@ class FolderCorpus:
             return error
 
     def _split(self, labels_of: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+        """Role → utterances of training and of the splits that an expression names."""
         names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
         unused = 0
         for utterance, labels in labels_of.items():
@@ -430,10 +408,7 @@ class FolderCorpus:
             if not names[role]:
                 text = f" ({self.splits[role].text})" if role in self.splits else ", the other splits take all"
                 raise ValueError(f"no utterance of {self.root} is left for {role}{text}: change data.{role}")
-        held_out = [role for role in ("valid", "test") if role not in self.splits]
-        if held_out:
-            names |= hold_out(names["train"], self.valid_fraction, self.seed, held_out)
-        return names
+        return {role: found for role, found in names.items() if found}
 
 
 def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
