@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from audiot import quoting
 from audiot.callbacks import Interrupted
 from audiot.cli import groups, nearest
 from audiot.sweep import failure_noted
@@ -69,7 +70,7 @@ def run(command: str, arguments: list[str]) -> None:
         if command == "pretrain":
             for override in overrides:
                 if override.startswith("hydra.run.dir="):  # here, before Hydra writes its config there
-                    check_fresh(Path(override.split("=", 1)[1]))
+                    check_fresh(Path(str(quoting.parsed(override))))
         if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
             _check_overrides(command, overrides, bool(sweep))
 
@@ -123,11 +124,13 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        reason = [line for line in error.message.splitlines() if not line.startswith("See ")][-1]
-        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {reason}") from error
+        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {_remedy(error)}") from error
     for override in parsed:
         if override.is_sweep_override() and not sweep:
-            raise ValueError(f"{override.input_line} names several values: add -m to run them all, or [brackets] for a list")
+            key, value = str(override.input_line).split("=", 1)
+            text = f"; a text with a comma: {quoting.argument(key, value)}" if re.search("[A-Za-z]", value) else ""
+            several = "names several values: add -m to run them all, or [brackets] for a list"
+            raise ValueError(f"{override.input_line} {several}{text}")
     choices = [values for values in map(_choices, parsed) if values]
     first = [values[0] for values in choices]
     with initialize_config_module("audiot.conf", version_base="1.3"):
@@ -135,6 +138,16 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
         for place, values in enumerate(choices):
             for value in values[1:]:
                 _check_run(command, [*first[:place], value, *first[place + 1 :]])
+
+
+def _remedy(error: OverrideParseException) -> str:
+    """How to write what Hydra refuses, if it is a text whose quotes the shell took away; else Hydra's own words."""
+    key, equals, value = error.override.partition("=")
+    if equals and value and not value.startswith(("[", "'", '"')):
+        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==theo was speaker=='theo'
+            value = re.sub(r"([=!]=\s*)([^\W\d]\w*)", r"\1'\2'", value)
+        return f"write {quoting.argument(key, value)}"
+    return [line for line in error.message.splitlines() if line.strip(" ^") and not line.startswith("See ")][-1]
 
 
 def _choices(override: Override) -> list[str]:

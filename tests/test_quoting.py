@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_cli import run
 
 from audiot import quoting
+from audiot.data.corpora.folder import SplitExpression
 
 NASTY = [
     "outputs/lr=1e-3",
@@ -84,6 +86,36 @@ def test_what_needs_no_quotes_gets_none():
     )
     assert quoting.argument("upstream.path", "my run") == "'upstream.path=my run'"
     assert quoting.argument("data.pattern", "{keyword}_{take}") == """'data.pattern="{keyword}_{take}"'"""
+    assert quoting.argument("data.test", "speaker=='x'") == r'''"data.test=\"speaker=='x'\""'''
+
+
+@pytest.mark.parametrize(
+    ("mistake", "right"),
+    [
+        ("data.pattern={keyword}_{take}", """'data.pattern="{keyword}_{take}"'"""),
+        ("data.pattern={speaker}", """'data.pattern="{speaker}"'"""),
+        ("data.pattern={a:b}", """as in 'data.pattern="{keyword}_{take}"'"""),
+        ("data.test=take<5", """'data.test="take<5"'"""),
+        ("data.test=speaker==theo", r'''"data.test=\"speaker=='theo'\""'''),
+        ("data.test=take==5 and speaker!=theo", r'''"data.test=\"take==5 and speaker!='theo'\""'''),
+        ("data.channel=a=b", """'data.channel="a=b"'"""),
+        ("data.channel=a,b", """a text with a comma: 'data.channel="a,b"'"""),
+        ('data.test="take<5', "no viable alternative at input"),
+    ],
+)
+def test_a_quoting_mistake_is_answered_with_the_right_quoting(tmp_path, mistake, right):
+    (tmp_path / "a.wav").touch()
+    error = run("pretrain", "data=folder", f"data.root={tmp_path}", f"data_dir={tmp_path}", mistake).err
+    assert error.count("\n") == 1
+    assert right in error
+
+
+def test_a_name_that_is_no_field_is_quoted_as_the_value_that_it_may_be():
+    with pytest.raises(ValueError, match="unknown field a") as refused:
+        SplitExpression("data.test", "speaker in (a, b) and take<5", ["speaker", "take"])
+    command = str(refused.value).split("write ")[1].split("; The fields")[0]
+    (word,) = shlex.split(command)
+    assert quoting.parsed(word) == "speaker in ('a', 'b') and take < 5"
 
 
 @pytest.mark.parametrize("value", [None, True, False, 3, -1.5, 1e-5, ["a", "b c", "d,e", 1, None], []])

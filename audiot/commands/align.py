@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.downstream.classifier import WINDOW, Classifier, load_classifier
 from audiot.downstream.ctc import CTC
 from audiot.files import replacing_gzip, replacing_text
-from audiot.quoting import argument
+from audiot.quoting import argument, quoted
 
 
 @dataclass
@@ -143,7 +142,7 @@ def next_command(run: Path, corpus: PreparedCorpus, result: Result, output: Path
     task = ["downstream=phone_linear", *([] if tier == "phone" else [f"downstream.labels.tier={tier}"])]
     given = [override for override in run_overrides(run) if override.startswith(("upstream", "features"))]
     upstream = given if any(override.startswith("upstream") for override in given) else [*given, "upstream=features"]
-    return " ".join(["audiot finetune data=manifest", *data, *task, *map(shlex.quote, upstream)])
+    return " ".join(["audiot finetune data=manifest", *data, *task, *map(quoted, upstream)])
 
 
 if __name__ == "__main__":

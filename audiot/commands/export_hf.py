@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +18,15 @@ from audiot.commands.following import demo_command, finetune_command
 from audiot.files import read_json
 from audiot.huggingface import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
-from audiot.quoting import path
+from audiot.quoting import path, quoted
 
 from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.huggingface, which says how to install it
 
 USAGE = """import torch, transformers
 import audiot.huggingface  # pip install 'audiot[hf]': makes the model type known to transformers
 
-model = transformers.AutoModel.from_pretrained({quoted}).eval()  # a folder, or USER/{name} on the hub
-extractor = transformers.AutoFeatureExtractor.from_pretrained({quoted})
+model = transformers.AutoModel.from_pretrained({literal}).eval()  # a folder, or USER/{name} on the hub
+extractor = transformers.AutoFeatureExtractor.from_pretrained({literal})
 waveforms = [torch.randn({rate}).numpy(), torch.randn({shorter}).numpy()]  # mono, {rate} Hz, in [-1, 1]
 inputs = extractor(waveforms, sampling_rate={rate}, return_tensors="pt")
 with torch.no_grad():
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
     print(f"wrote   {options.folder}: {', '.join(sorted(path.name for path in options.folder.iterdir()))}")
     if options.license is None:
         print("licence not stated: write the one that the weights are under into README.md, or export again with --license")
-    print(f"publish hf upload {shlex.quote(f'USER/{options.folder.resolve().name}')} {path(options.folder)}")
+    print(f"publish hf upload {quoted(f'USER/{options.folder.resolve().name}')} {path(options.folder)}")
     following = finetune_command(run, options.folder, "hf") if run else demo_command(options.folder, sample_rate, "hf")
     print(f"next:   {following}")
 
@@ -117,9 +116,9 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         eval_results=results or None,
     )
     rate, model = encoder.features.sample_rate, encoder.encoder
-    quoted = json.dumps(name, ensure_ascii=False)  # of Python too
+    literal = json.dumps(name, ensure_ascii=False)  # of Python too
     usage = USAGE.format(
-        name=name, quoted=quoted, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
+        name=name, literal=literal, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
     )
     hydra = run / ".hydra" / "hydra.yaml" if run else None
     choices = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.choices") if hydra and hydra.is_file() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -22,7 +21,7 @@ from audiot.commands.common import compose_command, corpus_folder
 from audiot.commands.compare import run_overrides
 from audiot.data.labels import survey
 from audiot.data.prepare import ROLES, PreparedCorpus
-from audiot.quoting import Value, argument, path
+from audiot.quoting import Value, argument, path, quoted
 
 CARRIED = re.compile(r"[+~]*(data[=.]|data_dir=|hydra\.searchpath=)")
 RATE = 16000  # Hz, what a corpus is prepared for unless it is told another rate
@@ -75,14 +74,15 @@ def same_data(run: Path) -> list[str]:
     settings, chosen = _settings(run), _choice(run, "data")
     if chosen not in (None, "demo") and not any(override.startswith("data=") for override in given):
         given.insert(0, f"data={chosen}")
-    arguments = [shlex.quote(override) for override in given]
+    arguments = [quoted(override) for override in given]
     try:
         composed = compose_command("finetune", given)
     except (HydraException, OmegaConfBaseException):  # a run of another version, whose keys are not today's
         return arguments
+    written = dict(_leaves(OmegaConf.to_container(settings.data), "data.")) if "data" in settings else {}
     for name, raw in _leaves(OmegaConf.to_container(composed.data), "data."):
-        owned = not (isinstance(raw, str) and raw.startswith("${data"))  # else it follows another key of the data
-        if name.split(".")[1] not in _loading() and owned and OmegaConf.select(settings, name) is not None:
+        follows = str(raw).startswith("${data") and written.get(name) == raw  # another key of the data
+        if name in written and name.split(".")[1] not in _loading() and not follows:
             before, after = _plain(composed, name), _plain(settings, name)
             if before != after:
                 arguments.append(argument(name, after))
@@ -171,7 +171,7 @@ def _fields(directory: Path, split: str) -> Mapping[str, Counter[str]]:
         if supervision.get("speaker") is not None:
             labels["speaker"] = supervision["speaker"]
         for name, value in labels.items():
-            if isinstance(value, (str, int, float)):
+            if isinstance(value, (str, int, float)) and name != "text":  # a transcript is no class
                 found.setdefault(name, Counter())[str(value)] += 1
     return {name: values for name, values in found.items() if values.total() == count}
 

@@ -6,7 +6,6 @@ import gc
 import io
 import logging
 import multiprocessing
-import shlex
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,7 +22,7 @@ from audiot.commands.finetune import finetune
 from audiot.commands.following import same_data
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
 from audiot.files import read_json
-from audiot.quoting import override
+from audiot.quoting import override, quoted
 
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
@@ -82,7 +81,7 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
     if len(left) < len(probes):
         say(f"probes  {len(probes) - len(left)} of {len(probes)} are there already")
     data = same_data(run)
-    commands = {name: ["audiot finetune", *map(shlex.quote, given), *data] for name, given in probe_overrides(cfg).items()}
+    commands = {name: ["audiot finetune", *map(quoted, given), *data] for name, given in probe_overrides(cfg).items()}
     titles = {name: f"\n{name}:  {' '.join(command)}" for name, command in commands.items()}
     jobs = cfg.probe_jobs
     if jobs == "auto":  # what is small runs better on one core than on several

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
+from audiot.quoting import argument
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
 # Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
@@ -45,6 +46,9 @@ class PathPattern:
     """
 
     def __init__(self, pattern: str) -> None:
+        if not isinstance(pattern, str):
+            right = argument("data.pattern", "{keyword}_{take}")
+            raise ValueError(f"data.pattern must be a text, in quotes of its own, as in {right}; found {pattern}")
         self.pattern = pattern
         self.fields: list[str] = []
         try:
@@ -147,6 +151,14 @@ class SplitExpression:
         shown = self.text if isinstance(self.text, str) and len(self.text) <= 200 else f"{str(self.text)[:200]}…"
         return ValueError(f"{self.name}: {shown!r} is no condition on labels such as take<5 or speaker=='theo': {detail}")
 
+    def _with_values(self) -> str:
+        """The argument with every name that is no field as a text, whose quotes a shell may have taken away."""
+        tree = ast.parse(self.text.strip(), mode="eval")
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in self.fields]
+        for node in names:
+            node.id = repr(node.id)
+        return argument(self.name, ast.unparse(tree))
+
     def _check(self, node: ast.expr) -> None:
         match node:
             case ast.BoolOp(values=values):
@@ -174,7 +186,7 @@ class SplitExpression:
             case ast.Name(id=field):
                 if field not in self.fields:
                     near = difflib.get_close_matches(field, self.fields, n=1)
-                    hint = f"did you mean {near[0]}?" if near else "quote it if it is a value;"
+                    hint = f"did you mean {near[0]}?" if near else f"if it is a value, write {self._with_values()};"
                     raise self._error(f"unknown field {field}: {hint} The fields are {', '.join(self.fields)}")
             case ast.Constant(value=str() | int() | float() as value) if not isinstance(value, bool):
                 pass
