@@ -16,9 +16,10 @@ import torch
 from lhotse import CutSet
 from torch.utils.data import DataLoader
 
-from audiot.data.batches import Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
+from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus
+from audiot.data.shared_memory import check_room
 from audiot.random import key
 
 EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes
@@ -184,6 +185,8 @@ class SpeechDataModule(pl.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             start=self.next_batch if training else (0, 0),
         )
+        seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # of 16-bit samples
+        check_room(self.loader_processes, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
         return make_loader(dataset, stream, self.loader_processes, pin_memory=torch.cuda.is_available())
 
