@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from audiot.data.batches import ignore_interrupt, shared
-from audiot.data.datamodule import useful_workers
+from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import BadAudioError
 from audiot.data.shared_memory import check_room
 from audiot.devices import to_host
@@ -280,6 +280,8 @@ class Extractor:
         if workers is None:
             seconds = sum(total_seconds(utterances) for _, utterances in batches)
             workers = useful_workers(1, self.device.type == "cuda") if seconds > ALONE_S else 0
+        else:
+            warn_of_many("--workers ", workers, "without it, there are as many as are of use")
         seconds = max((total_seconds(utterances) for _, utterances in batches), default=0)
         rate = self.upstream.features.sample_rate
         check_room(workers, AHEAD, 4 * seconds * rate, remedy=REMEDY)

@@ -143,8 +143,9 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
 def _remedy(error: OverrideParseException) -> str:
     """How to write what Hydra refuses, if it is a text whose quotes the shell took away; else Hydra's own words."""
     key, equals, value = error.override.partition("=")
-    if equals and value and not value.startswith(("[", "'", '"')):
-        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==theo was speaker=='theo'
+    value = value.strip("'\"")  # one that is not closed
+    if equals and value and not value.startswith("["):
+        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==x was speaker=='x' in the shell
             value = re.sub(r"([=!]=\s*)([^\W\d]\w*)", r"\1'\2'", value)
         return f"write {quoting.argument(key, value)}"
     return [line for line in error.message.splitlines() if line.strip(" ^") and not line.startswith("See ")][-1]
@@ -278,6 +279,7 @@ def quieten_libraries() -> None:
     """Keep notices that call for nothing out of a user's sight; errors and unknown warnings stay."""
     for message in (
         ".*does not have many workers.*",
+        ".*This DataLoader will create .* worker processes.*",  # `audiot.data.datamodule.warn_of_many` says it once
         ".*Experiment logs directory.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

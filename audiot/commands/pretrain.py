@@ -31,6 +31,7 @@ from audiot.commands.common import (
     step_of,
     table,
 )
+from audiot.commands.few import say_few
 from audiot.commands.following import finetune_command
 from audiot.commands.probing import check_probes, probe_configs, run_probes
 from audiot.data.batches import crop_lengths
@@ -59,6 +60,7 @@ def main(cfg: DictConfig) -> float:
     trainer = make_trainer(cfg)
     module = build(cfg)
     corpus = open_corpus(cfg)
+    say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)

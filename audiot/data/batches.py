@@ -17,6 +17,7 @@ from lhotse import CutSet
 from lhotse.audio.utils import AudioLoadingError
 from lhotse.cut import Cut, MonoCut
 from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.utils import compute_num_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -28,6 +29,7 @@ from audiot.random import bits, key
 
 WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
 AHEAD = 4  # batches that a loader process makes before they are wanted
+BUCKETED = 10_000  # cuts whose durations tell the buckets
 SCALE = 2.0**-15  # of 16-bit samples, as soundfile reads them to floats
 
 Batch = dict[str, Any]
@@ -194,9 +196,14 @@ class BatchStream(Sampler[Item]):
     def _similar(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
         assert isinstance(cuts, CutSet)
-        num_buckets = self.num_buckets if cuts.is_lazy else min(self.num_buckets, len(cuts))  # no more buckets than cuts
+        held = not cuts.is_lazy
+        num_buckets = min(self.num_buckets, len(cuts)) if held else self.num_buckets  # no more buckets than cuts
         if self.crop_s is not None:
             cuts = cuts.map(Crop(self.crop_s, self.seed if self.training else None, epoch))
+        bins = None
+        if held:  # Lhotse finds no boundary between a few cuts of one length, wants one, and longer cuts are alone anyway
+            found = estimate_duration_buckets(islice(cuts, BUCKETED), num_buckets) if num_buckets > 1 else []
+            bins = found or [self.batch_s]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly read")
             sampler = DynamicBucketingSampler(
@@ -204,7 +211,8 @@ class BatchStream(Sampler[Item]):
                 max_duration=self.batch_s,
                 max_cuts=self._most_cuts(cuts),
                 num_buckets=num_buckets,
-                duration_bins=[self.batch_s] if num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
+                duration_bins=bins,
+                num_cuts_for_bins_estimate=BUCKETED,
                 shuffle=self.training,
                 seed=self.seed,
                 world_size=1,
