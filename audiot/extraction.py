@@ -21,15 +21,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from audiot.data.batches import ignore_interrupt
-from audiot.data.datamodule import useful_workers
+from audiot.data.batches import ignore_interrupt, shared
+from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import BadAudioError
+from audiot.data.shared_memory import check_room
 from audiot.devices import attention_of_any_shape, to_host
 from audiot.downstream.classifier import by_length, collate, read_audio, together
 from audiot.downstream.upstream import Upstream
 from audiot.files import write_csv
 from audiot.states import Failures, shard_path, stored, write_shard
 
+AHEAD = 2  # batches that a process reads before they are wanted
+REMEDY = "--workers {workers} or a smaller --batch-s"
 ALONE_S = 600  # less audio than that is read sooner than worker processes start
 
 
@@ -153,6 +156,7 @@ class _Reader(Dataset[Waveforms]):
             except BadAudioError as reason:
                 failures[utterance.id] = str(reason)
         waveforms, lengths = collate(list(read.values())) if read else (torch.empty(0, 0), torch.empty(0, dtype=torch.long))
+        waveforms, lengths = shared(waveforms, REMEDY), shared(lengths, REMEDY)
         return Waveforms(shard, total_seconds(utterances), list(read), waveforms, lengths, failures)
 
 
@@ -273,14 +277,19 @@ class Extractor:
         if workers is None:
             seconds = sum(total_seconds(utterances) for _, utterances in batches)
             workers = useful_workers(1, self.device.type == "cuda") if seconds > ALONE_S else 0
+        else:
+            warn_of_many("--workers ", workers, "without it, there are as many as are of use")
+        seconds = max((total_seconds(utterances) for _, utterances in batches), default=0)
+        rate = self.upstream.features.sample_rate
+        check_room(workers, AHEAD, 4 * seconds * rate, remedy=REMEDY)
         return DataLoader(
-            _Reader(self.upstream.features.sample_rate, self.upstream.features.num_samples(1)),
+            _Reader(rate, self.upstream.features.num_samples(1)),
             sampler=batches,
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_interrupt,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=AHEAD if workers else None,
         )
 
     def _encoded(self, loader: Iterable[Waveforms]) -> Iterator[tuple[Waveforms, list[_Place | str]]]:

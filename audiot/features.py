@@ -402,8 +402,8 @@ class LogMel(Features):
         self.add_floor = add_floor
         with warnings.catch_warnings():  # ours, below, names the remedy
             warnings.filterwarnings("ignore", message="Empty filters detected")
-            shape = {"sr": sample_rate, "n_fft": n_fft, "n_mels": n_mels, "fmin": f_min, "fmax": f_max}
-            filters = torch.from_numpy(mel(**shape, htk=mel_scale == "htk", norm=norm).T.copy())
+            triangles = mel(sr=sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max, htk=mel_scale == "htk", norm=norm)  # type: ignore[arg-type]  # norm: librosa's word or None
+            filters = torch.from_numpy(triangles.T.copy())
         empty = int((filters.amax(0) == 0).sum())
         if empty:
             warnings.warn(

@@ -23,10 +23,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from audiot import quoting
 from audiot.callbacks import Interrupted
 from audiot.cli import groups, nearest
 from audiot.overrides import check_type, flat, parse
-from audiot.quoting import parsed
 from audiot.runs import check_fresh, resume, resume_command
 from audiot.sweep import failure_noted
 
@@ -71,7 +71,7 @@ def run(command: str, arguments: list[str]) -> None:
             return
         if command == "pretrain":
             for override in overrides:
-                if override.startswith("hydra.run.dir=") and (folder := parsed(override)):
+                if override.startswith("hydra.run.dir=") and (folder := quoting.parsed(override)):
                     check_fresh(Path(str(folder)))  # here, before Hydra writes its config there
         if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
             _check_overrides(command, overrides, bool(sweep))
@@ -109,7 +109,10 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
     given = parse(overrides)
     for override in given:
         if override.is_sweep_override() and not sweep:
-            raise ValueError(f"{override.input_line} names several values: add -m to run them all, or [brackets] for a list")
+            key, value = str(override.input_line).split("=", 1)
+            text = f"; a text with a comma: {quoting.argument(key, value)}" if re.search("[A-Za-z]", value) else ""
+            several = "names several values: add -m to run them all, or [brackets] for a list"
+            raise ValueError(f"{override.input_line} {several}{text}")
     choices = [values for values in map(_choices, given) if values]
     first = [values[0] for values in choices]
     with initialize_config_module("audiot.conf", version_base="1.3"):
@@ -219,6 +222,7 @@ def quieten_libraries() -> None:
     """Keep notices that call for nothing out of a user's sight; errors and unknown warnings stay."""
     for message in (
         ".*does not have many workers.*",
+        ".*This DataLoader will create .* worker processes.*",  # `audiot.data.datamodule.warn_of_many` says it once
         ".*Experiment logs directory.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from audiot.quoting import argument
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -19,8 +22,18 @@ def parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        reason = [line for line in error.message.splitlines() if not line.startswith("See ")][-1]
-        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {reason}") from error
+        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {_remedy(error)}") from error
+
+
+def _remedy(error: OverrideParseException) -> str:
+    """How to write what Hydra refuses, if it is a text whose quotes the shell took away; else Hydra's own words."""
+    key, equals, value = error.override.partition("=")
+    value = value.strip("'\"")  # one that is not closed
+    if equals and value and not value.startswith("["):
+        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==x was speaker=='x' in the shell
+            value = re.sub(r"([=!]=\s*)([^\W\d]\w*)", r"\1'\2'", value)
+        return f"write {argument(key, value)}"
+    return [line for line in error.message.splitlines() if line.strip(" ^") and not line.startswith("See ")][-1]
 
 
 def check_type(name: str, before: object, after: object) -> None:

@@ -28,13 +28,20 @@ def override(key: str, value: Value) -> str:
 
 def argument(key: str, value: Value) -> str:
     """`override`, ready to be pasted into a POSIX shell."""
-    return shlex.quote(override(key, value))
+    return quoted(override(key, value))
 
 
 def path(name: str | os.PathLike[str]) -> str:
     """A path as an argument that is no ``key=value``, ready to be pasted: one that begins with a dash is no option."""
     text = os.fspath(name)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return quoted(f"./{text}" if text.startswith("-") else text)
+
+
+def quoted(text: str) -> str:
+    """One word of a POSIX shell, in double quotes where it has apostrophes, which `shlex.quote` makes hard to read."""
+    if "'" in text and not re.search(r"[$`\\!]", text):
+        return '"' + text.replace('"', '\\"') + '"'
+    return shlex.quote(text)
 
 
 def parsed(text: str) -> Any:

@@ -12,7 +12,8 @@ def stable_sort(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Of a short `Tensor.sort` Inductor writes code itself, which takes Triton minutes to compile.
     """
-    return tuple(values.sort(stable=True))
+    ordered, places = values.sort(stable=True)
+    return ordered, places
 
 
 @stable_sort.register_fake

@@ -353,7 +353,8 @@ def test_finetuning_leaves_a_run_that_evaluate_reproduces(made, tmp_path, task, 
     options = [option.format(encoder=made.encoder) for option in options]
     where = f"hydra.run.dir={folder}"
     out = succeed("finetune", *DATA, *TRAINER, f"downstream={task}", f"upstream={upstream}", *options, where)
-    assert last_line(out) == f"next:   audiot predict {folder} FILE.wav"
+    assert last_line(out).startswith(f"next:   audiot predict {folder} {made.data}")
+    assert succeed(*shlex.split(last_line(out).removeprefix("next:   audiot "))).strip()
     metrics = read(folder / "metrics.json")
     assert metrics["fine_tuned"] == (upstream == "random")
     assert metrics["train_utterances"] == (8 if upstream == "features" else 16)

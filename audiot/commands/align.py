@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from tqdm import tqdm
 
 from audiot.alignment import Aligned, Aligner
 from audiot.commands.common import open_corpus, plain, say, table
+from audiot.commands.following import RATE
 from audiot.data.labels import CharacterLabels, TokenLabels
 from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.downstream.classifier import WINDOW, Classifier, load_classifier
 from audiot.downstream.ctc import CTC
 from audiot.files import replacing_gzip, replacing_text
+from audiot.quoting import argument, quoted
 from audiot.runs import run_config, run_overrides
 
 
@@ -134,10 +135,13 @@ def _row(split: str, found: Aligned) -> tuple[str | int | float, ...]:
 def next_command(run: Path, corpus: PreparedCorpus, result: Result, output: Path, tier: str) -> str:
     """What to run on the aligned corpus: a probe of the upstream that aligned it."""
     splits = {role: corpus.task_splits.get("phone", {}).get(role, role) for role in ROLES}
-    data = [f"data.{role}={output / split}.jsonl.gz" for role, split in splits.items() if result.counts.get(split)]
+    data = [argument(f"data.{role}", f"{output / split}.jsonl.gz") for role, split in splits.items() if result.counts.get(split)]
+    if corpus.sample_rate != RATE:
+        data.append(argument("data.prepare.sample_rate", corpus.sample_rate))
     task = ["downstream=phone_linear", *([] if tier == "phone" else [f"downstream.labels.tier={tier}"])]
-    upstream = [override for override in run_overrides(run) if override.startswith("upstream")] or ["upstream=features"]
-    return shlex.join(["audiot", "finetune", "data=manifest", *data, *task, *upstream])
+    given = [override for override in run_overrides(run) if override.startswith(("upstream", "features"))]
+    upstream = given if any(override.startswith("upstream") for override in given) else [*given, "upstream=features"]
+    return " ".join(["audiot finetune data=manifest", *data, *task, *map(quoted, upstream)])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.files import read_json
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
+from audiot.quoting import argument
 from audiot.runs import run_config
 
 
@@ -51,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     for path in sorted(plots.glob("*.png")):
         if "step" not in path.name:
             say(str(path))
-    say(f"next:   audiot evaluate run={run}")
+    say(f"next:   audiot evaluate {argument('run', run)}")
 
 
 def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:

@@ -29,6 +29,7 @@ from audiot.cli import nearest, options
 from audiot.commands.common import plain, say
 from audiot.files import replacing, write_json
 from audiot.positions import Positions
+from audiot.quoting import argument
 
 BASELINE = "query_key"
 SCOPES = ("operator", "layer")
@@ -323,8 +324,8 @@ class AttentionBenchmark:
         if not entries:
             return "audiot benchmark --help"
         best = min(entries, key=lambda entry: found[entry.label])
-        overrides = [f"attention.{key}={value}" for key, value in best.overrides.items()]
-        return shlex.join(["audiot", "pretrain", f"attention={best.name}", *overrides])
+        overrides = [argument(f"attention.{key}", value) for key, value in best.overrides.items()]
+        return " ".join([f"audiot pretrain attention={best.name}", *overrides])
 
     def _is_control(self, entry: Entry) -> bool:
         mechanism = self._layer(entry, CHECKED_FRAMES).mechanism

@@ -23,7 +23,8 @@ from audiot.analysis.plots import plot_speeds
 from audiot.attention.mechanism import check_type
 from audiot.cli import nearest, options
 from audiot.commands.benchmark import published_config
-from audiot.commands.common import data_options, open_corpus, same_data, say
+from audiot.commands.common import data_options, open_corpus, say
+from audiot.commands.following import same_data
 from audiot.data.batches import Batch, crop_lengths, to_device
 from audiot.data.datamodule import SpeechDataModule, useful_workers
 from audiot.data.manifests import Manifests
@@ -129,7 +130,7 @@ class DataBenchmark:
         plot_speeds(speeds, f"Times real time a core (whole GPU on GPUs): {title}", run / "benchmark.png")
         say(f"\n{title}\n{aligned(table)}\n\n{feeds}\n")
         say(f"run     {run}\nfiles   table.md, results.csv, benchmark.png, machine.json")
-        say(f"next:   audiot pretrain{same_data(run)}")
+        say(" ".join(["next:   audiot pretrain", *same_data(run)]))
 
     def _batches(self) -> str:
         data = self.cfg.data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from audiot.features import Features
 from audiot.files import replacing, write_csv
 from audiot.optimization import configure
 from audiot.pretraining import MaskedAcousticModel
+from audiot.quoting import argument
 from audiot.random import key
 from audiot.training_costs import SCOPES, Ceilings, ProgramClock, Row, Stopwatch, Work
 
@@ -580,8 +580,8 @@ class TrainingBenchmark:
         (entry,) = (entry for entry in self.entries if entry.label == best.attention)
         chosen = [] if self.experiment is None else [f"experiment={self.experiment}"]
         chosen += [f"model={best.model}", f"attention={entry.name}"]
-        chosen += [f"attention.{name}={value}" for name, value in entry.overrides.items()]
-        return shlex.join(["audiot", "pretrain", *chosen])
+        chosen += [argument(f"attention.{name}", value) for name, value in entry.overrides.items()]
+        return " ".join(["audiot pretrain", *chosen])
 
 
 def _milliseconds(low: float, middle: float, high: float) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import logging
-import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from audiot.data.prepare import PreparedCorpus, prepare
 from audiot.devices import fast_precision
 from audiot.replication import warn_of_slow_strategy
-from audiot.runs import run_overrides
 
 log = logging.getLogger("audiot")
 
@@ -44,14 +44,31 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 def open_corpus(cfg: DictConfig) -> PreparedCorpus:
     """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings."""
+    folder, settings, options = corpus_folder(cfg)
+    num_jobs = cfg.data.prepare.num_jobs
+    corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
+    count, hours = corpus.utterances, corpus.total_hours
+    if count is None or hours is None:
+        count, hours = sum(corpus.counts.values()), sum(corpus.hours.values())
+    say(f"corpus  {folder}: {count} utterances, {hours:.2f} h")
+    return corpus
+
+
+def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Where the corpus of ``cfg.data`` is prepared, with the settings of the corpus and of its preparation."""
     settings = plain(cfg.data.corpus)
     options = plain(cfg.data.prepare)
-    num_jobs = options.pop("num_jobs")  # how many workers prepare it changes nothing
+    options.pop("num_jobs")  # how many workers prepare it changes nothing
     digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}"
-    corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
-    say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h")
-    return corpus
+    return Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}", settings, options
+
+
+def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
+    """The config of a command, also inside another one."""
+    if GlobalHydra.instance().is_initialized():
+        return compose(command, list(overrides))
+    with initialize_config_module("audiot.conf", version_base="1.3"):  # a tool, or a resumed run
+        return compose(command, list(overrides))
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:
@@ -109,18 +126,6 @@ def start_wandb(logger: WandbLogger) -> None:
 def data_options(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of a data module that stand in ``cfg.data``."""
     return {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")} | {"seed": cfg.seed}
-
-
-def same_data(run: Path) -> str:
-    """The data settings of a run, as arguments of a next command."""
-    return "".join(
-        f" {shlex.quote(override)}" for override in run_overrides(run) if override.startswith(("data=", "data.", "data_dir="))
-    )
-
-
-def finetune_command(run: Path) -> str:
-    """What to run after a pre-training run."""
-    return f"audiot finetune downstream=phone_linear upstream.path={run / 'encoder'}{same_data(run)}"
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from audiot.callbacks import ProgressBar
 from audiot.commands.common import (
     data_options,
-    finetune_command,
     known_precision,
     open_corpus,
     say,
     table,
 )
 from audiot.commands.finetune import task_data
+from audiot.commands.following import finetune_command
 from audiot.data.datamodule import SpeechDataModule
 from audiot.downstream.module import DownstreamModule
 from audiot.files import read_json, write_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -13,10 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from audiot.checkpoint import AudioEncoder, load_encoder
-from audiot.commands.common import same_data
+from audiot.commands.following import demo_command, finetune_command
 from audiot.files import read_json
 from audiot.huggingface import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
+from audiot.quoting import path, quoted
 from audiot.runs import CONFIG, run_config
 
 from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.huggingface, which says how to install it
@@ -24,8 +26,8 @@ from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after au
 USAGE = """import torch, transformers
 import audiot.huggingface  # pip install 'audiot[hf]': makes the model type known to transformers
 
-model = transformers.AutoModel.from_pretrained("{name}").eval()  # a folder, or USER/{name} on the hub
-extractor = transformers.AutoFeatureExtractor.from_pretrained("{name}")
+model = transformers.AutoModel.from_pretrained({literal}).eval()  # a folder, or USER/{name} on the hub
+extractor = transformers.AutoFeatureExtractor.from_pretrained({literal})
 waveforms = [torch.randn({rate}).numpy(), torch.randn({shorter}).numpy()]  # mono, {rate} Hz, in [-1, 1]
 inputs = extractor(waveforms, sampling_rate={rate}, return_tensors="pt")
 with torch.no_grad():
@@ -40,16 +42,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write, which is not there yet or empty")
     parser.add_argument("--license", help="licence of the weights, as the hub calls it: apache-2.0, cc-by-4.0, other, …")
     options = parser.parse_args(arguments)
-    run = export(options.encoder, options.folder, options.license)
+    run, sample_rate = export(options.encoder, options.folder, options.license)
     print(f"wrote   {options.folder}: {', '.join(sorted(path.name for path in options.folder.iterdir()))}")
     if options.license is None:
         print("licence not stated: write the one that the weights are under into README.md, or export again with --license")
-    print(f"publish hf upload USER/{options.folder.resolve().name} {options.folder}")
-    data = same_data(run) if run else ""
-    print(f"next:   audiot finetune downstream=phone_linear upstream=hf upstream.path={options.folder}{data}")
+    print(f"publish hf upload {quoted(f'USER/{options.folder.resolve().name}')} {path(options.folder)}")
+    following = finetune_command(run, options.folder, "hf") if run else demo_command(options.folder, sample_rate, "hf")
+    print(f"next:   {following}")
 
 
-def export(encoder: Path, folder: Path, license_id: str | None = None) -> Path | None:
+def export(encoder: Path, folder: Path, license_id: str | None = None) -> tuple[Path | None, int]:
     """Write the model, its feature extractor and its card to a folder, whole or not at all.
 
     Args:
@@ -58,7 +60,7 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> Path |
         license_id: The licence of the weights, as the hub calls it; None: the card says that it is not stated.
 
     Returns:
-        The run's folder, if the encoder is in one.
+        The run's folder, if the encoder is in one, and the encoder's sampling rate in Hz.
 
     Raises:
         ValueError: the folder is in use, or the licence is no identifier.
@@ -82,7 +84,7 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> Path |
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return run
+    return run, loaded.features.sample_rate
 
 
 def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | None) -> str:
@@ -114,7 +116,10 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         eval_results=results or None,
     )
     rate, model = encoder.features.sample_rate, encoder.encoder
-    usage = USAGE.format(name=name, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1)
+    literal = json.dumps(name, ensure_ascii=False)  # of Python too
+    usage = USAGE.format(
+        name=name, literal=literal, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
+    )
     hydra = run / ".hydra" / "hydra.yaml" if run else None
     choices = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.choices") if hydra and hydra.is_file() else None
     training = _training(settings, choices or {}, summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from audiot.quoting import path
 from audiot.s3prl import export_s3prl
 
 
@@ -19,4 +20,4 @@ def main(arguments: list[str]) -> None:
         raise FileExistsError(f"{output} is there already: choose another name, or remove it")
     export_s3prl(options.encoder, output)
     print(f"wrote   {output}")
-    print(f"next:   in S3PRL: python run_downstream.py -m train -n NAME -u mockingjay_local -k {output} -d phone_linear")
+    print(f"next:   in S3PRL: python run_downstream.py -m train -n NAME -u mockingjay_local -k {path(output)} -d phone_linear")

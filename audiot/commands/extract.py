@@ -175,7 +175,7 @@ def _report(
         return
     layers = [] if len(settings["layers"]) == 1 else [str(len(settings["layers"]))]
     shape = ", ".join([*layers, "T", str(settings["state_dim"])])
-    print(f'read:   states = audiot.read_states("{folder}")')
+    print(f"read:   states = audiot.read_states({json.dumps(str(folder), ensure_ascii=False)})")
     for name in islice(States(folder), 1):
         print(f"        states[{name!r}]  # ({shape}), a frame every {settings['frame_shift_ms']:g} ms")
 

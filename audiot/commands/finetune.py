@@ -12,8 +12,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
-from audiot.commands.common import data_options, make_trainer, open_corpus, plain, say, table
+from audiot.commands.common import corpus_folder, data_options, make_trainer, open_corpus, plain, say, table
 from audiot.commands.compare import is_rate, write_comparison
+from audiot.commands.few import say_few
+from audiot.commands.following import example_files
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing
 from audiot.data.prepare import PreparedCorpus
@@ -21,13 +23,17 @@ from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
 from audiot.files import write_json
+from audiot.quoting import path
 from audiot.sharding import ShardedStrategy
 
 
 def main(cfg: DictConfig) -> float:
     """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
     metrics = finetune(cfg)
-    say(f"next:   audiot predict {cfg.run_dir} FILE.wav")
+    corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
+    pair = str(cfg.downstream.objective._target_).endswith(".Verification")
+    examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
+    say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples])]))
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
@@ -40,6 +46,8 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     _check(cfg)
     run = Path(cfg.run_dir)
     corpus = open_corpus(cfg)
+    per_frame = str(cfg.downstream.head._target_).endswith(".FrameClassifier")
+    say_few(cfg, corpus, cfg.downstream.task, ("valid", "test"), cfg.downstream.monitor == "accuracy" and not per_frame)
     upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
     metrics = train(cfg, upstream, corpus)
     if cfg.compare:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from audiot.checkpoint import save_encoder
+from audiot.commands.following import demo_command
 from audiot.s3prl import import_s3prl
 
 
@@ -27,4 +28,4 @@ def main(arguments: list[str]) -> None:
     )
     print("head    " + ("kept" if head is not None else "none for this input: continued pre-training is not possible"))
     print(f"wrote   {output}")
-    print(f"next:   audiot finetune downstream=phone_linear upstream.path={output}")
+    print(f"next:   {demo_command(output, encoder.features.sample_rate)}")

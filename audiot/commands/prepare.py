@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from audiot.commands.common import open_corpus, say
+from audiot.quoting import quoted
 
 
 def main(cfg: DictConfig) -> None:
@@ -15,7 +14,7 @@ def main(cfg: DictConfig) -> None:
     corpus = open_corpus(cfg)
     for split, count in corpus.counts.items():
         say(f"  {split:<14} {count:>7} utterances  {corpus.hours[split]:8.2f} h")
-    say(f"next:   audiot pretrain {shlex.join(HydraConfig.get().overrides.task)}")
+    say(" ".join(["next:   audiot pretrain", *map(quoted, HydraConfig.get().overrides.task)]))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ from audiot.callbacks import Interrupted, Throughput
 from audiot.checkpoint import load_encoder, save_encoder
 from audiot.commands.common import (
     data_options,
-    finetune_command,
     make_trainer,
     open_corpus,
     plain,
     say,
     table,
 )
+from audiot.commands.few import say_few
+from audiot.commands.following import finetune_command
 from audiot.commands.probing import check_probes, probe_configs, run_probes
 from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
@@ -63,6 +64,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     trainer = make_trainer(cfg)
     module = build(cfg)
     corpus = open_corpus(cfg)
+    say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from audiot.callbacks import Interrupted
-from audiot.commands.common import log, plain, same_data, say
+from audiot.commands.common import compose_command, log, plain, say
 from audiot.commands.finetune import finetune
+from audiot.commands.following import same_data
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
 from audiot.files import read_json
+from audiot.quoting import override, quoted
 
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
@@ -37,8 +37,20 @@ def probe_configs(cfg: DictConfig, run: Path) -> dict[str, DictConfig]:
     if jobs != "auto" and not (isinstance(jobs, int) and jobs >= 1):
         raise ValueError(f"probe_jobs must be auto or at least 1, found {jobs}")
     return {
-        str(name): probe_config(cfg, list(overrides), run / "probes" / str(name).replace("/", "-"))
-        for name, overrides in cfg.probes.items()
+        name: probe_config(cfg, overrides, run / "probes" / name.replace("/", "-"))
+        for name, overrides in probe_overrides(cfg).items()
+    }
+
+
+def probe_overrides(cfg: DictConfig) -> dict[str, list[str]]:
+    """The overrides of every entry of ``cfg.probes``; what an interpolation stands for, a path say, is quoted for Hydra."""
+    written = OmegaConf.to_container(cfg.probes)
+    assert isinstance(written, dict)
+    return {
+        str(name): [
+            override(*given.split("=", 1)) if "${" in raw else given for raw, given in zip(raws, cfg.probes[name], strict=True)
+        ]
+        for name, raws in written.items()
     }
 
 
@@ -68,7 +80,9 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
         OmegaConf.save(probe, Path(probe.run_dir) / ".hydra" / "config.yaml")  # for `audiot evaluate`
     if len(left) < len(probes):
         say(f"probes  {len(probes) - len(left)} of {len(probes)} are there already")
-    titles = {str(name): f"\n{name}:  audiot finetune {' '.join(given)}{same_data(run)}" for name, given in cfg.probes.items()}
+    data = same_data(run)
+    commands = {name: ["audiot finetune", *map(quoted, given), *data] for name, given in probe_overrides(cfg).items()}
+    titles = {name: f"\n{name}:  {' '.join(command)}" for name, command in commands.items()}
     jobs = cfg.probe_jobs
     if jobs == "auto":  # what is small runs better on one core than on several
         jobs = torch.get_num_threads() if device.type == "cpu" else 1
@@ -145,19 +159,15 @@ def _told(probe: dict[str, Any]) -> str:
 
 def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
     """The config of ``audiot finetune OVERRIDES`` on the data, model and device of a pre-training run."""
-    overrides = [*overrides, f"run_dir={folder}", "logger=none"]
-    if GlobalHydra.instance().is_initialized():
-        probe = compose("finetune", overrides)
-    else:  # a resumed run
-        with initialize_config_module("audiot.conf", version_base="1.3"):
-            probe = compose("finetune", overrides)
+    overrides = [*overrides, override("run_dir", folder), "logger=none"]
+    probe = compose_command("finetune", overrides)
     OmegaConf.set_struct(probe, False)
     for name in SHARED:
         probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
     device = {"trainer": {"accelerator": cfg.trainer.accelerator}}
     if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
         device["trainer"]["precision"] = cfg.trainer.precision
-    explicit = OmegaConf.from_dotlist([override for override in overrides if override.startswith("data.")])
+    explicit = OmegaConf.from_dotlist([given for given in overrides if given.startswith("data.")])
     merged = OmegaConf.merge(probe, device, explicit)
     assert isinstance(merged, DictConfig)
     return merged

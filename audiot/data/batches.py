@@ -17,15 +17,19 @@ from lhotse import CutSet
 from lhotse.audio.utils import AudioLoadingError
 from lhotse.cut import Cut, MonoCut
 from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.utils import compute_num_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audiot.data.labels import Labels
+from audiot.data.shared_memory import REMEDY, room_told
 from audiot.features import Features
 from audiot.random import bits, key
 
 WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
+AHEAD = 4  # batches that a loader process makes before they are wanted
+BUCKETED = 10_000  # cuts whose durations tell the buckets
 SCALE = 2.0**-15  # of 16-bit samples, as soundfile reads them to floats
 
 Batch = dict[str, Any]
@@ -192,9 +196,14 @@ class BatchStream(Sampler[Item]):
     def _similar(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
         assert isinstance(cuts, CutSet)
-        num_buckets = self.num_buckets if cuts.is_lazy else min(self.num_buckets, len(cuts))  # no more buckets than cuts
+        held = not cuts.is_lazy
+        num_buckets = min(self.num_buckets, len(cuts)) if held else self.num_buckets  # no more buckets than cuts
         if self.crop_s is not None:
             cuts = cuts.map(Crop(self.crop_s, self.seed if self.training else None, epoch))
+        bins = None
+        if held:  # Lhotse finds no boundary between a few cuts of one length, wants one, and longer cuts are alone anyway
+            found = estimate_duration_buckets(islice(cuts, BUCKETED), num_buckets) if num_buckets > 1 else []
+            bins = found or [self.batch_s]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly read")
             sampler = DynamicBucketingSampler(
@@ -202,7 +211,8 @@ class BatchStream(Sampler[Item]):
                 max_duration=self.batch_s,
                 max_cuts=self._most_cuts(cuts),
                 num_buckets=num_buckets,
-                duration_bins=[self.batch_s] if num_buckets == 1 else None,  # Lhotse wants two; longer cuts are alone anyway
+                duration_bins=bins,
+                num_cuts_for_bins_estimate=BUCKETED,
                 shuffle=self.training,
                 seed=self.seed,
                 world_size=1,
@@ -324,7 +334,7 @@ class SpeechDataset(Dataset[Batch]):
         }
         if self.labels is not None:
             assert isinstance(cuts, CutSet)
-            batch["labels"] = self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts])
+            batch["labels"] = shared(self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts]))
             batch["speakers"] = [cut.supervisions[0].speaker if cut.supervisions else None for cut in cuts]
         return batch
 
@@ -348,15 +358,25 @@ def load(pieces: Sequence[Piece]) -> Tensor:
     waveforms = waveforms.float().mul_(SCALE)
     for row, samples in floats.items():
         waveforms[row, : len(samples)] = torch.from_numpy(samples)
-    return waveforms
+    return shared(waveforms)
 
 
 def _shared(num_rows: int, num_columns: int) -> Tensor:
     """An empty int16 tensor; in a worker, where the main process will find it: nothing is copied on the way."""
     if get_worker_info() is None:
         return torch.empty(num_rows, num_columns, dtype=torch.int16)
-    storage = torch.UntypedStorage._new_shared(2 * num_rows * num_columns, device="cpu")
+    size = 2 * num_rows * num_columns
+    with room_told(size):
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")
     return torch.empty(0, dtype=torch.int16).set_(storage, 0, (num_rows, num_columns))  # type: ignore[call-overload]
+
+
+def shared(tensor: Tensor, remedy: str = REMEDY) -> Tensor:
+    """The tensor; in a worker, where the main process will find it: the thread that sends it can't say that there is no room."""
+    if get_worker_info() is None:
+        return tensor
+    with room_told(tensor.nbytes, remedy):
+        return tensor.share_memory_()
 
 
 class _Few:
@@ -393,7 +413,7 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream.training,
         worker_init_fn=ignore_interrupt,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=AHEAD if num_workers else None,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lhotse import CutSet
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from audiot.data.batches import Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
+from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus
+from audiot.data.shared_memory import check_room
 from audiot.random import key
 
+log = logging.getLogger("audiot")
 EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes
 MOST_WORKERS = 8  # a training process; one loads some 10,000 times real time, a small model on an H100 takes 23,000
 
@@ -57,13 +61,26 @@ def open_pieces(directory: Path, split: str) -> Iterable[Piece]:
     return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
 
 
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def useful_workers(processes: int, on_gpu: bool) -> int:
     """Loader processes of each of so many training processes on this machine: ``data.num_workers: auto``.
 
     A training process keeps a core for itself. One worker loads more than CPUs can train on, and takes cores from them.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // processes - 1, MOST_WORKERS)) if on_gpu else 1
+    return max(1, min(usable_cores() // processes - 1, MOST_WORKERS)) if on_gpu else 1
+
+
+@cache
+@rank_zero_only
+def warn_of_many(option: str, workers: int, remedy: str) -> None:
+    """Say once that loader processes are more than the cores of this machine; PyTorch says so of every loader, and longer."""
+    cores = usable_cores()
+    if workers > cores:
+        log.warning(f"{option}{workers}: so many loader processes share {cores} core{'s' if cores > 1 else ''}; {remedy}")
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -118,6 +135,8 @@ class SpeechDataModule(pl.LightningDataModule):
             raise ValueError(f"data.num_workers must be auto, 0 or more, found {num_workers!r}")
         if lengths is not None and labels is not None:
             raise ValueError("crops of few lengths are for pre-training: labels belong to whole utterances")
+        if num_workers != "auto":
+            warn_of_many("data.num_workers=", int(num_workers), "data.num_workers=auto takes as many as are of use")
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s
@@ -184,8 +203,13 @@ class SpeechDataModule(pl.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             start=self.next_batch if training else (0, 0),
         )
+        workers = self.loader_processes
+        if not training and isinstance(cuts, CutSet) and not cuts.is_lazy:
+            workers = min(workers, len(cuts))  # a process without a batch is started for nothing
+        seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # of 16-bit samples
+        check_room(workers, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
-        return make_loader(dataset, stream, self.loader_processes, pin_memory=torch.cuda.is_available())
+        return make_loader(dataset, stream, workers, pin_memory=torch.cuda.is_available())
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless shuffled batches, from ``next_batch`` on."""

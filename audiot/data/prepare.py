@@ -351,6 +351,8 @@ class PreparedCorpus:
         rejected: Utterances left out; ``rejected.csv`` says which and why.
         scaled: Utterances whose level was lowered to fit 16 bits.
         task_splits: Task → role → split, as in :class:`~audiot.data.manifests.Manifests`.
+        utterances: How many there are in all, each counted once; None in a folder of an earlier version.
+        total_hours: Of all of them.
     """
 
     directory: Path
@@ -360,6 +362,8 @@ class PreparedCorpus:
     rejected: int
     scaled: int
     task_splits: Mapping[str, Mapping[str, str]]
+    utterances: int | None = None
+    total_hours: float | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> PreparedCorpus:
@@ -379,7 +383,8 @@ class PreparedCorpus:
         if version != FORMAT_VERSION:
             raise ValueError(f"{directory} is of format {version}, this audiot reads {FORMAT_VERSION}: prepare it anew")
         names = ("settings", "counts", "hours", "rejected", "scaled", "task_splits")
-        return cls(directory, **{name: content[name] for name in names})
+        totals = {name: content.get(name) for name in ("utterances", "total_hours")}
+        return cls(directory, **{name: content[name] for name in names}, **totals)
 
     @property
     def sample_rate(self) -> int:
@@ -602,6 +607,7 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
         hours[split] = num_samples / sample_rate / 3600
     task_splits = {task: dict(roles) for task, roles in corpus.task_splits.items()}
     scaled = sum(result["scaled"] for result in good.values())
+    total_hours = sum(result["num_samples"] for result in good.values()) / sample_rate / 3600
     content = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
@@ -610,9 +616,10 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
         "rejected": len(rejected),
         "scaled": scaled,
         "task_splits": task_splits,
+        "utterances": len(good),
+        "total_hours": total_hours,
     }
     write_json(directory / "corpus.json", content)
-    total_hours = sum(result["num_samples"] for result in good.values()) / sample_rate / 3600
     parts = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     lowered = f", {scaled:,} lowered in level" if scaled else ""
     summary = f"{len(good):,} utterances, {total_hours:.2f} h ({parts}), {len(rejected):,} rejected{lowered}"

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audiot.checkpoint import check_targets
-from audiot.commands.common import finetune_command
+from audiot.commands.following import finetune_command
 from audiot.data.labels import Framing
 from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
 from audiot.devices import find_device

@@ -10,7 +10,7 @@ import torch
 from lhotse import AudioSource, CutSet, MonoCut, Recording
 
 from audiot.data.batches import BatchStream, Crop, SpeechDataset, make_loader, to_device
-from audiot.data.datamodule import SpeechDataModule, open_cuts
+from audiot.data.datamodule import SpeechDataModule, open_cuts, warn_of_many
 from audiot.data.labels import IGNORED, FrameLabels, UtteranceLabel
 from audiot.features import LogMel
 
@@ -22,7 +22,11 @@ def cuts(demo_corpus):
 
 def made_up(count, seed=0):
     """Cuts of 1 to 4 s without audio."""
-    samples = np.random.default_rng(seed).integers(16000, 64000, count).tolist()
+    return of_lengths(np.random.default_rng(seed).integers(16000, 64000, count).tolist())
+
+
+def of_lengths(samples):
+    """Cuts of so many samples, without audio."""
     return CutSet.from_cuts(
         MonoCut(
             f"cut{number:03d}",
@@ -320,3 +324,27 @@ def test_lengths_stay_on_the_cpu():
 def test_impossible_settings_are_refused(demo_corpus, options, message):
     with pytest.raises(ValueError, match=message):
         SpeechDataModule(demo_corpus, "pretrain", **options)
+
+
+@pytest.mark.parametrize("durations", [[1.0], [1.0, 1.0], [0.1, 0.1, 10.0], [1.0] * 3])
+@pytest.mark.filterwarnings("error")
+def test_a_few_cuts_of_one_length_are_batched_without_a_warning(durations):
+    cuts = of_lengths([round(16000 * duration) for duration in durations])
+    batches = [batch for _, batch in stream(cuts, training=False, num_buckets=5)]
+    assert sorted(cut.id for batch in batches for cut in batch) == sorted(cut.id for cut in cuts)
+
+
+def test_validation_starts_no_more_loader_processes_than_there_are_utterances(demo_corpus):
+    data = SpeechDataModule(demo_corpus, "phone", batch_s=10, num_workers=100)
+    assert data.val_dataloader().num_workers == demo_corpus.counts["valid"]
+    assert data.train_dataloader().num_workers == 100
+
+
+def test_more_loader_processes_than_cores_are_told_once(demo_corpus, caplog, monkeypatch):
+    monkeypatch.setattr("audiot.data.datamodule.usable_cores", lambda: 2)
+    warn_of_many.cache_clear()
+    for number in (2, 3, 3):
+        SpeechDataModule(demo_corpus, "phone", batch_s=10, num_workers=number)
+    assert caplog.messages == [
+        "data.num_workers=3: so many loader processes share 2 cores; data.num_workers=auto takes as many as are of use"
+    ]

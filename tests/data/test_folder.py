@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiot.data.corpora.folder import FolderCorpus, PathPattern, SplitExpression, hold_out
+from audiot.data.corpora.folder import FolderCorpus, PathPattern, SplitExpression
+from audiot.data.corpora.held_out import hold_out
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, prepare
 

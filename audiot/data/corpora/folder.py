@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
-import hashlib
 import operator
 import os
 import re
@@ -20,8 +19,10 @@ from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut, MultiCut
 from tqdm import tqdm
 
+from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
+from audiot.quoting import argument
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
 # Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
@@ -45,6 +46,9 @@ class PathPattern:
     """
 
     def __init__(self, pattern: str) -> None:
+        if not isinstance(pattern, str):
+            right = argument("data.pattern", "{keyword}_{take}")
+            raise ValueError(f"data.pattern must be a text, in quotes of its own, as in {right}; found {pattern}")
         self.pattern = pattern
         self.fields: list[str] = []
         try:
@@ -147,6 +151,14 @@ class SplitExpression:
         shown = self.text if isinstance(self.text, str) and len(self.text) <= 200 else f"{str(self.text)[:200]}…"
         return ValueError(f"{self.name}: {shown!r} is no condition on labels such as take<5 or speaker=='theo': {detail}")
 
+    def _with_values(self) -> str:
+        """The argument with every name that is no field as a text, whose quotes a shell may have taken away."""
+        tree = ast.parse(self.text.strip(), mode="eval")
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in self.fields]
+        for node in names:
+            node.id = repr(node.id)
+        return argument(self.name, ast.unparse(tree))
+
     def _check(self, node: ast.expr) -> None:
         match node:
             case ast.BoolOp(values=values):
@@ -174,7 +186,7 @@ class SplitExpression:
             case ast.Name(id=field):
                 if field not in self.fields:
                     near = difflib.get_close_matches(field, self.fields, n=1)
-                    hint = f"did you mean {near[0]}?" if near else "quote it if it is a value;"
+                    hint = f"did you mean {near[0]}?" if near else f"if it is a value, write {self._with_values()};"
                     raise self._error(f"unknown field {field}: {hint} The fields are {', '.join(self.fields)}")
             case ast.Constant(value=str() | int() | float() as value) if not isinstance(value, bool):
                 pass
@@ -226,30 +238,6 @@ def _number(value: str | int | float) -> int | float | None:
     return float(value) if re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", value) else None
 
 
-def hold_out(utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str]) -> dict[str, list[str]]:
-    """Take a share of the utterances for each of ``roles`` (at least one each) and leave the rest to ``train``.
-
-    Which ones is a hash of seed and utterance, so that it depends neither on order nor on platform.
-
-    Raises:
-        ValueError: the fraction is out of range, or too few utterances are there.
-    """
-    if not 0 < fraction < 0.5:
-        raise ValueError(f"data.valid_fraction must be above 0 and below 0.5, found {fraction}")
-    size = max(1, round(fraction * len(utterances)))
-    if len(utterances) <= size * len(roles):
-        raise ValueError(
-            f"{len(utterances)} utterances are too few to take {size} each for {' and '.join(roles)}: "
-            "add some, or name the splits yourself"
-        )
-    by_hash = sorted(utterances, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    role_of = {name: role for at, role in enumerate(roles) for name in by_hash[at * size : (at + 1) * size]}
-    split: dict[str, list[str]] = {role: [] for role in ("train", *roles)}
-    for name in utterances:
-        split[role_of.get(name, "train")].append(name)
-    return split
-
-
 def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut:
     """A whole file as a cut, from its header.
 
@@ -285,7 +273,8 @@ class FolderCorpus:
         pattern: Labels in the path, see :class:`PathPattern`.
         labels: A table, see :func:`read_labels`, its paths relative to the root. Files that it does not list are rejected.
         train: Which utterances are for training, see :class:`SplitExpression`; None: those that are left.
-        valid: For validation; None: ``valid_fraction`` of the training utterances.
+        valid: For validation; None: ``valid_fraction`` of the training utterances, of speakers of their own where there are
+            enough, see :func:`audiot.data.corpora.held_out.divide`.
         test: For testing; None: as many again.
         valid_fraction: Share of the training utterances to hold out, at least one.
         seed: Of that choice.
@@ -370,10 +359,10 @@ class FolderCorpus:
         rejected.sort()
         if not cuts:  # preparation reports it
             return Manifests({}, rejected=rejected)
-        split = self._split({utterance: labels_of[utterance] for utterance in cuts})
-        return Manifests(
-            {role: CutSet.from_cuts(cuts[name] for name in names) for role, names in split.items()}, rejected=rejected
-        )
+        given = self._split({utterance: labels_of[utterance] for utterance in cuts})
+        splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
+        chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
+        return Manifests(chosen, tasks, rejected)
 
     def _find(self) -> list[str]:
         """Paths of audio below the root, '/' between folders, sorted."""
@@ -414,6 +403,7 @@ class FolderCorpus:
             return error
 
     def _split(self, labels_of: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+        """Role → utterances of training and of the splits that an expression names."""
         names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
         unused = 0
         for utterance, labels in labels_of.items():
@@ -430,10 +420,7 @@ class FolderCorpus:
             if not names[role]:
                 text = f" ({self.splits[role].text})" if role in self.splits else ", the other splits take all"
                 raise ValueError(f"no utterance of {self.root} is left for {role}{text}: change data.{role}")
-        held_out = [role for role in ("valid", "test") if role not in self.splits]
-        if held_out:
-            names |= hold_out(names["train"], self.valid_fraction, self.seed, held_out)
-        return names
+        return {role: found for role, found in names.items() if found}
 
 
 def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:

@@ -17,7 +17,8 @@ from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 from tqdm import tqdm
 
-from audiot.data.corpora.folder import audio_cut, hold_out
+from audiot.data.corpora.folder import audio_cut
+from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError
 
@@ -34,7 +35,8 @@ class ManifestCorpus:
 
     Args:
         train: Manifest of the training utterances.
-        valid: For validation; None: ``valid_fraction`` of the training utterances.
+        valid: For validation; None: ``valid_fraction`` of the training utterances, of speakers of their own where there are
+            enough, see :func:`audiot.data.corpora.held_out.divide`.
         test: For testing; None: as many again.
         valid_fraction: Share of the training utterances to hold out, at least one.
         seed: Of that choice.
@@ -75,13 +77,13 @@ class ManifestCorpus:
                 raise ValueError(f"{min(shared)!r} is in both {self.paths['train']} and {self.paths[role]}")
             if not cuts and not rejected:
                 raise ValueError(f"{self.paths[role]} has no utterance")
-        held_out = [role for role in ("valid", "test") if role not in splits]
-        if held_out and splits["train"]:
-            train = splits["train"]
-            chosen = hold_out(list(train), self.valid_fraction, self.seed, held_out)
-            splits |= {role: {name: train[name] for name in names} for role, names in chosen.items()}
-        order = [role for role in ("train", "valid", "test") if role in splits]
-        return Manifests({role: CutSet.from_cuts(splits[role].values()) for role in order}, rejected=rejected)
+        if not splits["train"]:  # preparation reports it
+            return Manifests({role: CutSet.from_cuts(cuts.values()) for role, cuts in splits.items()}, rejected=rejected)
+        labels_of = {name: _labels(cut) for cuts in splits.values() for name, cut in cuts.items()}
+        given = {role: list(cuts) for role, cuts in splits.items()}
+        divided, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
+        chosen = {split: [splits.get(split, splits["train"])[name] for name in names] for split, names in divided.items()}
+        return Manifests({split: CutSet.from_cuts(cuts) for split, cuts in chosen.items()}, tasks, rejected)
 
     def _read(self, path: Path, rejected: list[tuple[str, str]], progress: bool) -> dict[str, Cut]:
         lines = list(_lines(path))
@@ -162,6 +164,14 @@ class ManifestCorpus:
             )
         ]
         return cut
+
+
+def _labels(cut: Cut) -> dict[str, str]:
+    """The labels of a cut that are plain values, its speaker among them."""
+    supervision = cut.supervisions[0] if cut.supervisions else None
+    custom = (supervision.custom or {}) if supervision else {}
+    labels = {name: str(value) for name, value in custom.items() if isinstance(value, (str, int, float)) and name != "speaker"}
+    return labels | ({"speaker": supervision.speaker} if supervision and supervision.speaker else {})
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,46 @@
+"""A figure over few utterances comes with what it is worth."""
+
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from audiot.commands.few import say_few, worth
+
+
+def said(caplog, counts, data=None, **options):
+    corpus = SimpleNamespace(counts=counts, split_for=lambda task, role: role)
+    with caplog.at_level("INFO", "audiot"):
+        say_few(OmegaConf.create({"data": data or {}}), corpus, "keyword", ("valid", "test"), **options)
+    return caplog.messages
+
+
+def test_an_utterance_is_so_many_points_of_accuracy():
+    assert worth("valid", 4, counted=True) == "only 4 validation utterances, each of them is 25 points of accuracy"
+    assert worth("valid", 1, counted=True) == "only 1 validation utterance, each of them is 100 points of accuracy"
+
+
+@pytest.mark.parametrize(
+    # Wilson's interval as published for x of n: 2 of 4 (0.150 to 0.850), 5 of 10 (0.237 to 0.763).
+    ("count", "interval"),
+    [(4, "15 to 85%"), (10, "24 to 76%")],
+)
+def test_a_tests_interval_is_wilsons(count, interval):
+    assert f"an accuracy of 50% stands for {interval} (95% interval)" in worth("test", count, counted=True)
+
+
+def test_enough_utterances_need_no_word(caplog):
+    assert said(caplog, {"train": 100, "valid": 20, "test": 20}) == []
+
+
+def test_the_remedy_is_a_larger_share_where_the_split_is_held_out(caplog):
+    messages = said(caplog, {"train": 195, "valid": 5, "test": 5}, {"valid_fraction": 0.025, "valid": None, "test": "take<5"})
+    assert [message.split("trial run's: ")[1] for message in messages] == [
+        "data.valid_fraction=0.1 or more audio says more",
+        "more test audio says more",
+    ]
+
+
+def test_few_utterances_in_all_have_none_to_spare(caplog):
+    (message,) = said(caplog, {"train": 20, "valid": 1, "test": 30}, {"valid_fraction": 0.05})
+    assert message == "few     only 1 validation utterance, take its figure for a trial run's: more audio says more"
