@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,8 +15,10 @@ from lhotse.utils import fastcopy
 from tqdm import tqdm
 
 from audiot.data.corpora.folder import audio_cut, hold_out
+from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError
+from audiot.data.text import as_label, as_seconds, as_text, json_object, lines
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second
@@ -29,8 +28,8 @@ class ManifestCorpus:
     """Splits from Lhotse cuts (JSONL) or NeMo manifests (JSON lines), plain or gzipped; the content tells which.
 
     NeMo: ``audio_filepath`` and, where given, ``offset`` and ``duration`` (seconds), ``text``, ``speaker``, ``lang``; all
-    other fields (``label``, …) become custom fields of the supervision. The id is the path without suffix below the
-    manifest's folder, with ``@offset+duration`` where the entry takes a part of its file.
+    other fields (``label``, …) become custom fields of the supervision. A field that is null or blank is not there. The id is
+    the path without suffix below the manifest's folder, with ``@offset+duration`` where the entry takes a part of its file.
 
     Args:
         train: Manifest of the training utterances.
@@ -84,18 +83,19 @@ class ManifestCorpus:
         return Manifests({role: CutSet.from_cuts(splits[role].values()) for role in order}, rejected=rejected)
 
     def _read(self, path: Path, rejected: list[tuple[str, str]], progress: bool) -> dict[str, Cut]:
-        lines = list(_lines(path))
+        entries = list(_entries(path))
         cuts: dict[str, Cut] = {}
         with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
-            parsed = pool.map(partial(self._parse, path), lines)
-            bar = tqdm(parsed, total=len(lines), desc=path.name, unit="utt", disable=not progress)
-            for (number, _), cut in zip(lines, bar, strict=True):
+            parsed = pool.map(partial(self._parse, path), entries)
+            bar = tqdm(parsed, total=len(entries), desc=path.name, unit="utt", disable=not progress)
+            for (number, _), cut in zip(entries, bar, strict=True):
                 if isinstance(cut, tuple):
                     rejected.append(cut)
                 elif cut.id in cuts:
                     raise ValueError(f"{path}:{number}: the utterance {cut.id!r} occurs a second time")
                 else:
                     cuts[cut.id] = cut
+        _say_speakers(path, cuts.values())
         return cuts
 
     def _parse(self, path: Path, line: tuple[int, dict[str, Any]]) -> Cut | tuple[str, str]:
@@ -107,13 +107,14 @@ class ManifestCorpus:
             if entry.get("type") in CUT_TYPES:
                 return self._lhotse(entry)
             raise ValueError("neither a Lhotse cut (a type such as MonoCut) nor a NeMo entry (audio_filepath)")
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
             # What Lhotse's reading of a cut may raise on fields that are missing or of another type.
             detail = str(error) if isinstance(error, ValueError) else f"not a Lhotse cut: {error!r}"
             raise ValueError(f"{path}:{number}: {detail}") from None
 
     def _lhotse(self, entry: dict[str, Any]) -> Cut:
         cut = deserialize_item(entry)
+        _check(cut)
         if self.root is not None and isinstance(cut, (MonoCut, MultiCut)):
             cut = cut.with_recording_path_prefix(self.root)
         elif self.root is not None:  # a MixedCut has no such method for all its tracks
@@ -132,9 +133,14 @@ class ManifestCorpus:
         if not isinstance(name, str) or not name:
             raise ValueError(f"audio_filepath must be one path, found {name!r}")
         offset = 0.0 if offset is None else offset
-        for what, value in (("offset", offset), ("duration", 0.0 if duration is None else duration)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{what} must be a number of seconds, found {value!r}")
+        if as_seconds(offset, "offset") < 0:
+            raise ValueError(f"offset must be a number of seconds from 0 on, found {offset}")
+        if duration is not None and as_seconds(duration, "duration") <= 0:
+            raise ValueError(f"duration must be a number of seconds above 0, found {duration}")
+        text, language = as_text(fields.pop("text", None), "text"), as_text(fields.pop("lang", None), "lang")
+        speaker = as_label(fields.get("speaker"), "speaker")
+        as_label(fields.get("label"), "label")
+        custom = {field: value for field, value in fields.items() if value is not None and str(value).strip()}
         path = base / name
         below = path.relative_to(base) if path.is_relative_to(base) else path.relative_to(path.anchor)
         try:
@@ -147,7 +153,6 @@ class ManifestCorpus:
         if offset > 0 or end < cut.duration - ROUNDING_S:
             piece = f"@{float(offset)}" if duration is None else f"@{float(offset)}+{float(duration)}"
             cut = cut.truncate(offset=offset, duration=min(end, cut.duration) - offset).with_id(cut.id + piece)
-        text, speaker, language = fields.pop("text", None), fields.get("speaker"), fields.pop("lang", None)
         cut.supervisions = [
             SupervisionSegment(
                 cut.id,
@@ -156,33 +161,60 @@ class ManifestCorpus:
                 cut.duration,
                 cut.channel,
                 text=text,
-                speaker=None if speaker is None else str(speaker),
+                speaker=speaker,
                 language=language,
-                custom=fields or None,
+                custom=custom or None,
             )
         ]
         return cut
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each line that isn't blank."""
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, _object(path, number, line)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: unreadable after line {number}: {error}") from None
+    for number, line in lines(path):
+        try:
+            entry = json_object(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        yield number, entry
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}:{number}: a JSON object was expected, found {type(entry).__name__}")
-    return entry
+def _check(cut: Cut) -> None:
+    """Refuse fields of a Lhotse cut that are of another type than Lhotse's, which does not look.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(cut.id, str) or not cut.id.strip():
+        raise ValueError(f"id must be text, found {cut.id!r}")
+    if as_seconds(cut.start, "start") < 0 or as_seconds(cut.duration, "duration") <= 0:
+        raise ValueError(f"start must be from 0 on and duration above 0, found {cut.start} and {cut.duration}")
+    for number, supervision in enumerate(cut.supervisions):
+        name = f"supervisions[{number}]"
+        as_seconds(supervision.start, f"{name}.start")
+        if as_seconds(supervision.duration, f"{name}.duration") < 0:
+            raise ValueError(f"{name}.duration must not be below 0, found {supervision.duration}")
+        as_text(supervision.text, f"{name}.text")
+        as_text(supervision.language, f"{name}.language")
+        as_label(supervision.speaker, f"{name}.speaker")
+        if not isinstance(supervision.custom, dict | None):
+            raise ValueError(f"{name}.custom must be an object, found {type(supervision.custom).__name__}")
+        for tier, items in (supervision.alignment or {}).items():
+            for item in items:
+                as_text(item.symbol, f"a symbol of {name}.alignment.{tier}")
+                as_seconds(item.start, f"a start of {name}.alignment.{tier}")
+                if as_seconds(item.duration, f"a duration of {name}.alignment.{tier}") < 0:
+                    raise ValueError(f"a duration of {name}.alignment.{tier} must not be below 0, found {item.duration}")
+
+
+def _say_speakers(path: Path, cuts: Collection[Cut]) -> None:
+    """Say how many cuts have several speakers: no label of theirs can be one speaker."""
+    several = {cut.id: speakers for cut in cuts if len(speakers := values_of(cut, "speaker")) > 1}
+    if several:
+        name, speakers = next(iter(several.items()))
+        print(
+            f"{path}: {len(several):,} of {len(cuts):,} cuts have several speakers, {name} first ({', '.join(speakers[:5])}): "
+            "their texts are joined in the order of time, and tasks about speakers refuse them; Lhotse's "
+            "CutSet.trim_to_supervisions(keep_overlapping=False) makes a cut of each supervision",
+            flush=True,
+        )
