@@ -212,6 +212,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(RuntimeError, match="no space"):
         fail()
     assert read_json(tmp_path / "results.json", "results") == {"b": 1, "a": 2}
+    for content, message in {
+        b"[1]": "a JSON object was expected, found list",
+        b'{"a": "\xe9"}': "codec",
+        b"[" * 100_000: "recur",
+    }.items():
+        (tmp_path / "other.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"other\.json is not a readable summary: .*{message}"):
+            read_json(tmp_path / "other.json", "summary")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
