@@ -228,6 +228,31 @@ def test_id_and_times_of_a_lhotse_cut_are_checked(tmp_path, field, value):
         ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sampling_rate", 0, r"recording\.sampling_rate must be a whole number above 0, found 0"),
+        ("sampling_rate", "16000", r"recording\.sampling_rate must be a whole number above 0, found '16000'"),
+        ("num_samples", None, r"recording\.num_samples must be a whole number above 0, found None"),
+        ("duration", True, r"recording\.duration must be a number of seconds, found True"),
+        ("sources", [], r"recording\.sources is empty"),
+        ("sources", [{"type": "file", "channels": [0], "source": 7}], r"recording\.sources: source must be one path, found 7"),
+        (
+            "sources",
+            [{"type": "file", "channels": [[0]], "source": "a"}],
+            r"recording\.sources: channels must be a list of whole",
+        ),
+    ],
+)
+def test_a_recording_of_a_lhotse_cut_is_checked(tmp_path, field, value, message):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0]
+    for entry in (cut.to_dict(), cut.append(cut).with_id("mixed").to_dict()):
+        (entry if "recording" in entry else entry["tracks"][0]["cut"])["recording"][field] = value
+        (tmp_path / "cuts.jsonl").write_text(json.dumps(entry))
+        with pytest.raises(ValueError, match=rf"cuts\.jsonl:1: {message}"):
+            ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
 def test_supervisions_are_joined_in_the_order_of_time_and_several_speakers_said(tmp_path, capsys):
     cuts = lhotse_cuts(audio(tmp_path, 3))
     for cut in cuts:

@@ -9,8 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from lhotse import CutSet, SupervisionSegment
-from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 from tqdm import tqdm
@@ -188,6 +188,9 @@ def _check(cut: Cut) -> None:
     """
     if not isinstance(cut.id, str) or not cut.id.strip():
         raise ValueError(f"id must be text, found {cut.id!r}")
+    for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
+        if isinstance(part, (MonoCut, MultiCut)) and part.recording is not None:
+            _check_recording(part.recording)
     if as_seconds(cut.start, "start") < 0 or as_seconds(cut.duration, "duration") <= 0:
         raise ValueError(f"start must be from 0 on and duration above 0, found {cut.start} and {cut.duration}")
     for number, supervision in enumerate(cut.supervisions):
@@ -208,6 +211,20 @@ def _check(cut: Cut) -> None:
                 as_seconds(start, f"a start of {name}.alignment.{tier}")
                 if as_seconds(duration, f"a duration of {name}.alignment.{tier}") < 0:
                     raise ValueError(f"a duration of {name}.alignment.{tier} must not be below 0, found {duration}")
+
+
+def _check_recording(recording: Recording) -> None:
+    as_seconds(recording.duration, "recording.duration")
+    for name, value in (("sampling_rate", recording.sampling_rate), ("num_samples", recording.num_samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"recording.{name} must be a whole number above 0, found {value!r}")
+    if not recording.sources:
+        raise ValueError("recording.sources is empty")
+    for source in recording.sources:
+        if source.type == "file" and not isinstance(source.source, str):
+            raise ValueError(f"recording.sources: source must be one path, found {source.source!r}")
+        if not isinstance(source.channels, list) or not all(type(channel) is int for channel in source.channels):
+            raise ValueError(f"recording.sources: channels must be a list of whole numbers, found {source.channels!r}")
 
 
 def _say_speakers(path: Path, cuts: Collection[Cut]) -> None:
