@@ -11,13 +11,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import isfinite
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 LINE_END = re.compile(rb"\r\n|\r|\n")
 # Signs of a number that is not finite or of half a character: JSON without them needs no closer look.
 ODD = ("NaN", "Infinity", "\\ud", "\\uD")
+MOST_S = 1e9
 HUGE = re.compile(r"[eE]\+?[0-9]{3}")
 
 
@@ -135,9 +136,9 @@ def as_seconds(value: object, what: str) -> float:
     """A number of seconds, which may be negative.
 
     Raises:
-        ValueError: it is none, or not finite.
+        ValueError: it is none, or 30 years and more.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST_S:
         raise ValueError(f"{what} must be a number of seconds, found {_shown(value)}")
     return float(value)
 

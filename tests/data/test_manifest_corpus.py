@@ -253,6 +253,14 @@ def test_a_recording_of_a_lhotse_cut_is_checked(tmp_path, field, value, message)
             ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
 
 
+def test_a_lhotse_cut_without_a_recording_is_refused_with_its_line(tmp_path):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0].to_dict()
+    del cut["recording"]
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match=r"cuts\.jsonl:1: the cut has no recording: audio is needed, not features"):
+        ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
 def test_supervisions_are_joined_in_the_order_of_time_and_several_speakers_said(tmp_path, capsys):
     cuts = lhotse_cuts(audio(tmp_path, 3))
     for cut in cuts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from audiot.data.corpora.folder import audio_cut, hold_out
 from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError
-from audiot.data.text import as_label, as_seconds, as_text, json_object, lines
+from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second
@@ -189,7 +188,7 @@ def _check(cut: Cut) -> None:
     if not isinstance(cut.id, str) or not cut.id.strip():
         raise ValueError(f"id must be text, found {cut.id!r}")
     for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
-        if isinstance(part, (MonoCut, MultiCut)) and part.recording is not None:
+        if isinstance(part, (MonoCut, MultiCut)):
             _check_recording(part.recording)
     if as_seconds(cut.start, "start") < 0 or as_seconds(cut.duration, "duration") <= 0:
         raise ValueError(f"start must be from 0 on and duration above 0, found {cut.start} and {cut.duration}")
@@ -205,7 +204,12 @@ def _check(cut: Cut) -> None:
             raise ValueError(f"{name}.custom must be an object, found {type(supervision.custom).__name__}")
         for tier, items in (supervision.alignment or {}).items():
             for symbol, start, duration, _ in items:
-                if type(symbol) is str and type(start) is type(duration) is float and start < inf and 0 <= duration < inf:
+                if (
+                    type(symbol) is str
+                    and type(start) is type(duration) is float
+                    and abs(start) < MOST_S
+                    and 0 <= duration < MOST_S
+                ):
                     continue  # a corpus has millions
                 as_text(symbol, f"a symbol of {name}.alignment.{tier}")
                 as_seconds(start, f"a start of {name}.alignment.{tier}")
@@ -213,10 +217,12 @@ def _check(cut: Cut) -> None:
                     raise ValueError(f"a duration of {name}.alignment.{tier} must not be below 0, found {duration}")
 
 
-def _check_recording(recording: Recording) -> None:
+def _check_recording(recording: Recording | None) -> None:
+    if recording is None:
+        raise ValueError("the cut has no recording: audio is needed, not features")
     as_seconds(recording.duration, "recording.duration")
     for name, value in (("sampling_rate", recording.sampling_rate), ("num_samples", recording.num_samples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**48:
             raise ValueError(f"recording.{name} must be a whole number above 0, found {value!r}")
     if not recording.sources:
         raise ValueError("recording.sources is empty")
