@@ -18,8 +18,8 @@ from typing import Any
 LINE_END = re.compile(rb"\r\n|\r|\n")
 # Signs of a number that is not finite or of half a character: JSON without them needs no closer look.
 ODD = ("NaN", "Infinity", "\\ud", "\\uD")
-MOST_S = 1e9
 HUGE = re.compile(r"[eE]\+?[0-9]{3}")
+MOST_S = 1e9  # no recording lasts 30 years; Lhotse's arithmetic fails far beyond
 
 
 def read_text(path: str | Path, utf_16: bool = False) -> str:
