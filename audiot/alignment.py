@@ -18,12 +18,11 @@ from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 from torch import Tensor
 
-from audiot.data.labels import CharacterLabels, PhoneSequence, TokenLabels
+from audiot.data.labels import SILENCE, CharacterLabels, PhoneSequence, TokenLabels
 from audiot.downstream.classifier import Classifier, by_length, collate, frame_edges, together
 from audiot.downstream.ctc import BLANK
 from audiot.pairing import torchaudio
 
-SILENCE = "SIL"
 SILENCES = ("", "<eps>", SILENCE)  # what aligners write where nobody speaks
 NEAR_S = 0.02  # what the field counts as a boundary found
 

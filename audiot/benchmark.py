@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 
 from audiot import devices
 from audiot.analysis.plots import plot_benchmark
+from audiot.data.text import rows as read_rows
 from audiot.devices import synchronise as synchronise
 from audiot.files import read_json, replacing
 from audiot.tables import aligned as aligned
@@ -29,6 +31,7 @@ from audiot.tables import markdown as markdown
 
 MAX_CALLS = 1000  # in a round: of a mechanism that does next to nothing
 MIN_ROUNDS = 3  # to compare: of fewer, the quartiles lie too close together or coincide
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 Result = TypeVar("Result")
 
@@ -370,16 +373,16 @@ def read_results(path: Path, key: Sequence[str], figure: str) -> Results:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it has other columns.
+        ValueError: it has other columns, or something else than numbers to compare.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no results of a benchmark at {path}: expected the results.csv of an earlier run")
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        lacking = [name for name in (*key, figure) if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise ValueError(f"{path} holds no results of this benchmark: it has no column {', '.join(lacking)}")
-        return Results(path, tuple(key), figure, {tuple(line[name] for name in key): line for line in reader})
+    lines = {}
+    for number, line in read_rows(path, [*key, figure]):
+        if line[figure] and not NUMBER.fullmatch(line[figure]):
+            raise ValueError(f"{path}:{number}: {figure} must be a number, or nothing, found {line[figure][:40]!r}")
+        lines[tuple(line[name] for name in key)] = line
+    return Results(path, tuple(key), figure, lines)
 
 
 def comparison(before: Results, now: Results) -> str:

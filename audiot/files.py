@@ -63,17 +63,20 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Read JSON; ``what`` names the file's kind in errors.
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; ``what`` names the file's kind in errors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or no object.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable {what}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a readable {what}: a JSON object was expected, found {type(found).__name__}")
+    return found

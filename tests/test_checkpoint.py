@@ -261,3 +261,14 @@ def test_gpu_and_cpu_encode_alike(tiny):
     here, _ = encoder(speech(), LENGTHS)
     there, _ = encoder.cuda()(speech().cuda(), LENGTHS)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"[1]", "a JSON object was expected, found list"), (b'{"a": "\xe9"}', "codec"), (b"[" * 100_000, "recursion")],
+    ids=["list", "latin-1", "deep"],
+)
+def test_json_that_holds_no_object_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"summary\.json is not a readable summary: .*{message}"):
+        read_json(tmp_path / "summary.json", "summary")

@@ -22,7 +22,7 @@ from lhotse.utils import compute_num_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from audiot.data.labels import Labels
+from audiot.data.labels import Labels, values_of
 from audiot.data.shared_memory import REMEDY, room_told
 from audiot.features import Features
 from audiot.random import bits, key
@@ -306,7 +306,7 @@ class SpeechDataset(Dataset[Batch]):
 
     Gives a dict: ``waveforms`` (B, N), zero-padded, int16 if all files have 16 bits, else float32 (`to_device` makes the same
     floats of both); ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random numbers; ``ids``; ``position`` (epoch,
-    batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers``.
+    batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers``, None where there is not one.
 
     Args:
         seed: Of the random keys; None: keys that depend on the cut alone (validation).
@@ -335,7 +335,8 @@ class SpeechDataset(Dataset[Batch]):
         if self.labels is not None:
             assert isinstance(cuts, CutSet)
             batch["labels"] = shared(self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts]))
-            batch["speakers"] = [cut.supervisions[0].speaker if cut.supervisions else None for cut in cuts]
+            speakers = [values_of(cut, "speaker") for cut in cuts]
+            batch["speakers"] = [names[0] if len(names) == 1 else None for names in speakers]
         return batch
 
 

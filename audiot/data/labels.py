@@ -11,12 +11,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from lhotse import SupervisionSegment
 from lhotse.cut import Cut
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from audiot.data.text import as_label, as_text, lines
+
 PUNCTUATION = '.,;:?!"()'
 IGNORED = -100  # label of a frame that no interval of the alignment covers, and padding; losses and metrics leave it out
+SILENCE = "SIL"  # what an interval of an alignment is called whose symbol is blank, as aligners leave those of silences
+SPACE = "|"  # stands for the space between words, as in torchaudio
+BLANK_TOKEN = "<blank>"  # CTC's
+NOTHING = "(none)"  # in tables: no token
+RESERVED = (SPACE, BLANK_TOKEN, NOTHING)
 PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # of a pronunciation; a bare digit is a phone of X-SAMPA
 
 
@@ -77,19 +85,48 @@ class Labels(ABC):
         return torch.stack(list(labels)) if labels[0].ndim == 0 else pad_sequence(list(labels), True, IGNORED)
 
 
-def field_of(cut: Cut, field: str) -> str:
-    """The speaker of a cut, or a custom field of its supervision (``keyword``, …).
+def in_time(cut: Cut) -> list[SupervisionSegment]:
+    """The supervisions of a cut in the order of time."""
+    return sorted(cut.supervisions, key=lambda supervision: (supervision.start, supervision.end))
+
+
+def values_of(cut: Cut, field: str) -> list[str]:
+    """The different values of a label in the cut's supervisions, in the order of time; null and blank are none.
+
+    Args:
+        cut: Any cut.
+        field: ``speaker`` or the name of a custom field.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: a value is neither text nor a whole number.
     """
-    supervision = cut.supervisions[0] if cut.supervisions else None
-    custom = (supervision.custom or {}) if supervision else {}
-    value = custom.get(field) if supervision is None or field != "speaker" else supervision.speaker
-    if value is None:
-        known = ", ".join(sorted({"speaker", *custom})) if supervision else "none, it has no supervision"
+    found = [
+        as_label(
+            supervision.speaker if field == "speaker" else (supervision.custom or {}).get(field),
+            f"label {field!r} of utterance {cut.id}",
+        )
+        for supervision in in_time(cut)
+    ]
+    return list(dict.fromkeys(value for value in found if value is not None))
+
+
+def field_of(cut: Cut, field: str) -> str:
+    """The one value of a label of the cut: its speaker, or a custom field of its supervisions (``keyword``, …).
+
+    Raises:
+        ValueError: it has none of that name, or several.
+    """
+    values = values_of(cut, field)
+    if not values:
+        names = {"speaker"}.union(*(supervision.custom or {} for supervision in cut.supervisions))
+        known = ", ".join(sorted(names)) if cut.supervisions else "none, it has no supervision"
         raise ValueError(f"utterance {cut.id} has no label {field!r} (its labels: {known}); choose another task or data")
-    return str(value)
+    if len(values) > 1:
+        raise ValueError(
+            f"utterance {cut.id} has the labels {values[0]!r} and {values[1]!r} for {field!r}, of different supervisions: make a "
+            "cut of each with Lhotse's CutSet.trim_to_supervisions(keep_overlapping=False), or leave the utterance out"
+        )
+    return values[0]
 
 
 class UtteranceLabel(Labels):
@@ -223,7 +260,8 @@ class CharacterLabels(TokenLabels):
         features: See `Labels`.
         case: ``upper``, ``lower``, or null: as it is.
         remove: Characters left out, such as punctuation.
-        alphabet: All characters that may occur; None: those of the training transcripts.
+        alphabet: All characters that may occur; None: those of the training transcripts. ``|`` is none: it stands for the space
+            between words.
     """
 
     def __init__(
@@ -231,6 +269,8 @@ class CharacterLabels(TokenLabels):
     ) -> None:
         super().__init__(features)
         self.alphabet = None if alphabet is None else sorted(set(alphabet))
+        if SPACE in (alphabet or ""):
+            raise ValueError(f"downstream.labels.alphabet has {SPACE!r}, which stands for the space between words: leave it out")
         if case not in ("upper", "lower", None):
             raise ValueError(f"downstream.labels.case must be upper, lower or null, found {case!r}")
         self.case = case
@@ -244,13 +284,18 @@ class CharacterLabels(TokenLabels):
         """The words.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or ``|`` is in them.
         """
         text = transcript(cut).translate(self.remove)
         text = text.upper() if self.case == "upper" else text.lower() if self.case == "lower" else text
         if not text.split():
             raise ValueError(
                 f"the transcript of utterance {cut.id} is empty ({transcript(cut)!r}): mend it or leave the utterance out"
+            )
+        if SPACE in text:
+            raise ValueError(
+                f"the transcript of utterance {cut.id} has {SPACE!r}, which stands for the space between words: mend it, or "
+                "leave it out by downstream.labels.remove"
             )
         return text.split()
 
@@ -291,6 +336,8 @@ class PhoneSequence(TokenLabels):
         phones = [phone.rstrip("012") if self.strip_stress else phone for phone in phones if phone not in self.silences]
         if not phones:
             raise ValueError(f"utterance {cut.id} has no phone: mend its transcript or alignment, or leave the utterance out")
+        for phone in phones:
+            check_phone(phone, f"utterance {cut.id}")
         return phones
 
     def _pronounce(self, word: str, cut: Cut) -> tuple[str, ...]:
@@ -305,13 +352,13 @@ class PhoneSequence(TokenLabels):
 
 
 def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
-    """Intervals (start, end, symbol) of an alignment tier in the order of time, in seconds of the recording.
+    """Intervals (start, end, symbol) of an alignment tier in the order of time, in seconds of the recording; blank is `SILENCE`.
 
     Raises:
         ValueError: there is no such tier.
     """
     items = [
-        (item.start, item.end, item.symbol)
+        (item.start, item.end, as_text(item.symbol, f"a symbol of the tier {tier!r} of utterance {cut.id}") or SILENCE)
         for supervision in cut.supervisions
         for item in (supervision.alignment or {}).get(tier, [])
     ]
@@ -321,15 +368,27 @@ def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
 
 
 def transcript(cut: Cut) -> str:
-    """The text of a cut.
+    """The text of a cut: of its supervisions, in the order of time.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or it is not text.
     """
-    texts = [supervision.text for supervision in cut.supervisions if supervision.text is not None]
-    if not texts:
+    texts = [as_text(supervision.text, f"the text of utterance {cut.id}") for supervision in in_time(cut)]
+    if not any(texts):
         raise ValueError(f"utterance {cut.id} has no transcript; choose another task or data")
-    return " ".join(texts)
+    return " ".join(text for text in texts if text)
+
+
+def check_phone(phone: str, where: str) -> None:
+    """Refuse a phone that could not be told from what stands between phones or for none.
+
+    Raises:
+        ValueError: naming it and where it is.
+    """
+    if phone in RESERVED or len(phone.split()) != 1:
+        raise ValueError(
+            f"{where} has the phone {phone!r}: a phone has no space in it and is none of {' '.join(RESERVED)}; rename it"
+        )
 
 
 def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -337,20 +396,20 @@ def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line has a word and no phone.
+        ValueError: a line has a word and no phone, or a phone that is none.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no lexicon at {path}: lines of WORD PHONE PHONE … are expected there")
     lexicon: dict[str, tuple[str, ...]] = {}
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            word, *phones = line.split() or [""]
-            phones = list(dropwhile(PROBABILITY.fullmatch, phones))
-            if word and not phones:
-                raise ValueError(f"{path}:{number}: the word {word!r} has no phones")
-            if word:
-                lexicon.setdefault(word, tuple(phones))
+    for number, line in lines(path):
+        word, *phones = line.split()
+        phones = list(dropwhile(PROBABILITY.fullmatch, phones))
+        if not phones:
+            raise ValueError(f"{path}:{number}: the word {word!r} has no phones")
+        for phone in phones:
+            check_phone(phone, f"{path}:{number}")
+        lexicon.setdefault(word, tuple(phones))
     return lexicon
 
 

@@ -383,7 +383,7 @@ class PreparedCorpus:
         if version != FORMAT_VERSION:
             raise ValueError(f"{directory} is of format {version}, this audiot reads {FORMAT_VERSION}: prepare it anew")
         names = ("settings", "counts", "hours", "rejected", "scaled", "task_splits")
-        totals = {name: content.get(name) for name in ("utterances", "total_hours")}
+        totals: dict[str, Any] = {name: content.get(name) for name in ("utterances", "total_hours")}
         return cls(directory, **{name: content[name] for name in names}, **totals)
 
     @property

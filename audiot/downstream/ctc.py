@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import jiwer
@@ -14,15 +15,14 @@ from torch import Tensor, nn
 from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_confusion
 from audiot.data.batches import Batch
-from audiot.data.labels import IGNORED
+from audiot.data.labels import BLANK_TOKEN, IGNORED, NOTHING, SPACE
+from audiot.data.text import lines
 from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
 from audiot.pairing import torchaudio
 
 BLANK = 0  # output 0; class k is output k + 1
-SPACE = "|"  # stands for the space between words, as in torchaudio
-NOTHING = "(none)"
 KINDS = {"substituted": "substitute", "deleted": "delete", "inserted": "insert"}  # ours, jiwer's
 
 
@@ -157,6 +157,7 @@ class BeamDecoder:
     Raises:
         ImportError: flashlight-text is not installed.
         FileNotFoundError: a file is missing.
+        ValueError: a file is broken.
     """
 
     def __init__(
@@ -180,19 +181,23 @@ class BeamDecoder:
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"{SPACE!r} stands for the space between words: leave it out by downstream.labels.remove")
         self.space = tokens.index(SPACE) + 1 if SPACE in tokens else None
-        outputs = ["<blank>", *tokens]
+        outputs = [BLANK_TOKEN, *tokens]
+        words = "" if lexicon is None else _checked_lexicon(lexicon, tokens)
         try:
-            self.decoder = ctc_decoder(
-                lexicon=lexicon,
-                tokens=outputs,
-                lm=_token_model(language_model, outputs) if language_model and lexicon is None else language_model,
-                beam_size=beam_size,
-                lm_weight=lm_weight,
-                word_score=word_score,
-                blank_token="<blank>",
-                sil_token="<blank>" if self.space is None else SPACE,
-            )
-        except (RuntimeError, ValueError) as error:  # a token that is no class, a file of another format
+            with NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as copy:
+                copy.write(words)
+                copy.flush()
+                self.decoder = ctc_decoder(
+                    lexicon=None if lexicon is None else copy.name,
+                    tokens=outputs,
+                    lm=_token_model(language_model, outputs) if language_model and lexicon is None else language_model,
+                    beam_size=beam_size,
+                    lm_weight=lm_weight,
+                    word_score=word_score,
+                    blank_token=BLANK_TOKEN,
+                    sil_token=BLANK_TOKEN if self.space is None else SPACE,
+                )
+        except (RuntimeError, ValueError) as error:  # a language model of another format
             reason = str(error).splitlines()[-1]
             raise ValueError(f"downstream.objective.beam, lexicon={lexicon} language_model={language_model}: {reason}") from error
 
@@ -208,6 +213,25 @@ class BeamDecoder:
             lengths = lengths + 1
         found = self.decoder(log_probabilities.contiguous(), lengths)
         return [[self.classes[number - 1] for number in best.tokens.tolist()] if best else [] for best in map(_first, found)]
+
+
+def _checked_lexicon(path: str, tokens: Sequence[str]) -> str:
+    """The lines of a lexicon, which torchaudio would read byte by byte, a byte order mark as part of the first word.
+
+    Raises:
+        ValueError: a word has no tokens, or one that is no class of the model; names the line.
+    """
+    known, found = frozenset(tokens), []
+    for number, line in lines(path):
+        word, *spelt = line.split()
+        if not spelt:
+            raise ValueError(f"{path}:{number}: the word {word!r} has no tokens")
+        if unknown := [token for token in spelt if token not in known]:
+            raise ValueError(f"{path}:{number}: {unknown[0]!r} of the word {word!r} is none of the model's {len(known)} tokens")
+        found.append(f"{' '.join([word, *spelt])}\n")
+    if not found:
+        raise ValueError(f"{path} has no word: lines of WORD TOKEN TOKEN … are expected there")
+    return "".join(found)
 
 
 def _token_model(path: str, tokens: Sequence[str]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from math import isqrt
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_scores
 from audiot.data.batches import Batch
+from audiot.data.text import lines
 from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
 from audiot.files import write_csv
@@ -82,11 +83,15 @@ class Verification(Objective):
 
     def check(self, utterances: Iterable[str]) -> None:
         """Refuse trials of utterances that the test split has not."""
-        missing = sorted({name for _, *pair in self.trials or () for name in pair} - set(utterances))
+        missing = {name for _, *pair in self.trials or () for name in pair} - set(utterances)
         if missing:
+            assert self.path is not None
+            number, name = next(
+                (number, name) for number, (_, *pair) in _numbered_trials(self.path) for name in pair if name in missing
+            )
             raise ValueError(
-                f"{self.path} names {len(missing)} utterances that the test split has not, {missing[0]} first: were they "
-                "rejected by preparation? Mend them, or leave their trials out"
+                f"{self.path} names {len(missing)} utterances that the test split has not, {name} of line {number} first: were "
+                "they rejected by preparation? Mend them, or leave their trials out"
             )
 
     def scored(self) -> list[Row]:
@@ -191,23 +196,33 @@ def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
 def read_trials(path: str) -> list[Trial]:
     """Trials of a file of lines ``1|0 UTTERANCE UTTERANCE``, as VoxCeleb's; suffixes of audio files are left out.
 
+    A trial that occurs twice counts twice, as in the published lists.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is of another form.
+        ValueError: a line is of another form, two lines contradict each other, or there is no trial.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"downstream.objective.trials: there is no file {path}")
-    trials = []
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            words = line.split()
-            if not words:
-                continue
-            if len(words) != 3 or words[0] not in ("0", "1"):
-                raise ValueError(f"{path}:{number}: expected 1 or 0 and two utterances, found {line.strip()[:80]!r}")
-            names = [word.rpartition(".")[0] if word.lower().endswith((".wav", ".flac", ".m4a")) else word for word in words[1:]]
-            trials.append((words[0] == "1", names[0], names[1]))
+    trials: list[Trial] = []
+    found: dict[frozenset[str], tuple[bool, int]] = {}
+    for number, (same, first, second) in _numbered_trials(path):
+        before, line = found.setdefault(frozenset((first, second)), (same, number))
+        if before != same:
+            raise ValueError(f"{path}:{number}: {first} and {second} are of one speaker here or in line {line}, not in both")
+        trials.append((same, first, second))
+    if not trials:
+        raise ValueError(f"{path} has no trial: lines of 1 or 0 and two utterances are expected there")
     return trials
+
+
+def _numbered_trials(path: str) -> Iterator[tuple[int, Trial]]:
+    for number, line in lines(path):
+        words = line.split()
+        if len(words) != 3 or words[0] not in ("0", "1"):
+            raise ValueError(f"{path}:{number}: expected 1 or 0 and two utterances, found {line[:80]!r}")
+        names = [word.rpartition(".")[0] if word.lower().endswith((".wav", ".flac", ".m4a")) else word for word in words[1:]]
+        yield number, (words[0] == "1", names[0], names[1])
 
 
 def _pairs(rows: Sequence[Row], limit: int) -> list[Trial]:

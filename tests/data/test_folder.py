@@ -309,8 +309,10 @@ def test_labels_come_from_a_table(tmp_path, suffix, separator):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("file,speaker\na.wav,x\n", "one of them path; found file, speaker"),
-        ("", "one of them path; found nothing"),
+        ("file,speaker\na.wav,x\n", r"labels.csv:1: no column path; found file, speaker \(the first row must name the columns"),
+        ("path;speaker\na.wav;x\n", r"labels.csv:1: no column path; found path;speaker .*, with ',' between them"),
+        ("", "labels.csv: no column path; found nothing, the file is empty"),
+        ("path,speaker\n ,x\n", "labels.csv:2: nothing in column path"),
         ("path,speaker\na.wav,x\na.wav,y\n", r"labels.csv:3: the path a.wav occurs a second time"),
         ("path,speaker\na.wav,x,y\n", r"labels.csv:2: not as many values"),
         ("path,speaker\na.wav\n", r"labels.csv:2: not as many values"),
@@ -321,6 +323,22 @@ def test_a_table_that_is_not_as_described_is_refused(tmp_path, content, message)
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         FolderCorpus(root, labels=tmp_path / "labels.csv")
+
+
+def test_blank_cells_are_no_labels_and_blanks_around_labels_none_of_them(tmp_path):
+    root = fill(tmp_path, *(f"{number}.wav" for number in range(4)))
+    table = tmp_path / "labels.csv"
+    lines = ["path,keyword,speaker,text,part", "0.wav,08 ,amy, one ,", "1.wav,08,,,", "2.wav, ,,,x", "3.wav,é,,,y", ",,,,"]
+    table.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    manifests = FolderCorpus(root, labels=table, train="part==''", valid="part=='x'", test="part=='y'").manifests(False)
+    segments = {cut.id: cut.supervisions[0] for cuts in manifests.splits.values() for cut in cuts}
+    assert {name: segment.custom for name, segment in segments.items()} == {
+        "0": {"keyword": "08", "speaker": "amy", "text": "one"},
+        "1": {"keyword": "08"},
+        "2": {"part": "x"},
+        "3": {"keyword": "é", "part": "y"},
+    }
+    assert [(segments[name].speaker, segments[name].text) for name in "012"] == [("amy", "one"), (None, None), (None, None)]
 
 
 def test_pattern_and_table_may_not_name_the_same_label(tmp_path):

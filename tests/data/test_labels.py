@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 
-from audiot.data.batches import Crop
+from audiot.data.batches import Crop, SpeechDataset
 from audiot.data.datamodule import SpeechDataModule, open_cuts
 from audiot.data.labels import (
     IGNORED,
@@ -155,6 +156,51 @@ def test_the_alignment_of_a_piece_is_compared_with_the_piece():
         FrameLabels("phone", LogMel(), tolerance_s=0.15).check(short)
 
 
+@pytest.mark.parametrize("blank", [None, "", "  "])
+@pytest.mark.parametrize("field", ["speaker", "keyword"])
+def test_a_blank_label_is_missing_like_null_and_never_a_class(blank, field):
+    def labelled(name, value):
+        return made_up([], name, **({"speaker": value} if field == "speaker" else {"custom": {field: value}}))
+
+    cuts = [labelled("one", "08"), labelled("two", "08 "), labelled("three", 8)]
+    assert survey({"train": cuts}, UtteranceLabel(field)) == ["08", "8"]
+    for role in ("train", "test"):
+        with pytest.raises(ValueError, match=rf"utterance utt7 has no label '{field}'"):
+            survey({"train": cuts} | {role: [labelled("utt7", blank)]}, UtteranceLabel(field))
+    with pytest.raises(ValueError, match=rf"utterance utt7 has no label '{field}'"):
+        SlotLabels([field]).names(labelled("utt7", blank))
+
+
+@pytest.mark.parametrize("value", [True, 1.5, ["a"], {"a": 1}])
+def test_a_label_that_is_neither_text_nor_a_whole_number_is_refused(value):
+    cut = made_up([], "utt7", custom={"keyword": value})
+    with pytest.raises(ValueError, match=r"label 'keyword' of utterance utt7 must be text or a whole number, found "):
+        UtteranceLabel("keyword").names(cut)
+
+
+def test_supervisions_that_differ_have_no_one_label():
+    cut = made_up([], "utt7", speaker="bob", custom={"keyword": "yes", "action": "on"})
+    first = SupervisionSegment("first", "utt7", -0.1, 0.3, speaker="amy", custom={"keyword": "yes "})
+    cut.supervisions = [*cut.supervisions, first]
+    assert UtteranceLabel("keyword").names(cut) == ["yes"]
+    assert UtteranceLabel("action").names(cut) == ["on"]
+    with pytest.raises(
+        ValueError,
+        match=r"utterance utt7 has the labels 'amy' and 'bob' for 'speaker', of different supervisions: make a cut of each with "
+        r"Lhotse's CutSet\.trim_to_supervisions\(keep_overlapping=False\)",
+    ):
+        UtteranceLabel("speaker").names(cut)
+    waveforms = SpeechDataset(None, UtteranceLabel("keyword"), {"yes": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("audiot.data.batches.load", lambda pieces: torch.zeros(1, 8000))
+        assert waveforms[(0, 0), CutSet.from_cuts([cut])]["speakers"] == [None]
+
+
+def test_a_blank_symbol_of_a_tier_is_a_silence():
+    cut = made_up([("", 0, 4000), ("A", 4000, 8000)])
+    assert survey({"train": [cut]}, FrameLabels("phone", LogMel())) == ["A", "SIL"]
+
+
 # Slots
 
 
@@ -206,17 +252,55 @@ def test_characters_are_encoded_and_padded():
     assert labels.collate(rows).tolist() == [[1, 2, 0, 1], [2, IGNORED, IGNORED, IGNORED]]
 
 
-@pytest.mark.parametrize("text", ["", "  ", ".,"])
-def test_an_empty_transcript_names_its_utterance(text):
+@pytest.mark.parametrize("text", [".,", " . "])
+def test_a_transcript_of_punctuation_names_its_utterance(text):
     with pytest.raises(
-        ValueError, match=rf"the transcript of utterance utt7 is empty \('{text}'\): mend it or leave the utterance"
+        ValueError, match=rf"the transcript of utterance utt7 is empty \('{text.strip()}'\): mend it or leave the utterance"
     ):
         survey({"train": [spoken(text)]}, CharacterLabels(LogMel(), remove=".,"))
 
 
-def test_a_missing_transcript_names_its_utterance():
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_a_missing_transcript_names_its_utterance(text):
     with pytest.raises(ValueError, match="utterance utt7 has no transcript; choose another task or data"):
-        CharacterLabels(LogMel()).names(made_up([], "utt7"))
+        CharacterLabels(LogMel()).names(spoken(text))
+
+
+def test_texts_are_joined_in_the_order_of_time():
+    cut = made_up([], "utt7", text="b")
+    cut.supervisions += [
+        SupervisionSegment(name, "utt7", start, duration, text=text)
+        for name, start, duration, text in [
+            ("e", 0.2, 0.3, " d "),
+            ("d", 0.2, 0.2, "c"),
+            ("n", -0.2, 1, ""),
+            ("a", -0.1, 0.1, "a"),
+        ]
+    ]
+    assert "".join(CharacterLabels().words(cut)) == "ABCD"
+
+
+def test_a_text_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="the text of utterance utt7 must be text, found 7"):
+        CharacterLabels().names(spoken(7))
+
+
+def test_the_sign_between_words_is_no_character():
+    with pytest.raises(ValueError, match=r"the transcript of utterance utt7 has '\|', which stands for the space between words"):
+        survey({"train": [spoken("a|b")]}, CharacterLabels(LogMel()))
+    assert CharacterLabels(remove="|").words(spoken("a|b | c")) == ["AB", "C"]
+    with pytest.raises(ValueError, match=r"downstream\.labels\.alphabet has '\|', which stands for the space between words"):
+        CharacterLabels(alphabet=" |AB")
+
+
+@pytest.mark.parametrize("phone", ["|", "<blank>", "(none)", "a b"])
+def test_a_phone_can_be_told_from_what_is_none(tmp_path, phone):
+    with pytest.raises(ValueError, match=rf"utterance utt7 has the phone '{re.escape(phone)}': a phone has no space"):
+        survey({"train": [made_up([("A", 0, 100), (phone, 100, 8000)], "utt7")]}, PhoneSequence(LogMel()))
+    (tmp_path / "lexicon.txt").write_text(f"\nYES Y\nNO N {phone}\n")
+    if " " not in phone:
+        with pytest.raises(ValueError, match=r"lexicon\.txt:3 has the phone "):
+            read_lexicon(tmp_path / "lexicon.txt")
 
 
 def test_an_unknown_case_is_refused():
@@ -266,7 +350,7 @@ def test_phones_are_those_of_the_tier_in_order_without_silences():
     items = [("SIL", 0, 100), ("B", 500, 700), ("A", 100, 500), ("sp", 700, 800), ("B", 800, 900), ("", 900, 1000)]
     cut = made_up(items)
     assert PhoneSequence(LogMel()).names(cut) == ["A", "B", "B"]
-    assert PhoneSequence(LogMel(), silences=["B"]).names(cut) == ["SIL", "A", "sp", ""]
+    assert PhoneSequence(LogMel(), silences=["B"]).names(cut) == ["SIL", "A", "sp", "SIL"]  # a blank is a silence
     with pytest.raises(ValueError, match="utterance cut has no alignment tier 'word'"):
         PhoneSequence(LogMel(), tier="word").names(cut)
     with pytest.raises(ValueError, match="utterance quiet has no phone: mend its transcript or alignment"):

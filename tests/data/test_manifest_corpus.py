@@ -12,6 +12,7 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 
 from audiot.data.corpora.manifest import ManifestCorpus
+from audiot.data.labels import CharacterLabels, UtteranceLabel
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import prepare
 
@@ -38,6 +39,11 @@ def nemo(path: Path, *entries: dict) -> Path:
 
 def cuts_of(manifests: Manifests) -> dict[str, list]:
     return {split: list(cuts) for split, cuts in manifests.splits.items()}
+
+
+def all_cuts(corpus: ManifestCorpus) -> list:
+    """Of all splits, by their ids."""
+    return sorted(chain(*cuts_of(corpus.manifests(progress=False)).values()), key=lambda cut: cut.id)
 
 
 def lhotse_cuts(paths: list[Path]) -> list:
@@ -138,15 +144,146 @@ def test_relative_paths_of_lhotse_cuts_start_at_root(tmp_path):
         ('{"audio_filepath": "0.flac", "duration": "long"}', "duration must be a number"),
         ('{"audio_filepath": "0.flac", "offset": -1}', "offset must be a number"),
         ('{"audio_filepath": "0.flac", "duration": NaN}', "duration must be a number"),
+        ('{"audio_filepath": "0.flac", "duration": 0}', "duration must be a number of seconds above 0"),
+        ('{"audio_filepath": "0.flac", "duration": true}', "duration must be a number"),
+        ('{"audio_filepath": "0.flac", "offset": "0"}', "offset must be a number"),
+        ('{"audio_filepath": "0.flac", "snr": NaN}', "snr must be a number, found nan: write null"),
+        ('{"audio_filepath": "0.flac", "text": 7}', "text must be text, found 7: put it in quotes"),
+        ('{"audio_filepath": "0.flac", "text": ["a"]}', "text must be text, found \\['a'\\]"),
+        ('{"audio_filepath": "0.flac", "lang": true}', "lang must be text, found True"),
+        ('{"audio_filepath": "0.flac", "speaker": 7.0}', "speaker must be text or a whole number, found 7.0"),
+        ('{"audio_filepath": "0.flac", "label": {"a": 1}}', "label must be text or a whole number, found {'a': 1}"),
+        ('{"audio_filepath": "0.flac", "label": "a", "label": "b"}', "label occurs twice"),
+        ('{"audio_filepath": "caf\\xe9.flac"}', "not UTF-8"),
         ('{"audio_filepath": "0.flac"}', "the utterance '0' occurs a second time"),
     ],
 )
 def test_a_broken_line_is_reported_with_its_number(tmp_path, line, message):
     audio(tmp_path, 2)
     train = tmp_path / "train.json"
-    train.write_text('{"audio_filepath": "0.flac"}\n\n' + line + '\n{"audio_filepath": "1.flac"}\n')
+    content = '{"audio_filepath": "0.flac"}\n\n' + line + '\n{"audio_filepath": "1.flac"}\n'
+    train.write_bytes(content.encode().replace(rb"\xe9", b"\xe9"))
     with pytest.raises(ValueError, match=rf"train\.json:3: .*{message}"):
         ManifestCorpus(train).manifests(progress=False)
+
+
+def test_blank_fields_are_missing_and_labels_have_no_blanks_around_them(tmp_path):
+    audio(tmp_path, 3)
+    entries = [
+        {"audio_filepath": "0.flac", "label": "", "speaker": " ", "text": "", "keyword": None},
+        {"audio_filepath": "1.flac", "label": "08 ", "speaker": " amy", "text": " one two "},
+        {"audio_filepath": "2.flac", "label": "08"},
+    ]
+    train = tmp_path / "train.json"
+    train.write_bytes("".join(json.dumps(entry) + "\r\n" for entry in entries).encode("utf-8-sig"))
+    blank, padded, plain = all_cuts(ManifestCorpus(train))
+    segment = blank.supervisions[0]
+    assert (segment.text, segment.speaker, segment.custom) == (None, None, None)
+    assert (padded.supervisions[0].text, padded.supervisions[0].speaker) == ("one two", "amy")
+    assert UtteranceLabel("label").names(padded) == UtteranceLabel("label").names(plain) == ["08"]
+    with pytest.raises(ValueError, match=r"utterance 0 has no label 'label' \(its labels: speaker\)"):
+        UtteranceLabel("label").names(blank)
+
+
+SEGMENT = {"id": "s", "recording_id": "r", "start": 0, "duration": 1}
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([SEGMENT, SEGMENT | {"text": 7}], r"supervisions\[1\]\.text must be text, found 7"),
+        ([SEGMENT | {"speaker": ["amy"]}], r"supervisions\[0\]\.speaker must be text or a whole number, found \['amy'\]"),
+        ([SEGMENT | {"language": 3}], r"supervisions\[0\]\.language must be text, found 3"),
+        ([SEGMENT | {"custom": ["a"]}], r"not a Lhotse cut|supervisions\[0\]\.custom must be an object"),
+        ([SEGMENT | {"start": True}], r"supervisions\[0\]\.start must be a number of seconds, found True"),
+        ([SEGMENT | {"duration": -1}], r"supervisions\[0\]\.duration must not be below 0, found -1"),
+        ([SEGMENT | {"duration": float("nan")}], r"supervisions\[0\]\.duration must be a number, found nan"),
+        (
+            [SEGMENT | {"alignment": {"phone": [[7, 0, 1]]}}],
+            r"a symbol of supervisions\[0\]\.alignment\.phone must be text, found 7",
+        ),
+        (
+            [SEGMENT | {"alignment": {"phone": [["a", "0", 1]]}}],
+            r"a start of supervisions\[0\]\.alignment\.phone must be a number",
+        ),
+        ([SEGMENT | {"alignment": {"phone": [["a", 0, -1]]}}], r"a duration of supervisions\[0\]\.alignment\.phone must not be"),
+        ([SEGMENT | {"alignment": {"phone": "abc"}}], r"not a Lhotse cut"),
+        ([SEGMENT | {"alignment": {"phone": [[]]}}], r"not a Lhotse cut"),
+        ("abc", r"not a Lhotse cut"),
+        (None, r"not a Lhotse cut"),
+    ],
+)
+def test_a_field_of_a_lhotse_cut_of_another_type_is_refused_with_its_line(tmp_path, segments, message):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0].to_dict() | {"supervisions": segments}
+    (tmp_path / "cuts.jsonl").write_text(f"\n{json.dumps(cut)}\n")
+    with pytest.raises(ValueError, match=rf"cuts\.jsonl:2: ({message})"):
+        ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("id", 3), ("id", " "), ("start", -1), ("duration", 0), ("duration", "1.0")])
+def test_id_and_times_of_a_lhotse_cut_are_checked(tmp_path, field, value):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0].to_dict() | {field: value}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match=rf"cuts\.jsonl:1: .*{field}"):
+        ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sampling_rate", 0, r"recording\.sampling_rate must be a whole number above 0, found 0"),
+        ("sampling_rate", "16000", r"recording\.sampling_rate must be a whole number above 0, found '16000'"),
+        ("num_samples", None, r"recording\.num_samples must be a whole number above 0, found None"),
+        ("duration", True, r"recording\.duration must be a number of seconds, found True"),
+        ("sources", [], r"recording\.sources is empty"),
+        ("sources", [{"type": "file", "channels": [0], "source": 7}], r"recording\.sources: source must be one path, found 7"),
+        (
+            "sources",
+            [{"type": "file", "channels": [[0]], "source": "a"}],
+            r"recording\.sources: channels must be a list of whole",
+        ),
+    ],
+)
+def test_a_recording_of_a_lhotse_cut_is_checked(tmp_path, field, value, message):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0]
+    for entry in (cut.to_dict(), cut.append(cut).with_id("mixed").to_dict()):
+        (entry if "recording" in entry else entry["tracks"][0]["cut"])["recording"][field] = value
+        (tmp_path / "cuts.jsonl").write_text(json.dumps(entry))
+        with pytest.raises(ValueError, match=rf"cuts\.jsonl:1: {message}"):
+            ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
+def test_a_lhotse_cut_without_a_recording_is_refused_with_its_line(tmp_path):
+    cut = lhotse_cuts(audio(tmp_path, 1))[0].to_dict()
+    del cut["recording"]
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match=r"cuts\.jsonl:1: the cut has no recording: audio is needed, not features"):
+        ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+
+
+def test_supervisions_are_joined_in_the_order_of_time_and_several_speakers_said(tmp_path, capsys):
+    cuts = lhotse_cuts(audio(tmp_path, 3))
+    for cut in cuts:
+        cut.supervisions = [
+            SupervisionSegment(f"{cut.id}b", cut.id, 0.5, 0.4, text="world", speaker="bob"),
+            SupervisionSegment(f"{cut.id}c", cut.id, 0.5, 0.5, text=" "),
+            SupervisionSegment(f"{cut.id}a", cut.id, 0.0, 0.4, text="hello", speaker="amy"),
+        ]
+    cuts[2].supervisions[0].speaker = "amy "
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    path = tmp_path / "cuts.jsonl"
+    found = all_cuts(ManifestCorpus(path))
+    assert CharacterLabels().words(found[0]) == ["HELLO", "WORLD"]
+    assert UtteranceLabel("speaker").names(found[2]) == ["amy"]
+    message = (
+        r"utterance 0 has the labels 'amy' and 'bob' for 'speaker', .*CutSet\.trim_to_supervisions\(keep_overlapping=False\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        UtteranceLabel("speaker").names(found[0])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{path}: 2 of 3 cuts have several speakers, 0 first (amy, bob): their texts are joined")
+    single = CutSet.from_cuts(found[:1]).trim_to_supervisions(keep_overlapping=False)  # as the message says
+    assert sorted(UtteranceLabel("speaker").names(cut)[0] for cut in single if cut.supervisions[0].speaker) == ["amy", "bob"]
 
 
 def test_a_gzip_file_that_ends_early_is_reported(tmp_path):

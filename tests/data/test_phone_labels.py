@@ -7,7 +7,7 @@ import torch
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
 from audiot.data.corpora.phone_labels import aligned, phone_symbol, read_phone_labels, read_textgrid
-from audiot.data.labels import IGNORED, FrameLabels
+from audiot.data.labels import FrameLabels
 from audiot.features import KaldiFbank
 
 LONG = """File type = "ooTextFile"
@@ -261,16 +261,26 @@ def test_arpabet_has_72_classes_and_41_without_stress():
     assert len({*vowels, *consonants, "SIL", "SPN"}) == 41
 
 
-def test_time_without_an_interval_is_silence_but_not_behind_the_last(tmp_path):
+def test_time_without_an_interval_is_silence(tmp_path):
     write(tmp_path, LONG.replace("xmax = 0.9", "xmax = 0.8").replace(LAST, LAST.replace("1.5", "1.46")))
     found = items([cut(24000)], tmp_path)
-    assert found == [("SIL", 0.0, 0.25), ("AH0", 0.25, 0.8), ("SIL", 0.8, 0.9), ("B", 0.9, 1.2), ("SIL", 1.2, 1.46)]
+    assert found == [("SIL", 0.0, 0.25), ("AH0", 0.25, 0.8), ("SIL", 0.8, 0.9), ("B", 0.9, 1.2), ("SIL", 1.2, 1.5)]
     one = aligned(cut(24000), read_phone_labels(tmp_path, [cut(24000)]))
     labels = FrameLabels("phone", KaldiFbank()).encode(one, {"SIL": 0, "AH0": 1, "B": 2})
     assert labels.tolist() == [
-        IGNORED if center >= 1.46 else next({"SIL": 0, "AH0": 1, "B": 2}[phone] for phone, _, end in found if center < end)
+        next({"SIL": 0, "AH0": 1, "B": 2}[phone] for phone, _, end in found if center < end)
         for center in ((160 * t + 200) / 16000 for t in range(148))
     ]
+
+
+def test_a_textgrid_may_begin_late_and_a_tier_end_early(tmp_path):
+    """What Praat extracts with its times kept, and tiers that stop with the last word."""
+    late = LONG.replace("xmin = 0\n", "xmin = 0.2\n").replace(LAST, LAST.replace("1.5", "1.3"))
+    write(tmp_path, late.replace('text = "sil"', 'text = "B"').replace('text = ""', 'text = "AH0"'))
+    phones = [("SIL", 0.0, 0.2), ("B", 0.2, 0.25), ("AH0", 0.25, 0.9), ("B", 0.9, 1.2), ("AH0", 1.2, 1.3), ("SIL", 1.3, 1.5)]
+    assert items([cut(24000)], tmp_path) == [(symbol, start, pytest.approx(end)) for symbol, start, end in phones]
+    one = aligned(cut(24000), read_phone_labels(tmp_path, [cut(24000)]))
+    FrameLabels("phone", KaldiFbank()).check(one)
 
 
 @pytest.mark.parametrize("off", [-0.049, 0.049])
@@ -278,7 +288,7 @@ def test_a_textgrid_may_end_beside_the_audio_by_50_ms(tmp_path, off):
     write(tmp_path, LONG)
     num_samples = round((1.5 + off) * 16000)
     found = items([cut(num_samples)], tmp_path)
-    assert found[-1] == ("SIL", 1.2, pytest.approx(min(1.5, 1.5 + off)))
+    assert found[-1] == ("SIL", 1.2, pytest.approx(1.5 + off))
     FrameLabels("phone", KaldiFbank()).check(aligned(cut(num_samples), read_phone_labels(tmp_path, [cut(num_samples)])))
 
 
@@ -314,6 +324,8 @@ BROKEN = {
     "a number for a text": ('"AH0"', "0.5", 49, "expected the text of an interval, a text in quotes, found '0.5'"),
     "too few intervals": ("size = 4", "size = 3", 55, "expected the end of the file, found '1.2'"),
     "too many intervals": ("size = 4", "size = 5", 58, "the file ends where the start of an interval is expected"),
+    "infinity": ("xmax = 1.5", "xmax = 1e999", 5, "expected the end, a number, found 1e999, which is too large"),
+    "infinitely many": ("size = 4", "size = 1e999", 41, "expected the number of intervals, a number, found 1e999"),
     "half an interval": ("size = 4", "size = 4.5", 41, "expected the number of intervals, found 4.5"),
     "overlap": ("xmin = 0.9", "xmin = 0.85", 52, "interval 3 of 'phones' begins at 0.85 s, the one before it ends at 0.9 s"),
     "backwards": ("xmax = 0.9", "xmax = 0.2", 48, "interval 2 of 'phones' goes from 0.25 to 0.2 s"),
@@ -337,7 +349,7 @@ def test_a_broken_textgrid_is_refused_with_its_line(tmp_path, kind):
 
 def test_a_textgrid_in_another_encoding_is_refused_by_name(tmp_path):
     (tmp_path / "84-1-0000.TextGrid").write_bytes(LONG.replace("B", "É").encode("latin-1"))
-    with pytest.raises(ValueError, match=r"84-1-0000\.TextGrid is no TextGrid in UTF-8 or UTF-16: .* at byte 1,"):
+    with pytest.raises(ValueError, match=r"84-1-0000\.TextGrid:53: not UTF-8 \(byte 0xc9\): save the file as UTF-8"):
         read_phone_labels(tmp_path, [cut(24000)])
 
 

@@ -175,11 +175,22 @@ def test_a_list_of_trials_is_read_as_voxcelebs(listed):
     ]
 
 
-@pytest.mark.parametrize("line", ["u00 u01", "2 u00 u01", "1 u00", "1 u00 u01 u02", "target u00 u01"])
+@pytest.mark.parametrize("line", ["u00 u01", "2 u00 u01", "1 u00", "1 u00 u01 u02", "target u00 u01", "1.0 u00 u01", "true a b"])
 def test_a_line_that_is_no_trial_is_named(listed, line):
     path = listed("1 u00 u01", line)
     with pytest.raises(ValueError, match=rf"{path}:2: expected 1 or 0 and two utterances, found '{line}'"):
         Verification(SPEAKERS, trials=path)
+
+
+def test_trials_that_contradict_each_other_are_refused_and_repeated_ones_count_twice(listed):
+    assert len(read_trials(listed("1 a b", "1 b a", "0 a c", "1 a b"))) == 4
+    with pytest.raises(ValueError, match=r"trials\.txt:4: c and a are of one speaker here or in line 1, not in both"):
+        read_trials(listed("1 a c", "", "0 a b", "0 c.wav a"))
+
+
+def test_a_list_without_trials_is_refused(listed):
+    with pytest.raises(ValueError, match=r"trials\.txt has no trial: lines of 1 or 0 and two utterances"):
+        read_trials(listed("", " "))
 
 
 def test_a_missing_list_of_trials_is_named(tmp_path):
@@ -190,7 +201,7 @@ def test_a_missing_list_of_trials_is_named(tmp_path):
 def test_trials_of_utterances_that_are_not_there_are_refused_before_training_and_after(listed):
     path = listed("1 u00 u01", "0 u00 u77", "0 u66 u01")
     objective = Verification(SPEAKERS, embedding_dim=4, trials=path)
-    message = rf"{path} names 2 utterances that the test split has not, u66 first: were they rejected by preparation\?"
+    message = rf"{path} names 2 utterances that the test split has not, u77 of line 2 first: were they rejected by preparation\?"
     with pytest.raises(ValueError, match=message):
         objective.check(["u00", "u01"])
     objective.check(["u00", "u01", "u66", "u77", "u99"])

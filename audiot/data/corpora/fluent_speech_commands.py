@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
+from audiot.data.text import rows
 
 COUNTS = {"train": 23132, "valid": 3118, "test": 3793}
 SLOTS = ("action", "object", "location")
@@ -58,24 +58,16 @@ class FluentSpeechCommandsCorpus:
         if not table.is_file():
             raise FileNotFoundError(f"Fluent Speech Commands: there is no {table}: {REMEDY}")
         utterances: dict[str, Utterance] = {}
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            if lacking := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
-                raise ValueError(
-                    f"{table}: no column {', '.join(lacking)}; found {', '.join(rows.fieldnames or ()) or 'nothing'}"
-                )
-            for row in rows:
-                if None in row:
-                    raise ValueError(f"{table}:{rows.line_num}: more values than the header has columns")
-                if empty := [name for name in COLUMNS if not (row[name] or "").strip()]:
-                    raise ValueError(f"{table}:{rows.line_num}: nothing in column {', '.join(empty)}")
-                path = PurePosixPath(row["path"])
-                name = f"{path.parent.name}/{path.stem}"
-                if name in utterances:
-                    raise ValueError(f"{table}:{rows.line_num}: {path} occurs a second time")
-                labels = {slot: row[slot].strip() for slot in SLOTS}
-                labels["intent"] = "|".join(labels.values())
-                utterances[name] = Utterance(self.root / path, row["speakerId"], row["transcription"].strip(), labels)
+        for number, row in rows(table, COLUMNS):
+            if empty := [name for name in COLUMNS if not row[name]]:
+                raise ValueError(f"{table}:{number}: nothing in column {', '.join(empty)}")
+            path = PurePosixPath(row["path"])
+            name = f"{path.parent.name}/{path.stem}"
+            if name in utterances:
+                raise ValueError(f"{table}:{number}: {path} occurs a second time")
+            labels = {slot: row[slot] for slot in SLOTS}
+            labels["intent"] = "|".join(labels.values())
+            utterances[name] = Utterance(self.root / path, row["speakerId"], row["transcription"], labels)
         if len(utterances) != COUNTS[split] and not self.partial:
             raise ValueError(
                 f"{table} lists {len(utterances):,} utterances, the published one {COUNTS[split]:,}: {REMEDY}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import csv
 import difflib
 import operator
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
+from audiot.data.text import rows
 from audiot.quoting import argument
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
@@ -89,27 +89,23 @@ class PathPattern:
 def read_labels(path: str | Path) -> dict[str, dict[str, str]]:
     """A table with a header: its column ``path`` → the other columns. Tabs separate columns in a .tsv, commas elsewhere.
 
+    Blanks around a value are left out; a blank value is the empty text, which is no label.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no ``path`` column, a row of another length than the header, or a path twice.
+        ValueError: no ``path`` column, a row without a path, a path twice, or what `rows` refuses.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data.labels: there is no file {path}")
     labels: dict[str, dict[str, str]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() in {".tsv", ".tab"} else ",")
-        if "path" not in (rows.fieldnames or ()):
-            header = ", ".join(rows.fieldnames or ()) or "nothing"
-            raise ValueError(f"{path}: the first line must name the columns, one of them path; found {header}")
-        for row in rows:
-            if None in row or None in row.values():
-                columns = len(rows.fieldnames or ())
-                raise ValueError(f"{path}:{rows.line_num}: not as many values as the header has columns ({columns})")
-            name = os.path.normpath(row.pop("path")).replace(os.sep, "/")
-            if name in labels:
-                raise ValueError(f"{path}:{rows.line_num}: the path {name} occurs a second time")
-            labels[name] = row
+    for number, row in rows(path, ["path"], "\t" if path.suffix.lower() in {".tsv", ".tab"} else ","):
+        if not row["path"]:
+            raise ValueError(f"{path}:{number}: nothing in column path")
+        name = os.path.normpath(row.pop("path")).replace(os.sep, "/")
+        if name in labels:
+            raise ValueError(f"{path}:{number}: the path {name} occurs a second time")
+        labels[name] = row
     return labels
 
 
@@ -424,7 +420,8 @@ class FolderCorpus:
 
 
 def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
-    custom = {name: value for name, value in labels.items() if name != "path"}
+    """The cut with its labels; a blank one is none."""
+    labels = {name: value.strip() for name, value in labels.items() if name != "path" and value.strip()}
     cut.supervisions = [
         SupervisionSegment(
             cut.id,
@@ -433,8 +430,8 @@ def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
             cut.duration,
             cut.channel,
             text=labels.get("text"),
-            speaker=labels.get("speaker") or None,
-            custom=custom or None,
+            speaker=labels.get("speaker"),
+            custom=labels or None,
         )
     ]
     return cut

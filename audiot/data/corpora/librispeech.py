@@ -21,6 +21,7 @@ from lhotse.utils import resumable_download
 from audiot.data.corpora.phone_labels import Tier, aligned, read_phone_labels
 from audiot.data.corpora.published import Utterance, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
+from audiot.data.text import lines
 from audiot.random import key
 
 MIRROR = "https://www.openslr.org/resources"
@@ -397,7 +398,7 @@ def _read_transcript(path: Path) -> dict[str, str]:
     """Id → words, of lines ``SPEAKER-CHAPTER-NUMBER WORDS``."""
     texts: dict[str, str] = {}
     chapter = path.name.removesuffix(".trans.txt")
-    for number, line in _numbered(path):
+    for number, line in lines(path):
         name, _, text = line.partition(" ")
         if not re.fullmatch(rf"{re.escape(chapter)}-[0-9]+", name):
             raise ValueError(f"{path}:{number}: expected {chapter}-NUMBER and its words, found {line[:60]!r}")
@@ -410,7 +411,7 @@ def _read_transcript(path: Path) -> dict[str, str]:
 def _table(path: Path, columns: int) -> Iterator[list[str]]:
     """First columns of SPEAKERS.TXT or CHAPTERS.TXT, ``ID | SEX | …``; nothing where the file isn't there."""
     if path.is_file():
-        for number, line in _numbered(path):
+        for number, line in lines(path):
             if line[0] != ";":
                 row = [field.strip() for field in line.split("|")]
                 if len(row) < columns:
@@ -426,7 +427,7 @@ def _read_list(path: Path, argument: str) -> dict[str, int]:
             "github.com/s3prl/s3prl"
         )
     names: dict[str, int] = {}
-    for number, line in _numbered(path):
+    for number, line in lines(path):
         if len(line.split()) != 1:
             raise ValueError(f"{path}:{number}: expected one utterance, found {line[:60]!r}")
         if line in names:
@@ -435,17 +436,6 @@ def _read_list(path: Path, argument: str) -> dict[str, int]:
     if not names:
         raise ValueError(f"{argument}: {path} is empty")
     return names
-
-
-def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and content of each line that isn't blank."""
-    try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line := line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from None
 
 
 def _cut_set(cuts: list[Cut], tiers: Mapping[str, Mapping[str, Tier]]) -> CutSet:

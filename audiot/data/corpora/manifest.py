@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lhotse import CutSet, SupervisionSegment
-from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
 from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 from tqdm import tqdm
 
 from audiot.data.corpora.folder import audio_cut
 from audiot.data.corpora.held_out import divide
+from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError
+from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second
@@ -30,8 +29,8 @@ class ManifestCorpus:
     """Splits from Lhotse cuts (JSONL) or NeMo manifests (JSON lines), plain or gzipped; the content tells which.
 
     NeMo: ``audio_filepath`` and, where given, ``offset`` and ``duration`` (seconds), ``text``, ``speaker``, ``lang``; all
-    other fields (``label``, …) become custom fields of the supervision. The id is the path without suffix below the
-    manifest's folder, with ``@offset+duration`` where the entry takes a part of its file.
+    other fields (``label``, …) become custom fields of the supervision. A field that is null or blank is not there. The id is
+    the path without suffix below the manifest's folder, with ``@offset+duration`` where the entry takes a part of its file.
 
     Args:
         train: Manifest of the training utterances.
@@ -86,18 +85,19 @@ class ManifestCorpus:
         return Manifests({split: CutSet.from_cuts(cuts) for split, cuts in chosen.items()}, tasks, rejected)
 
     def _read(self, path: Path, rejected: list[tuple[str, str]], progress: bool) -> dict[str, Cut]:
-        lines = list(_lines(path))
+        entries = list(_entries(path))
         cuts: dict[str, Cut] = {}
         with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
-            parsed = pool.map(partial(self._parse, path), lines)
-            bar = tqdm(parsed, total=len(lines), desc=path.name, unit="utt", disable=not progress)
-            for (number, _), cut in zip(lines, bar, strict=True):
+            parsed = pool.map(partial(self._parse, path), entries)
+            bar = tqdm(parsed, total=len(entries), desc=path.name, unit="utt", disable=not progress)
+            for (number, _), cut in zip(entries, bar, strict=True):
                 if isinstance(cut, tuple):
                     rejected.append(cut)
                 elif cut.id in cuts:
                     raise ValueError(f"{path}:{number}: the utterance {cut.id!r} occurs a second time")
                 else:
                     cuts[cut.id] = cut
+        _say_speakers(path, cuts.values())
         return cuts
 
     def _parse(self, path: Path, line: tuple[int, dict[str, Any]]) -> Cut | tuple[str, str]:
@@ -109,13 +109,14 @@ class ManifestCorpus:
             if entry.get("type") in CUT_TYPES:
                 return self._lhotse(entry)
             raise ValueError("neither a Lhotse cut (a type such as MonoCut) nor a NeMo entry (audio_filepath)")
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
             # What Lhotse's reading of a cut may raise on fields that are missing or of another type.
             detail = str(error) if isinstance(error, ValueError) else f"not a Lhotse cut: {error!r}"
             raise ValueError(f"{path}:{number}: {detail}") from None
 
     def _lhotse(self, entry: dict[str, Any]) -> Cut:
         cut = deserialize_item(entry)
+        _check(cut)
         if self.root is not None and isinstance(cut, (MonoCut, MultiCut)):
             cut = cut.with_recording_path_prefix(self.root)
         elif self.root is not None:  # a MixedCut has no such method for all its tracks
@@ -134,9 +135,14 @@ class ManifestCorpus:
         if not isinstance(name, str) or not name:
             raise ValueError(f"audio_filepath must be one path, found {name!r}")
         offset = 0.0 if offset is None else offset
-        for what, value in (("offset", offset), ("duration", 0.0 if duration is None else duration)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{what} must be a number of seconds, found {value!r}")
+        if as_seconds(offset, "offset") < 0:
+            raise ValueError(f"offset must be a number of seconds from 0 on, found {offset}")
+        if duration is not None and as_seconds(duration, "duration") <= 0:
+            raise ValueError(f"duration must be a number of seconds above 0, found {duration}")
+        text, language = as_text(fields.pop("text", None), "text"), as_text(fields.pop("lang", None), "lang")
+        speaker = as_label(fields.get("speaker"), "speaker")
+        as_label(fields.get("label"), "label")
+        custom = {field: value for field, value in fields.items() if value is not None and str(value).strip()}
         path = base / name
         below = path.relative_to(base) if path.is_relative_to(base) else path.relative_to(path.anchor)
         try:
@@ -149,7 +155,6 @@ class ManifestCorpus:
         if offset > 0 or end < cut.duration - ROUNDING_S:
             piece = f"@{float(offset)}" if duration is None else f"@{float(offset)}+{float(duration)}"
             cut = cut.truncate(offset=offset, duration=min(end, cut.duration) - offset).with_id(cut.id + piece)
-        text, speaker, language = fields.pop("text", None), fields.get("speaker"), fields.pop("lang", None)
         cut.supervisions = [
             SupervisionSegment(
                 cut.id,
@@ -158,41 +163,94 @@ class ManifestCorpus:
                 cut.duration,
                 cut.channel,
                 text=text,
-                speaker=None if speaker is None else str(speaker),
+                speaker=speaker,
                 language=language,
-                custom=fields or None,
+                custom=custom or None,
             )
         ]
         return cut
 
 
 def _labels(cut: Cut) -> dict[str, str]:
-    """The labels of a cut that are plain values, its speaker among them."""
-    supervision = cut.supervisions[0] if cut.supervisions else None
-    custom = (supervision.custom or {}) if supervision else {}
-    labels = {name: str(value) for name, value in custom.items() if isinstance(value, (str, int, float)) and name != "speaker"}
-    return labels | ({"speaker": supervision.speaker} if supervision and supervision.speaker else {})
+    """The labels of a cut that are texts or whole numbers and the same in all of its supervisions, its speaker among them."""
+    customs = [supervision.custom or {} for supervision in cut.supervisions]
+    fields = {name for custom in customs for name, value in custom.items() if isinstance(value, str | int) and name != "speaker"}
+    values = {name: values_of(cut, name) for name in ("speaker", *sorted(fields))}
+    return {name: found[0] for name, found in values.items() if len(found) == 1}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each line that isn't blank."""
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, _object(path, number, line)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: unreadable after line {number}: {error}") from None
+    for number, line in lines(path):
+        try:
+            entry = json_object(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        yield number, entry
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}:{number}: a JSON object was expected, found {type(entry).__name__}")
-    return entry
+def _check(cut: Cut) -> None:
+    """Refuse fields of a Lhotse cut that are of another type than Lhotse's, which does not look.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(cut.id, str) or not cut.id.strip():
+        raise ValueError(f"id must be text, found {cut.id!r}")
+    for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
+        if isinstance(part, (MonoCut, MultiCut)):
+            _check_recording(part.recording)
+    if as_seconds(cut.start, "start") < 0 or as_seconds(cut.duration, "duration") <= 0:
+        raise ValueError(f"start must be from 0 on and duration above 0, found {cut.start} and {cut.duration}")
+    for number, supervision in enumerate(cut.supervisions):
+        name = f"supervisions[{number}]"
+        as_seconds(supervision.start, f"{name}.start")
+        if as_seconds(supervision.duration, f"{name}.duration") < 0:
+            raise ValueError(f"{name}.duration must not be below 0, found {supervision.duration}")
+        as_text(supervision.text, f"{name}.text")
+        as_text(supervision.language, f"{name}.language")
+        as_label(supervision.speaker, f"{name}.speaker")
+        if not isinstance(supervision.custom, dict | None):
+            raise ValueError(f"{name}.custom must be an object, found {type(supervision.custom).__name__}")
+        for tier, items in (supervision.alignment or {}).items():
+            for symbol, start, duration, _ in items:
+                if (
+                    type(symbol) is str
+                    and type(start) is type(duration) is float
+                    and abs(start) < MOST_S
+                    and 0 <= duration < MOST_S
+                ):
+                    continue  # a corpus has millions
+                as_text(symbol, f"a symbol of {name}.alignment.{tier}")
+                as_seconds(start, f"a start of {name}.alignment.{tier}")
+                if as_seconds(duration, f"a duration of {name}.alignment.{tier}") < 0:
+                    raise ValueError(f"a duration of {name}.alignment.{tier} must not be below 0, found {duration}")
+
+
+def _check_recording(recording: Recording | None) -> None:
+    if recording is None:
+        raise ValueError("the cut has no recording: audio is needed, not features")
+    as_seconds(recording.duration, "recording.duration")
+    for name, value in (("sampling_rate", recording.sampling_rate), ("num_samples", recording.num_samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**48:
+            raise ValueError(f"recording.{name} must be a whole number above 0, found {value!r}")
+    if not recording.sources:
+        raise ValueError("recording.sources is empty")
+    for source in recording.sources:
+        if source.type == "file" and not isinstance(source.source, str):
+            raise ValueError(f"recording.sources: source must be one path, found {source.source!r}")
+        if not isinstance(source.channels, list) or not all(type(channel) is int for channel in source.channels):
+            raise ValueError(f"recording.sources: channels must be a list of whole numbers, found {source.channels!r}")
+
+
+def _say_speakers(path: Path, cuts: Collection[Cut]) -> None:
+    """Say how many cuts have several speakers: no label of theirs can be one speaker."""
+    several = {cut.id: speakers for cut in cuts if len(speakers := values_of(cut, "speaker")) > 1}
+    if several:
+        name, speakers = next(iter(several.items()))
+        print(
+            f"{path}: {len(several):,} of {len(cuts):,} cuts have several speakers, {name} first ({', '.join(speakers[:5])}): "
+            "their texts are joined in the order of time, and tasks about speakers refuse them; Lhotse's "
+            "CutSet.trim_to_supervisions(keep_overlapping=False) makes a cut of each supervision",
+            flush=True,
+        )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from math import isfinite
 from pathlib import Path
 from sys import intern
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 from tqdm import tqdm
 
-SILENCE = "SIL"
+from audiot.data.labels import SILENCE
+from audiot.data.text import lines, read_text
+
 FRAMES_APART = 5  # S3PRL's alignments differ from its features by a few frames
 SECONDS_APART = 0.05  # between the end of a TextGrid and that of the audio
 ROUNDING_S = 0.001  # programs that write times with three digits
@@ -106,40 +109,32 @@ def read_frame_labels(
     """
     tiers: dict[str, dict[str, Tier]] = {}
     symbols: dict[str, str] = {}
-    with open(path, "rb") as stream:
-        bar = tqdm(_lines(stream), desc="read phone labels", unit="utt", disable=not progress)
-        for number, (utterance, *labels) in bar:
-            if utterance not in audio:
-                continue
-            for label in set(labels) - symbols.keys():
-                if not re.fullmatch("[0-9]+", label):
-                    raise ValueError(f"{path}:{number}: expected UTTERANCE and one integer phone a frame, found {label[:40]!r}")
-                symbols[label] = intern(str(int(label)))
-            if utterance in tiers:
-                raise ValueError(f"{path}:{number}: utterance {utterance} occurs a second time")
-            num_samples, rate = audio[utterance]
-            length, hop = rate * 25 // 1000, rate // 100
-            frames = max(1 + (num_samples - length) // hop, 0)
-            if not labels or abs(len(labels) - frames) > FRAMES_APART:
-                raise ValueError(
-                    f"{path}:{number}: utterance {utterance} has {len(labels):,} labels and {frames:,} frames of 10 ms "
-                    f"({num_samples:,} samples at {rate:,} Hz), they may be {FRAMES_APART} apart: labels of another file?"
-                )
-            runs, edges, first = [], array("d"), 0
-            for label, run in groupby(labels[: max(frames, 1)]):
-                runs.append(symbols[label])
-                edges.append((first * hop + (length - hop) / 2) / rate if first else 0.0)
-                first += len(list(run))
-            edges.append(num_samples / rate)
-            tiers[utterance] = {"phone": Tier(tuple(runs), edges)}
+    for number, line in tqdm(lines(path), desc="read phone labels", unit="utt", disable=not progress):
+        utterance, *labels = line.split()
+        if utterance not in audio:
+            continue
+        for label in set(labels) - symbols.keys():
+            if not re.fullmatch("[0-9]+", label):
+                raise ValueError(f"{path}:{number}: expected UTTERANCE and one integer phone a frame, found {label[:40]!r}")
+            symbols[label] = intern(str(int(label)))
+        if utterance in tiers:
+            raise ValueError(f"{path}:{number}: utterance {utterance} occurs a second time")
+        num_samples, rate = audio[utterance]
+        length, hop = rate * 25 // 1000, rate // 100
+        frames = max(1 + (num_samples - length) // hop, 0)
+        if not labels or abs(len(labels) - frames) > FRAMES_APART:
+            raise ValueError(
+                f"{path}:{number}: utterance {utterance} has {len(labels):,} labels and {frames:,} frames of 10 ms "
+                f"({num_samples:,} samples at {rate:,} Hz), they may be {FRAMES_APART} apart: labels of another file?"
+            )
+        runs, edges, first = [], array("d"), 0
+        for label, run in groupby(labels[: max(frames, 1)]):
+            runs.append(symbols[label])
+            edges.append((first * hop + (length - hop) / 2) / rate if first else 0.0)
+            first += len(list(run))
+        edges.append(num_samples / rate)
+        tiers[utterance] = {"phone": Tier(tuple(runs), edges)}
     return tiers
-
-
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, list[str]]]:
-    """Number and words of each line that isn't blank."""
-    for number, line in enumerate(stream, start=1):
-        if words := line.decode("utf-8", "replace").split():
-            yield number, words
 
 
 def read_textgrids(
@@ -212,6 +207,12 @@ def _without_gaps(intervals: Iterable[Interval], duration_s: float, phones: bool
             edges.append(start)
         symbols.append(intern(phone_symbol(text, strip_stress) if phones else text.strip() or SILENCE))
         edges.append(min(end, duration_s))
+    if duration_s > edges[-1] + ROUNDING_S:
+        if symbols and symbols[-1] == SILENCE:
+            edges.pop()
+        else:
+            symbols.append(SILENCE)
+        edges.append(duration_s)
     return Tier(tuple(symbols), edges)
 
 
@@ -303,11 +304,7 @@ class _Tokens:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes()
-        try:
-            self.content = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no TextGrid in UTF-8 or UTF-16: {error.reason} at byte {error.start:,}") from None
+        self.content = read_text(path, utf_16=True)
         matches = (match for match in self.PATTERN.finditer(self.content) if match.lastindex)
         self.found = [(match.lastindex, match[match.lastindex or 0], match.start(match.lastindex or 0)) for match in matches]
         self.at = 0
@@ -337,6 +334,8 @@ class _Tokens:
         word = self._next(2, what, "a number")
         if word[0] == "<":
             raise self.error(f"expected {what}, a number, found {word!r}")
+        if not isfinite(float(word)):
+            raise self.error(f"expected {what}, a number, found {word[:40]}, which is too large")
         return float(word)
 
     def count(self, what: str) -> int:

@@ -12,6 +12,7 @@ from lhotse.utils import resumable_download
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
+from audiot.data.text import lines
 from audiot.random import key
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -166,17 +167,20 @@ class SpeechCommandsCorpus:
         path = self.root / name
         if not path.is_file():
             raise FileNotFoundError(f"{self.title}: there is no {path}: {self._remedy}")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for number, line in enumerate(lines, start=1):
+        listed: set[str] = set()
+        for number, line in lines(path):
             word, _, recording = line.partition("/")
             if word not in self.words or not NAME.fullmatch(recording):
                 raise ValueError(f"{path}:{number}: expected a path such as bed/0c40e715_nohash_0.wav, found {line[:80]!r}")
-        if len(lines) != published and not self.partial:
+            if line in listed:
+                raise ValueError(f"{path}:{number}: {line} occurs a second time")
+            listed.add(line)
+        if len(listed) != published and not self.partial:
             raise ValueError(
-                f"{path} lists {len(lines):,} recordings, that of version {self.version} has {published:,}: {self._remedy}; "
+                f"{path} lists {len(listed):,} recordings, that of version {self.version} has {published:,}: {self._remedy}; "
                 "data.partial=true takes a list that is meant to be a part"
             )
-        return set(lines)
+        return listed
 
     def _check_complete(self, found: dict[str, list[str]], lists: dict[str, set[str]]) -> None:
         """The lists name a fifth of the recordings; of the others only the number is known."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from audiot.data.corpora.published import Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
+from audiot.data.text import lines
 from audiot.random import key
 
 PARTS = {"1": "train", "2": "valid", "3": "test"}
@@ -175,7 +176,4 @@ def _lines(path: Path, remedy: str) -> Iterator[tuple[int, list[str]]]:
     """Number and words of each line that isn't blank."""
     if not path.is_file():
         raise FileNotFoundError(f"VoxCeleb1: there is no list {path}: {remedy}")
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if words := line.split():
-                yield number, words
+    return ((number, line.split()) for number, line in lines(path))
