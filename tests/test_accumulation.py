@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +95,34 @@ def test_ranks_share_validation_even_where_one_has_no_batch(ranks, count):
     }
     expected = {f"pretrain/{name}": float((guess - target).abs()[masked].mean()) for name, guess in guesses.items()}
     assert [results["validation", count] for results in ranks] == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("count", [1, 2])
+def test_weighing_compiled_steps_on_the_gpu_waits_for_nothing(count, tmp_path):
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        module = made("reconstruction").float().cuda()
+        module.log_loss = lambda loss: None
+        module.compile_step(graphs=count == 1)
+        module._trainer = SimpleNamespace(accumulate_grad_batches=count, world_size=2)  # the other rank adds nothing
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        inputs = []
+        for batch in batches_of("reconstruction", count):
+            tokens, lengths, valid = module._features(batch)
+            inputs.append((tokens.float().cuda(), lengths.cuda(), batch["keys"].cuda(), None if valid is None else valid.cuda()))
+        for turn in range(4):
+            torch.cuda.set_sync_debug_mode("error" if turn == 3 else "default")
+            optimizer.zero_grad()
+            for number, each in enumerate(inputs):
+                (module.weighted(module.step_loss(*each), number) / (2 * count)).backward()
+            module.on_before_optimizer_step(optimizer)
+            torch.cuda.set_sync_debug_mode("default")
+        loss, gradients = mean_over_all("reconstruction", count)
+        assert module.latest_loss.item() == pytest.approx(loss, rel=1e-3)
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad.double().cpu(), gradients[name], rtol=1e-2, atol=1e-4, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
