@@ -134,7 +134,7 @@ def test_what_an_experiment_changed_of_the_data_is_carried_on(here):
     assert cfg.data.pretrain == ["train-clean-100", "train-clean-360", "train-other-500"]
 
 
-@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+@pytest.mark.filterwarnings("error")  # a stray one, on data as small as this
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("labelled", [True, False])
 def test_every_command_that_a_first_run_prints_runs(here, labelled):
