@@ -214,10 +214,9 @@ class AudioFile:
                 self._parts = _ogg_parts(stream, self._size)
             elif is_mpeg:
                 self._parts = _mpeg_parts(stream, start, self._size)
-            elif magic[:4] == b"caff":
-                _check_caf(stream, self._size)
             elif magic[:4] == b"fLaC" and len(magic) == 42:
                 self._unbounded = _flac_without_length(magic, start, self._size)
+            sizes = _chunk_sizes(stream, magic, start, self._size)
         for part in self._parts:
             with self._decoder(part) as file:
                 form = (file.samplerate, file.channels)
@@ -230,8 +229,8 @@ class AudioFile:
                     raise BadAudioError(_changes(self.sample_rate, self.channels, *form))
                 if file.format == "MP3" and not is_mpeg:
                     raise BadAudioError(f"unreadable: no frame of MPEG audio at byte {start}")
-                if part is None:
-                    _check_log(file, self._size)
+                if sizes and sizes.behind * file.frames > SHORTFALL_S * file.samplerate * sizes.audio:
+                    raise BadAudioError(f"longer than its header says: {sizes.behind} bytes lie behind its end, joined perhaps")
                 self._lengths.append(None if file.frames >= UNKNOWN else file.frames)
         declared = sum(length for length in self._lengths if length)
         if declared > MAX_SAMPLES_PER_BYTE * self._size:
@@ -378,41 +377,6 @@ def _changes(rate: int, channels: int, new_rate: int, new_channels: int) -> str:
     return f"joined of unlike parts: {rate} Hz, {channels} channels, then {new_rate} Hz, {new_channels} channels"
 
 
-def _check_log(file: soundfile.SoundFile, size: int) -> None:
-    """Compare the sizes in the header of a WAV, AIFF, AU, W64 or RF64 file with the file's own.
-
-    libsndfile reads one that ends early, or goes on behind its end, as if it were meant to be so, but notes it in its log.
-    """
-    log = file.extra_info
-    declared = re.search(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", log, re.M)
-    # A program that writes to a pipe doesn't know the size and gives the largest.
-    if declared and int(declared[2]) < int(declared[1]) < 0x7FFF0000:
-        raise BadAudioError(f"truncated: the header says {declared[1]} bytes, the file has {declared[2]}")
-    ends = None
-    if declared and declared[0].lstrip().startswith("riff"):
-        ends = int(declared[1])
-    elif junk := re.search(r"Unknown chunk marker \(\w+\) at position (\d+)", log):
-        ends = int(junk[1])
-    elif found := re.search(r"^\s*Data Offset : (\d+)\s+Data Size\s*: (\d+)$", log, re.M):
-        ends = int(found[1]) + int(found[2])
-    if ends and file.frames and (size - ends) / ends * file.frames > SHORTFALL_S * file.samplerate:
-        raise BadAudioError(f"longer than its header says: {size - ends} bytes behind its end at byte {ends}, joined perhaps")
-
-
-def _check_caf(stream: IO[bytes], size: int) -> None:
-    """Refuse a Core Audio file behind whose chunks another begins: libsndfile's log doesn't tell."""
-    at = 8
-    while at < size:
-        stream.seek(at)
-        chunk = stream.read(12)
-        if chunk[:4] == b"caff":
-            raise BadAudioError(f"longer than its header says: another file begins at byte {at}")
-        length = int.from_bytes(chunk[4:], "big", signed=True)
-        if length < 0:  # to the end of the file
-            return
-        at += 12 + length
-
-
 def _find(stream: IO[bytes], pattern: re.Pattern[bytes], position: int) -> int | None:
     """Where a pattern of at most 16 bytes occurs from ``position`` on."""
     stream.seek(position)
@@ -422,6 +386,70 @@ def _find(stream: IO[bytes], pattern: re.Pattern[bytes], position: int) -> int |
         if found := pattern.search(window):
             return stream.tell() - len(window) + found.start()
     return None
+
+
+# Chunks of WAV (RIFF, RF64), AIFF, W64, CAF, and the header of AU
+
+
+class _Sizes(NamedTuple):
+    """Bytes of audio, and of what lies behind that is no chunk."""
+
+    audio: int
+    behind: int
+
+
+CHUNKS = {  # magic → where they begin, what each begins with (name, length), to what they are aligned
+    b"RIFF": (12, "<4sI", 2),
+    b"RIFX": (12, ">4sI", 2),
+    b"RF64": (12, "<4sI", 2),
+    b"FORM": (12, ">4sI", 2),
+    b"riff": (40, "<16sQ", 8),
+    b"caff": (8, ">4sQ", 1),
+}
+
+
+def _chunk_sizes(stream: IO[bytes], magic: bytes, start: int, size: int) -> _Sizes | None:
+    """Compare the length in the header with the file's own, of which libsndfile takes the smaller one and says nothing.
+
+    None: not such a file, or a length that was left open, as by a program that writes to a pipe.
+
+    Raises:
+        BadAudioError: the file ends before its audio.
+    """
+    if magic[:4] == b".snd":
+        begin, length = struct.unpack(">II", magic[4:12].ljust(8, b"\xff"))
+        return _audio_size(length, 0x7FFF0000, size - start - begin)
+    if magic[:4] not in CHUNKS:
+        return None
+    at, head, alignment = CHUNKS[magic[:4]]
+    head_size = struct.calcsize(head)
+    sizes, long_length = None, None
+    while at + head_size <= size - start:
+        stream.seek(start + at)
+        name, length = struct.unpack(head, stream.read(head_size))
+        if magic[:4] == b"riff":  # it counts its own head
+            length = max(0, length - head_size)
+        left = size - start - at - head_size
+        if name == b"ds64":
+            long_length = int.from_bytes(stream.read(16)[8:], "little")
+        if sizes is None and name[:4] in (b"data", b"SSND"):
+            is_long = length == 0xFFFFFFFF and bool(long_length)
+            length = long_length if is_long and long_length else length
+            sizes = _audio_size(length, 0x7FFF0000 if head[-1] == "I" and not is_long else 2**62, left)
+            if sizes is None:
+                return None
+        elif length > left or name[:4] == magic[:4] or not all(32 <= letter < 127 for letter in name[:4]):
+            break
+        at += head_size + length + -length % alignment
+    return sizes and _Sizes(sizes.audio, max(0, size - start - at))
+
+
+def _audio_size(length: int, open_from: int, left: int) -> _Sizes | None:
+    if length >= open_from:
+        return None
+    if length > left:
+        raise BadAudioError(f"truncated: the header says {length} bytes, the file has {left}")
+    return _Sizes(length, left - length)
 
 
 # Tags, which may lie before and behind the audio of an MP3 or FLAC
