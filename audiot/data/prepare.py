@@ -549,7 +549,8 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
         with replacing_gzip(directory / f"{split}.jsonl.gz") as stream:
             for cut in cuts:
                 if result := good.get(cut.id):
-                    line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict(), ensure_ascii=False)
+                    # In ASCII, as Lhotse reads text in the encoding of the locale.
+                    line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict())
                     stream.write(line.encode() + b"\n")
                     counts[split] += 1
                     num_samples += result["num_samples"]

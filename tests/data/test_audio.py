@@ -423,8 +423,7 @@ def test_links_are_followed_once_and_names_that_begin_with_a_dot_are_passed_over
         find_audio(tmp_path / "in" / "b", ["mp3"])
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_names_are_the_same_under_any_locale(tmp_path, locale):
+def test_names_are_the_same_where_the_locale_is_ascii(tmp_path):
     folder = tmp_path / "Töne"
     for name in ("café.wav", "日本.wav", "plain.wav"):
         put(folder, name, encoded("WAV", "PCM_16"))
@@ -433,17 +432,17 @@ def test_names_are_the_same_under_any_locale(tmp_path, locale):
         import json, sys
         from audiot.data.audio import audio_files, read_audio
         from audiot.data.corpora.folder import FolderCorpus
-        from audiot.data.datamodule import PreparedPieces
+        from audiot.data.batches import Piece
         from audiot.data.prepare import prepare
         import numpy as np
         corpus = FolderCorpus(sys.argv[1]).manifests(False)
         prepared = prepare(corpus, "out", num_jobs=1, progress=False)
-        pieces = [piece for split in prepared.counts for piece in PreparedPieces(prepared.directory, split)]
+        pieces = [Piece.of(cut) for split in prepared.counts for cut in prepared.cuts(split)]
         read = [int(np.abs(piece.read(np.zeros(piece.num_samples, np.int16))).max() > 0) for piece in pieces]
         direct = [len(read_audio(path, 16000)) for path in audio_files(sys.argv[1])]
         print(json.dumps([sorted(piece.id for piece in pieces), read, direct, [reason for _, reason in corpus.rejected]]))
     """
-    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     expected = [["café", "plain", "日本"], [1, 1, 1], [LENGTH] * 4, ["its name is not UTF-8: rename it"]]
