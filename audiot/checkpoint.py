@@ -21,6 +21,24 @@ FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_waveforms(waveforms: Any) -> None:
+    """Refuse anything but a tensor (B, N) of floats.
+
+    Raises:
+        ValueError: saying what was expected and found.
+    """
+    if isinstance(waveforms, Tensor):
+        if waveforms.ndim == 2 and waveforms.is_floating_point():
+            return
+        found = f"one of the shape {tuple(waveforms.shape)} and {str(waveforms.dtype).removeprefix('torch.')}"
+    else:
+        found = f"a {type(waveforms).__name__}"
+    raise ValueError(
+        f"waveforms must be a tensor (batch, samples) of floats in [-1, 1], found {found}: "
+        "torch.as_tensor(x, dtype=torch.float32) makes one of an array or list, x[None] a batch of one waveform"
+    )
+
+
 class AudioEncoder(nn.Module):
     """A feature front end and the encoder over it.
 
@@ -47,7 +65,11 @@ class AudioEncoder(nn.Module):
         Returns:
             Hidden states (layers + 1, B, T, d) in the encoder's dtype, zero after an utterance's end, and lengths (B,) in frames
             of the encoder.
+
+        Raises:
+            ValueError: the waveforms are no such tensor.
         """
+        check_waveforms(waveforms)
         if lengths is None:
             lengths = torch.full((len(waveforms),), waveforms.shape[1])
         tokens, num_tokens = self.features(waveforms, lengths)

@@ -10,6 +10,7 @@ import os
 import sys
 from importlib.metadata import version
 from importlib.resources import files
+from io import TextIOWrapper
 
 COMMANDS = {
     "pretrain": "pre-train a masked acoustic model, probe it, draw it",
@@ -44,6 +45,8 @@ tools:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; the exit code is 0 only if it did what was asked."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the locale lacks
     command, *rest = arguments or ["--help"]
     if command in ("--help", "-h"):
         lists = {"commands": COMMANDS, "tools": TOOLS}

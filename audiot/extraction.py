@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soxr
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from audiot.data.audio import AudioFile, BadAudioError, heard, read_audio, resample
 from audiot.data.batches import ignore_interrupt, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
-from audiot.data.prepare import BadAudioError
+from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
 from audiot.devices import attention_of_any_shape, to_host
-from audiot.downstream.classifier import by_length, collate, read_audio, together
+from audiot.downstream.classifier import by_length, collate, together
 from audiot.downstream.upstream import Upstream
 from audiot.files import write_csv
 from audiot.states import Failures, shard_path, stored, write_shard
@@ -43,6 +43,7 @@ class Utterance(NamedTuple):
     source: str | Cut
     num_samples: int
     sample_rate: int  # Hz
+    prepared: bool = False  # then preparation decided what is fit to be heard
 
     @property
     def seconds(self) -> float:
@@ -55,15 +56,12 @@ class Utterance(NamedTuple):
         Raises:
             BadAudioError: they can't be used; the message is the reason.
         """
-        if isinstance(self.source, str):
+        if not isinstance(self.source, str):
+            return heard(read_cut(self.source), self.sample_rate, sample_rate)
+        if not self.prepared:
             return read_audio(self.source, sample_rate)
-        try:
-            samples = self.source.load_audio().mean(axis=0)
-        except Exception as error:  # whatever a decoder, a command or a server may answer: it is the reason
-            raise BadAudioError(f"unreadable: {' '.join(str(error).split())[:200]}") from None
-        if not np.isfinite(samples).all():
-            raise BadAudioError("non-finite samples")
-        return samples if self.sample_rate == sample_rate else soxr.resample(samples, self.sample_rate, sample_rate, quality="HQ")
+        with AudioFile(self.source) as file:
+            return resample(file.read_mono(), file.sample_rate, sample_rate)
 
 
 def total_seconds(shard: Sequence[Utterance]) -> float:

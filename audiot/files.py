@@ -17,6 +17,19 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def name_text(path: str | Path) -> str:
+    """A path as text in UTF-8; Python gives one in the locale's encoding. Bytes that are no UTF-8 become surrogates."""
+    try:
+        return os.fsencode(path).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # text that doesn't come from this locale, but from a config or a manifest
+        return str(path)
+
+
+def name_bytes(path: str | Path) -> bytes:
+    """The bytes of a path that is text in UTF-8, as manifests and `name_text` have it."""
+    return str(path).encode("utf-8", "surrogateescape")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` when the block ends, and goes away if it fails."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -99,6 +100,22 @@ def test_a_waveform_gives_the_same_states_alone_and_in_a_batch(tiny, dtype, tole
         assert count == lengths[number] == ((length - 400) // 160 + 1) // 3
         torch.testing.assert_close(together[:, number, :count], alone[:, 0], rtol=tolerance, atol=tolerance)
         assert not together[:, number, count:].any()
+
+
+@pytest.mark.parametrize(
+    ("waveforms", "found"),
+    [
+        (torch.zeros(16000), r"one of the shape \(16000,\) and float32"),
+        (torch.zeros(1, 1, 16000), r"one of the shape \(1, 1, 16000\)"),
+        (torch.zeros(1, 16000, dtype=torch.int16), r"one of the shape \(1, 16000\) and int16"),
+        (np.zeros((1, 16000), np.float32), "a ndarray"),
+        ([0.0] * 16000, "a list"),
+    ],
+)
+def test_what_is_no_batch_of_waveforms_is_told_what_is_expected(tiny, waveforms, found):
+    message = rf"waveforms must be a tensor \(batch, samples\) of floats in \[-1, 1\], found {found}.*x\[None\]"
+    with pytest.raises(ValueError, match=message):
+        build(tiny)(waveforms)
 
 
 def test_a_truncated_file_is_refused(saved):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import shutil
 
@@ -18,6 +19,8 @@ import audiot
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.cli import main as audiot_main
 from audiot.commands.extract import main
+from audiot.data.corpora.folder import FolderCorpus
+from audiot.data.prepare import prepare
 from audiot.s3prl import export_s3prl
 from audiot.states import write_shard
 
@@ -210,6 +213,8 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_done(encoder, audio, tmp_
     samples[5] = np.nan
     soundfile.write(audio / "nan.wav", samples, 16000, subtype="FLOAT")
     soundfile.write(audio / "long.wav", 0.1 * np.random.default_rng(2).standard_normal(16000 * 6), 16000)
+    soundfile.write(audio / "silent.wav", np.zeros(16000), 16000)
+    os.mkfifo(audio / "pipe.wav")
     limited = json.loads((encoder / "config.json").read_text())
     limited["model"]["positions"] = {"_target_": "audiot.positions.Learned"}  # up to 140 states, 4.2 s
     torch.manual_seed(0)
@@ -218,9 +223,11 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_done(encoder, audio, tmp_
         with pytest.raises(SystemExit) as stop:
             extract(tmp_path / "limited", audio, tmp_path / "out")
         message = str(stop.value)
-        assert message.startswith("audiot: error: 4 utterances can't be used:\n")
+        assert message.startswith("audiot: error: 6 utterances can't be used:\n")
         for name, reason in {
             str(audio / "broken.wav"): "unreadable: ",
+            str(audio / "pipe.wav"): "not a regular file",
+            "silent": "silent: all zeros, silence_dbfs is -70",
             "short": "too short: 0.006 s",
             "nan": "non-finite samples",
             "long": "sequence has 199 frames but max_frames is 140",
@@ -232,9 +239,29 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_done(encoder, audio, tmp_
             expected = alone(tmp_path / "limited", audio / f"{name}.wav")[-1]
             torch.testing.assert_close(states[name].float(), expected, atol=3e-3, rtol=3e-3)
     soundfile.write(audio / "nan.wav", np.nan_to_num(samples), 16000, subtype="FLOAT")
-    with pytest.raises(SystemExit, match="3 utterances can't be used"):
+    with pytest.raises(SystemExit, match="5 utterances can't be used"):
         extract(tmp_path / "limited", audio, tmp_path / "out")
     assert list(audiot.read_states(tmp_path / "out")) == sorted([*SECONDS, "nan"])
+
+
+def test_a_prepared_corpus_gives_all_that_preparation_accepted(encoder, tmp_path):
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    for number in range(4):
+        soundfile.write(corpus / f"{number}.wav", np.zeros(1500 if number else 16000), 16000)
+    manifests = FolderCorpus(corpus).manifests(False)
+    prepare(manifests, tmp_path / "prepared", min_duration_s=0.05, silence_dbfs=-10000, num_jobs=1, progress=False)
+    assert len(extract(encoder, tmp_path / "prepared", tmp_path / "out")) == 4
+
+
+def test_a_cut_of_a_manifest_is_read_as_preparation_reads_it(encoder, audio, tmp_path):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    soundfile.write(tmp_path / "chained.ogg", noise, 16000)
+    cuts = CutSet.from_cuts(Recording.from_file(path).to_cut() for path in (tmp_path / "chained.ogg", audio / "a.wav"))
+    cuts.to_file(tmp_path / "cuts.jsonl")
+    (tmp_path / "chained.ogg").write_bytes((tmp_path / "chained.ogg").read_bytes() * 2)
+    with pytest.raises(SystemExit, match="not as its manifest says: 32000 samples, not 16000"):
+        extract(encoder, tmp_path / "cuts.jsonl", tmp_path / "out")
 
 
 def test_states_beyond_the_range_of_float16_are_refused_by_name(encoder, audio, tiny, tmp_path):

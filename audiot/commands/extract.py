@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from audiot.checkpoint import DTYPES
-from audiot.commands.predict import audio_files
+from audiot.data.audio import AudioFile, BadAudioError, audio_files
 from audiot.data.corpora.manifest import ManifestCorpus
 from audiot.data.datamodule import PreparedPieces
-from audiot.data.prepare import BadAudioError, PreparedCorpus, open_audio
+from audiot.data.prepare import PreparedCorpus
 from audiot.devices import find_device
 from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
 from audiot.extraction import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
-from audiot.files import printable
+from audiot.files import name_text, printable
 from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
 
@@ -212,7 +212,7 @@ def find_utterances(names: Sequence[str], failures: Failures) -> list[Utterance]
 
 def _prepared(directory: Path, split: str) -> Iterator[Utterance]:
     for piece in PreparedPieces(directory, split):
-        yield Utterance(piece.id, piece.path, piece.num_samples, piece.sampling_rate)
+        yield Utterance(piece.id, piece.path, piece.num_samples, piece.sampling_rate, prepared=True)
 
 
 def _listed(path: Path, failures: Failures) -> Iterator[Utterance]:
@@ -226,8 +226,8 @@ def _listed(path: Path, failures: Failures) -> Iterator[Utterance]:
 
 
 def _files(name: str, failures: Failures) -> list[Utterance]:
-    base = Path(name) if Path(name).is_dir() else Path(name).parent
-    paths = list(audio_files(name))
+    base = Path(name_text(name)) if Path(name).is_dir() else Path(name_text(name)).parent
+    paths = audio_files(name)
     with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
         headers = list(tqdm(pool.map(_header, paths), "look", len(paths), unit="file", delay=1, leave=False))
     found = []
@@ -242,8 +242,8 @@ def _files(name: str, failures: Failures) -> list[Utterance]:
 def _header(path: str) -> tuple[int, int] | str:
     """Samples and sample rate of a file, or why it can't be used."""
     try:
-        with open_audio(path) as file:
-            return file.frames, file.samplerate
+        with AudioFile(path) as file:
+            return file.num_samples, file.sample_rate
     except BadAudioError as reason:
         return str(reason)
 

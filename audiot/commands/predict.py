@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from audiot.data.corpora.folder import READABLE, UNREADABLE
+from audiot.data.audio import SILENCE_DBFS, audio_files
 from audiot.downstream.classifier import load_classifier
 from audiot.downstream.objectives import Row
 from audiot.downstream.verification import Verification
@@ -33,6 +31,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
     )
+    parser.add_argument(
+        "--silence-dbfs",
+        type=float,
+        default=SILENCE_DBFS,
+        metavar="DB",
+        help=f"a file of a lower level is silent and can't be used (default: {SILENCE_DBFS:g}); -inf: none is",
+    )
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise ValueError(f"--top must be at least 1, found {options.top}")
@@ -46,7 +51,7 @@ def main(arguments: list[str]) -> None:
     width = max(map(len, paths))
     bad: list[str] = []
     embeddings: list[tuple[str, list[float]]] = []
-    for row in classifier.stream(paths, keep_going=True, progress=True):
+    for row in classifier.stream(paths, keep_going=True, progress=True, silence_dbfs=options.silence_dbfs):
         if "error" in row:
             bad.append(f"  {row['file']}: {row['error']}")
         if options.json:
@@ -65,23 +70,6 @@ def main(arguments: list[str]) -> None:
 
 def _print(text: str) -> None:
     tqdm.write(printable(text), file=sys.stdout)  # above the bar
-
-
-def audio_files(name: str) -> Iterator[str]:
-    """The file of that name, or all audio below the folder of that name, sorted.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    if not Path(name).is_dir():
-        yield name
-        return
-    suffixes = {f".{suffix}" for suffix in (*READABLE, *UNREADABLE)}
-    found = [path for path in Path(name).rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
-    shown = [str(path) for path in found if not any(part.startswith(".") for part in path.relative_to(name).parts)]
-    if not shown:
-        raise FileNotFoundError(f"{name} has no audio files ({', '.join(READABLE)})")
-    yield from sorted(shown)
 
 
 def best(scores: dict[str, float], count: int) -> list[dict[str, Any]]:

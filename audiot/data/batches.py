@@ -22,9 +22,11 @@ from lhotse.utils import compute_num_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from audiot.data.audio import reason
 from audiot.data.labels import Labels, values_of
 from audiot.data.shared_memory import REMEDY, room_told
 from audiot.features import Features
+from audiot.files import name_bytes
 from audiot.random import bits, key
 
 WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
@@ -70,7 +72,7 @@ class Piece(NamedTuple):
                 cut = cut.truncate(offset=self.begin / rate, duration=self.num_samples / rate)
             return cut.load_audio()[0]
         try:
-            with soundfile.SoundFile(self.path) as file:
+            with soundfile.SoundFile(name_bytes(self.path)) as file:
                 if (file.channels, file.samplerate) != (1, self.sampling_rate):
                     found = f"found {file.channels} channels at {file.samplerate} Hz, expected one at {self.sampling_rate} Hz"
                     raise self._failed(found)
@@ -82,7 +84,7 @@ class Piece(NamedTuple):
                     samples = file.read(self.num_samples, dtype="float32")
                     count = len(samples)
         except (soundfile.SoundFileError, OSError) as error:
-            raise self._failed(str(error)) from error
+            raise self._failed(reason(error)) from error
         if count < self.num_samples:
             raise self._failed(f"found {self.begin + count} samples, expected {self.begin + self.num_samples}")
         return samples

@@ -25,10 +25,20 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
-import soxr
 from tqdm import tqdm
 
-from audiot.files import printable, read_json, replacing_gzip, replacing_text, write_json
+from audiot.data.audio import (
+    MIN_DURATION_S,
+    SHORTFALL_S,
+    SILENCE_DBFS,
+    AudioFile,
+    BadAudioError,
+    check_duration,
+    check_sound,
+    reason,
+    resample,
+)
+from audiot.files import name_text, printable, read_json, replacing_gzip, replacing_text, write_json
 
 if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
     from lhotse import CutSet
@@ -40,55 +50,6 @@ FORMAT_VERSION = 1
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
 ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
-SHORTFALL_S = 0.08  # a decoder may stop one lossy frame early (MP3 at 8 kHz: 576 samples); with less, it was cut off
-
-
-class BadAudioError(Exception):
-    """Audio that can't be used; its message is the reason that rejected.csv gives: a kind, then ``: details``."""
-
-
-def open_audio(path: str | Path) -> soundfile.SoundFile:
-    """Open a file with soundfile, and refuse one that is cut off.
-
-    libsndfile reads a WAV, AIFF, AU or W64 file that ends early as if it were meant to be so short, but notes it in its
-    log; an Ogg stream must end with a page that is marked as the last.
-
-    Raises:
-        BadAudioError: missing, unreadable, truncated or empty.
-    """
-    try:
-        with open(path, "rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            is_ogg = stream.read(4) == b"OggS"
-            stream.seek(max(0, size - 2**17))  # twice the longest Ogg page
-            tail = stream.read() if is_ogg else b""
-    except FileNotFoundError:
-        raise BadAudioError("missing") from None
-    except OSError as error:
-        raise BadAudioError(f"unreadable: {error.strerror}") from None
-    if size == 0:
-        raise BadAudioError("empty: 0 bytes")
-    try:
-        file = soundfile.SoundFile(path)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a headerless format, known by its suffix (.raw)
-        raise BadAudioError(f"unreadable: {_reason(error)}") from None
-    declared = re.search(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.M)
-    # A program that writes to a pipe doesn't know the size and gives the largest.
-    if declared and int(declared[2]) < int(declared[1]) < 0x7FFF0000:
-        raise BadAudioError(f"truncated: the header says {declared[1]} bytes, the file has {declared[2]}")
-    last_page = tail[tail.rfind(b"OggS") :]
-    if is_ogg and (len(last_page) < 6 or not last_page[5] & 4):  # the flag "end of stream"
-        raise BadAudioError("truncated: the Ogg stream has no last page")
-    if file.frames == 0:
-        raise BadAudioError("empty: 0 samples")
-    return file
-
-
-def _reason(error: BaseException) -> str:
-    """The first line that says something: Lhotse adds pages of context."""
-    text = getattr(error, "error_string", None) or str(error)
-    return next((line.strip()[:200] for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +73,7 @@ class _Job:
     start: int
     num_samples: int
     channels: tuple[int, ...]
+    file_samples: int = 0  # of the whole file, as the manifest has it
     cut: Cut | None = None
 
     def digest(self) -> str:
@@ -125,67 +87,66 @@ def _job(cut: Cut) -> _Job:
 
     if not cut.has_recording:
         raise ValueError(f"utterance {cut.id} has no recording: preparation needs audio, not features")
-    start = 0
+    start = file_samples = 0
     channels: Sequence[int] = range(cut.num_channels or 1)
     path, cut_to_load = "", cut
     if isinstance(cut, (MonoCut, MultiCut)):
         recording = cut.recording
         source = recording.sources[0]
-        path = os.path.abspath(source.source) if source.type == "file" else f"({source.type})"
+        here = name_text(os.getcwd())
+        path = os.path.normpath(os.path.join(here, source.source)) if source.type == "file" else f"({source.type})"
         channels = [cut.channel] if isinstance(cut.channel, int) else cut.channel
         if len(recording.sources) == 1 and source.type == "file" and not recording.transforms:
             start, cut_to_load = round(cut.start * cut.sampling_rate), None
+            file_samples = recording.num_samples
             if missing := set(channels) - set(source.channels):
                 raise ValueError(f"utterance {cut.id} has channel {min(missing)}, its recording {source.channels}")
             channels = [source.channels.index(channel) for channel in channels]  # a source may number them as it likes
-    return _Job(cut.id, path, cut.sampling_rate, start, cut.num_samples, tuple(channels), cut_to_load)
+    return _Job(cut.id, path, cut.sampling_rate, start, cut.num_samples, tuple(channels), file_samples, cut_to_load)
 
 
-def _decode(job: _Job, options: _Options) -> tuple[np.ndarray, bool]:
-    """Samples of the job's channels (N, C) in float32, and whether its file can be used as it is."""
+def _decode(job: _Job, channel: str | int) -> tuple[np.ndarray, bool]:
+    """Samples (N,) of the job in float32, and whether its file is 16-bit mono WAV that holds nothing else."""
     if job.cut is not None:
         try:
-            return job.cut.load_audio().T, False
+            samples = job.cut.load_audio().T
         except Exception as error:  # whatever a decoder, a command or a server may answer: it is the reason
-            raise BadAudioError(f"unreadable: {_reason(error)}") from None
-    with open_audio(job.path) as file:
-        if file.samplerate != job.sample_rate:
-            raise BadAudioError(f"not as its manifest says: {file.samplerate} Hz, not {job.sample_rate}")
+            raise BadAudioError(f"unreadable: {reason(error)}") from None
+        with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN, which is refused later
+            return samples[:, _chosen(job, channel)].mean(axis=1), False
+    with AudioFile(job.path) as file:
+        if file.sample_rate != job.sample_rate:
+            raise BadAudioError(f"not as its manifest says: {file.sample_rate} Hz, not {job.sample_rate}")
         if max(job.channels) >= file.channels:
             raise BadAudioError(f"not as its manifest says: {file.channels} channels, not {max(job.channels) + 1}")
-        form = (file.format, file.subtype, file.channels, file.samplerate)
-        as_wanted = form == ("WAV", "PCM_16", 1, options.sample_rate) and (job.start, job.num_samples) == (
-            0,
-            file.frames,
-        )
-        try:
-            if job.start:
-                file.seek(job.start)
-            samples = file.read(job.num_samples, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise BadAudioError(f"unreadable: {_reason(error)}") from None
-    if job.num_samples - len(samples) > SHORTFALL_S * job.sample_rate:
-        raise BadAudioError(f"truncated: {len(samples)} samples of {job.num_samples}")
-    return samples[:, list(job.channels)], as_wanted
+        channels = [job.channels[place] for place in _chosen(job, channel)]
+        if (job.start, job.num_samples) != (0, job.file_samples):
+            return file.read_mono(channels, job.start, job.num_samples), False
+        mono = file.read_mono(channels)
+        missing = (job.num_samples - len(mono)) / job.sample_rate
+        if missing > SHORTFALL_S:
+            raise BadAudioError(f"truncated: {len(mono)} samples of {job.num_samples}")
+        if missing < -SHORTFALL_S:
+            raise BadAudioError(f"not as its manifest says: {len(mono)} samples, not {job.num_samples}")
+        return mono, file.format == ("WAV", "PCM_16") and file.channels == 1
 
 
-def _check_duration(num_samples: int, sample_rate: int, options: _Options) -> None:
-    duration = num_samples / sample_rate
-    if num_samples == 0:
-        raise BadAudioError("empty: 0 samples")
-    if duration < options.min_duration_s:
-        raise BadAudioError(f"too short: {duration:.3f} s, min_duration_s is {options.min_duration_s:g}")
-    if options.max_duration_s is not None and duration > options.max_duration_s:
-        raise BadAudioError(f"too long: {duration:.3f} s, max_duration_s is {options.max_duration_s:g}")
+def read_cut(cut: Cut) -> np.ndarray:
+    """Samples (N,) of a cut in float32, the average of its channels, decoded as for preparation.
+
+    Raises:
+        BadAudioError: they can't be used; the message is the reason.
+    """
+    return _decode(_job(cut), "average")[0]
 
 
-def _to_mono(samples: np.ndarray, job: _Job, options: _Options) -> np.ndarray:
-    if options.channel == "average" or len(job.channels) == 1:
-        with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN, which is refused later
-            return samples.mean(axis=1)
-    if options.channel not in job.channels:
-        raise BadAudioError(f"no channel {options.channel}: it has {', '.join(map(str, job.channels))}")
-    return samples[:, job.channels.index(int(options.channel))]
+def _chosen(job: _Job, channel: str | int) -> list[int]:
+    """Which of the job's channels are averaged."""
+    if channel == "average" or len(job.channels) == 1:
+        return list(range(len(job.channels)))
+    if channel not in job.channels:
+        raise BadAudioError(f"no channel {channel}: it has {', '.join(map(str, job.channels))}")
+    return [job.channels.index(int(channel))]
 
 
 def _to_16_bit(mono: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -206,23 +167,18 @@ def _file_name(utterance: str) -> str:
 def _process(job: _Job, options: _Options) -> dict[str, Any]:
     """Decode, check and write one utterance; what the journal keeps of it."""
     try:
-        _check_duration(job.num_samples, job.sample_rate, options)  # before an hours-long file is read
-        samples, as_it_is = _decode(job, options)
-        _check_duration(len(samples), job.sample_rate, options)
-        mono = _to_mono(samples, job, options)
-        if not np.isfinite(mono).all():
-            raise BadAudioError("non-finite samples")
-        rms = math.sqrt(np.mean(np.square(mono, dtype=np.float64)))
-        if rms < 10 ** (options.silence_dbfs / 20):
-            level = f"{20 * math.log10(rms):.1f} dBFS" if rms else "all zeros"
-            raise BadAudioError(f"silent: {level}, silence_dbfs is {options.silence_dbfs:g}")
-        if as_it_is and not options.copy:
+        limits = options.min_duration_s, options.max_duration_s
+        check_duration(job.num_samples, job.sample_rate, *limits)  # before an hours-long file is read
+        mono, is_plain = _decode(job, options.channel)
+        check_duration(len(mono), job.sample_rate, *limits)
+        check_sound(mono, options.silence_dbfs)
+        # A path that is not UTF-8 can't be written to a manifest.
+        can_stay = is_plain and job.sample_rate == options.sample_rate and printable(job.path) == job.path
+        if can_stay and not options.copy:
             return {"id": job.id, "job": job.digest(), "path": job.path, "num_samples": len(mono), "scaled": False}
-        if job.sample_rate != options.sample_rate:
-            mono = soxr.resample(mono, job.sample_rate, options.sample_rate, quality="HQ")
-        samples_16, scaled = _to_16_bit(mono)
-    except BadAudioError as reason:
-        return {"id": job.id, "job": job.digest(), "path": job.path, "reason": str(reason)}
+        samples_16, scaled = _to_16_bit(resample(mono, job.sample_rate, options.sample_rate))
+    except BadAudioError as error:
+        return {"id": job.id, "job": job.digest(), "path": job.path, "reason": str(error)}
     name = _file_name(job.id)
     path = options.directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -424,9 +380,9 @@ def prepare(
     *,
     sample_rate: int = 16000,
     channel: str | int = "average",
-    min_duration_s: float = 0.1,
+    min_duration_s: float = MIN_DURATION_S,
     max_duration_s: float | None = None,
-    silence_dbfs: float = -70.0,
+    silence_dbfs: float = SILENCE_DBFS,
     copy: bool = False,
     num_jobs: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -598,7 +554,8 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
         with replacing_gzip(directory / f"{split}.jsonl.gz") as stream:
             for cut in cuts:
                 if result := good.get(cut.id):
-                    line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict(), ensure_ascii=False)
+                    # In ASCII, as Lhotse reads text in the encoding of the locale.
+                    line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict())
                     stream.write(line.encode() + b"\n")
                     counts[split] += 1
                     num_samples += result["num_samples"]

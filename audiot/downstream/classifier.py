@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from audiot.checkpoint import check_targets
+from audiot.checkpoint import check_targets, check_waveforms
 from audiot.commands.following import finetune_command
+from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio
 from audiot.data.labels import Framing
-from audiot.data.prepare import SHORTFALL_S, BadAudioError, open_audio
 from audiot.devices import find_device
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
 from audiot.runs import check_archive
 
 WINDOW = 256  # files looked at together, to find those of similar length
-Item = TypeVar("Item")
+Item: TypeAlias = "str | Path | tuple[np.ndarray | Tensor | Sequence[float], int]"
+Part = TypeVar("Part")
 Answer = TypeVar("Answer")
 
 
@@ -64,8 +63,9 @@ class Classifier(nn.Module):
             lengths: (B,) samples; None: nothing is padded.
 
         Raises:
-            ValueError: an utterance is too short for one frame, or too long for the model.
+            ValueError: an utterance is too short for one frame, or too long for the model, or the waveforms are no such tensor.
         """
+        check_waveforms(waveforms)
         if lengths is None:
             lengths = torch.full((len(waveforms),), waveforms.shape[1])
         return self.module({"waveforms": waveforms.to(self.device), "lengths": lengths.cpu()})
@@ -88,59 +88,82 @@ class Classifier(nn.Module):
                     segment |= {"start": round(edges[segment["start"]], 4), "end": round(edges[segment["end"]], 4)}
         return rows
 
-    def read(self, path: str | Path) -> Tensor:
-        """The samples (N,) of an audio file of any format that soundfile reads, mono, at the model's rate.
+    def read(self, item: Item, silence_dbfs: float = SILENCE_DBFS) -> Tensor:
+        """The samples (N,) of an item as in `predict`, mono, at the model's rate.
 
         Raises:
             BadAudioError: it can't be used; the message is the reason.
         """
-        samples = torch.from_numpy(read_audio(path, self.sample_rate))
+        if isinstance(item, (str, Path)):
+            samples = torch.from_numpy(read_audio(item, self.sample_rate, silence_dbfs))
+        else:
+            samples = torch.from_numpy(heard(as_mono(*_array(item)), item[1], self.sample_rate, silence_dbfs))
         if self.features.num_tokens(len(samples)) < 1:
             raise BadAudioError(f"too short: {len(samples) / self.sample_rate:.3f} s do not fill a frame of the model")
         return samples
 
     def predict(
-        self, paths: Sequence[str | Path], *, keep_going: bool = False, batch_s: float = 60.0, progress: bool = False
+        self,
+        items: Sequence[Item],
+        *,
+        keep_going: bool = False,
+        batch_s: float = 60.0,
+        progress: bool = False,
+        silence_dbfs: float = SILENCE_DBFS,
     ) -> list[Row]:
-        """What the model says of audio files, in their order: the dicts of `forward`, with ``file`` in front.
+        """What the model says of audio, in its order: the dicts of `forward`, with ``file`` in front.
 
         Args:
-            paths: Files.
-            keep_going: A file that can't be used gets ``error``, the reason, in place of a prediction; else it is raised.
+            items: Paths of files, or pairs ``(samples, sample_rate)``: an array, tensor or list (N,) or (N, channels) of floats
+                in [-1, 1] or of 16-bit integers, and Hz. The ``file`` of a pair is its place: ``item 3``, counted from 0.
+            keep_going: Audio that can't be used gets ``error``, the reason, in place of a prediction; else it is raised.
             batch_s: Seconds of audio, padded, that are computed at a time.
             progress: Show a bar.
+            silence_dbfs: An RMS below this is silence, which can't be used, as in preparation; ``-inf``: nothing is too quiet.
 
         Raises:
-            ValueError: a file can't be used.
+            ValueError: an item can't be used.
         """
-        return list(self.stream(paths, keep_going=keep_going, batch_s=batch_s, progress=progress))
+        stream = self.stream(items, keep_going=keep_going, batch_s=batch_s, progress=progress, silence_dbfs=silence_dbfs)
+        return list(stream)
 
     def stream(
-        self, paths: Sequence[str | Path], *, keep_going: bool = False, batch_s: float = 60.0, progress: bool = False
+        self,
+        items: Sequence[Item],
+        *,
+        keep_going: bool = False,
+        batch_s: float = 60.0,
+        progress: bool = False,
+        silence_dbfs: float = SILENCE_DBFS,
     ) -> Iterator[Row]:
         """`predict`, as the predictions get ready."""
-        with tqdm(total=len(paths), desc="predict", unit="file", disable=not progress, leave=False, delay=1) as bar:
-            for first in range(0, len(paths), WINDOW):
-                for row in self._window(paths[first : first + WINDOW], batch_s, bar):
+        if isinstance(items, (str, Path)):
+            raise ValueError(f"predict takes a list of files, found one: [{str(items)!r}]")
+        with tqdm(total=len(items), desc="predict", unit="file", disable=not progress, leave=False, delay=1) as bar:
+            for first in range(0, len(items), WINDOW):
+                window = items[first : first + WINDOW]
+                rows: list[Row] = [
+                    {"file": str(item) if isinstance(item, (str, Path)) else f"item {place}"}
+                    for place, item in enumerate(window, start=first)
+                ]
+                for row in self._window(window, rows, batch_s, silence_dbfs, bar):
                     if "error" in row and not keep_going:
                         raise ValueError(f"{row['file']}: {row['error']}")
                     yield row
 
-    def _window(self, paths: Sequence[str | Path], batch_s: float, bar: tqdm) -> list[Row]:
-        rows: list[Row] = [{"file": str(path)} for path in paths]
+    def _window(self, items: Sequence[Item], rows: list[Row], batch_s: float, silence_dbfs: float, bar: tqdm) -> list[Row]:
         seconds: dict[int, float] = {}
-        for number, path in enumerate(paths):
+        for number, item in enumerate(items):
             try:
-                with open_audio(path) as file:
-                    seconds[number] = file.frames / file.samplerate
+                seconds[number] = _seconds(item)
             except BadAudioError as reason:
                 rows[number]["error"] = str(reason)
-        bar.update(len(paths) - len(seconds))
+        bar.update(len(items) - len(seconds))
         for batch in by_length(seconds, batch_s):
             waveforms: dict[int, Tensor] = {}
             for number in batch:
                 try:
-                    waveforms[number] = self.read(paths[number])
+                    waveforms[number] = self.read(items[number], silence_dbfs)
                 except BadAudioError as reason:
                     rows[number]["error"] = str(reason)
             answers = together(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
@@ -148,6 +171,22 @@ class Classifier(nn.Module):
                 rows[number] |= {"error": answer} if isinstance(answer, str) else answer
             bar.update(len(batch))
         return rows
+
+
+def _array(item: Any) -> tuple[np.ndarray, int]:
+    """The samples and the rate of a pair."""
+    if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        raise BadAudioError(f"an item must be a path or a pair (samples, sample_rate), found {type(item).__name__}")
+    samples, rate = item
+    return np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples), rate
+
+
+def _seconds(item: Item) -> float:
+    if isinstance(item, (str, Path)):
+        with AudioFile(item) as file:
+            return file.num_samples / file.sample_rate
+    samples, rate = _array(item)
+    return len(as_mono(samples, rate)) / rate
 
 
 def load_classifier(run: str | Path, device: str = "cpu", trusted: tuple[str, ...] = ("audiot",)) -> Classifier:
@@ -209,27 +248,6 @@ def frame_edges(features: Framing, num_frames: int, num_samples: int) -> list[fl
     return [0.0, *middles, num_samples / features.sample_rate]
 
 
-def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
-    """The samples (N,) of an audio file in float32: the average of its channels, at ``sample_rate``.
-
-    Raises:
-        BadAudioError: missing, unreadable, truncated, empty or non-finite.
-    """
-    with open_audio(path) as file:
-        try:
-            samples = file.read(dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise BadAudioError(f"unreadable: {error}") from None
-        rate, declared = file.samplerate, file.frames
-    if declared - len(samples) > SHORTFALL_S * rate:
-        raise BadAudioError(f"truncated: {len(samples)} samples of {declared}")
-    with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN
-        mono = samples.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise BadAudioError("non-finite samples")
-    return mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate, quality="HQ")
-
-
 def collate(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Zero-padded waveforms (B, N) and their lengths (B,)."""
     return pad_sequence(list(waveforms), batch_first=True), torch.tensor([len(samples) for samples in waveforms])
@@ -246,7 +264,7 @@ def by_length(seconds: Mapping[int, float], batch_s: float) -> list[list[int]]:
     return batches
 
 
-def together(items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Answer]]) -> list[Answer | str]:
+def together(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer | str]:
     """``compute(items)``; where that fails, each item by itself, and the reason in place of what fails alone.
 
     One utterance that is too long for a model must not take the others of its batch with it.

@@ -223,7 +223,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         good = write(folder.parent / f"whole.{suffix}", noise(48000)).read_bytes()
         (folder / f"cut.{suffix}").write_bytes(good[: len(good) // 2])
     kinds = {"silent.wav": "silent", "zeros.wav": "silent", "nan.wav": "non-finite samples", "inf.wav": "non-finite samples"}
-    kinds |= {"no_samples.wav": "empty", "no_bytes.wav": "empty", "garbage.wav": "unreadable", "folder.wav": "unreadable"}
+    kinds |= {"no_samples.wav": "empty", "no_bytes.wav": "empty", "garbage.wav": "unreadable", "folder.wav": "not a regular file"}
     kinds |= {f"cut.{suffix}": "truncated" for suffix in ("wav", "ogg", "mp3", "aiff", "w64", "au")}
     return kinds | {"cut.flac": "unreadable", "rate.wav": "not as its manifest says", "gone.wav": "missing"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from torch import nn
 
 import audiot
 from audiot.commands.predict import main as predict
+from audiot.data.audio import BadAudioError, read_audio
 from audiot.data.labels import FrameLabels
-from audiot.data.prepare import BadAudioError
-from audiot.downstream.classifier import by_length, load_classifier, read_audio, together
+from audiot.downstream.classifier import by_length, load_classifier, together
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import random_encoder
 
@@ -168,10 +169,16 @@ def bad_files(folder):
     soundfile.write(folder / "short.wav", np.full(500, 0.1), 16000)
     soundfile.write(folder / "endless.wav", np.array([0.1, np.inf] * 8000), 16000, subtype="FLOAT")
     (folder / "words.wav").write_text("not audio")
+    soundfile.write(folder / "zeros.wav", np.zeros(16000), 16000)
+    soundfile.write(folder / "hum.wav", np.sqrt(2) * 10 ** (-75 / 20) * np.sin(np.arange(16000)), 16000, subtype="FLOAT")
+    os.mkfifo(folder / "pipe.wav")
     return {
         folder / "short.wav": "too short: 0.031 s",
         folder / "endless.wav": "non-finite",
         folder / "words.wav": "unreadable",
+        folder / "zeros.wav": "silent: all zeros, silence_dbfs is -70",
+        folder / "hum.wav": "silent: -75.0 dBFS",
+        folder / "pipe.wav": "not a regular file",
         folder / "none.wav": "missing",
     }
 
@@ -179,9 +186,9 @@ def bad_files(folder):
 def test_a_bad_file_gets_its_reason_and_the_others_their_answers(runs, speech, tmp_path):
     classifier = load_classifier(runs / "keyword")
     bad = bad_files(tmp_path)
-    paths = [part for pair in zip(bad, speech, strict=False) for part in pair]
+    paths = [part for pair in zip(bad, speech, strict=True) for part in pair]
     rows = classifier.predict(paths, keep_going=True)
-    answers = classifier.predict(speech[: len(bad)])
+    answers = classifier.predict(speech)
     for path, row in zip(paths, rows, strict=True):
         if path in bad:
             assert row["error"].startswith(bad[path])
@@ -192,6 +199,54 @@ def test_a_bad_file_gets_its_reason_and_the_others_their_answers(runs, speech, t
     for path, reason in bad.items():
         with pytest.raises(ValueError, match=f"{path.name}: {reason}"):
             classifier.predict([speech[0], path])
+
+
+def test_silence_counts_where_that_is_asked_for(runs, tmp_path):
+    soundfile.write(tmp_path / "zeros.wav", np.zeros(16000), 16000)
+    (row,) = load_classifier(runs / "keyword").predict([tmp_path / "zeros.wav"], silence_dbfs=-math.inf)
+    assert row["label"] in CLASSES
+
+
+def test_arrays_with_a_rate_give_what_their_files_give(runs, speech, tmp_path):
+    classifier = load_classifier(runs / "keyword")
+    floats = [soundfile.read(path, dtype="float32")[0] for path in speech[:2]]
+    integers = soundfile.read(speech[0], dtype="int16")[0]
+    stereo = np.stack([floats[0], np.zeros_like(floats[0])], 1)
+    soundfile.write(tmp_path / "stereo.wav", stereo, 8000, subtype="FLOAT")
+    items = [(floats[0], 16000), speech[1], (torch.from_numpy(floats[1]), 16000), (integers, 16000), (floats[0].tolist(), 16000)]
+    rows = classifier.predict([*items, (stereo, 8000), tmp_path / "stereo.wav"])
+    assert [row["file"] for row in rows[:4]] == ["item 0", speech[1], "item 2", "item 3"]
+    first, second = classifier.predict(speech[:2])
+    for row, said in zip(rows, [first, second, second, first, first, rows[6], rows[6]], strict=True):
+        assert row["label"] == said["label"]
+        assert row["score"] == pytest.approx(said["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ((np.zeros(16000), 16000), "silent: all zeros"),
+        ((np.full(16000, np.nan), 16000), "non-finite samples"),
+        ((np.full(800, 0.1), 16000), "too short: 0.050 s"),
+        ((np.zeros(0), 16000), "empty"),
+        ((np.zeros((1, 2, 3)), 16000), r"samples must be \(N,\) or \(N, channels\).*found the shape \(1, 2, 3\)"),
+        ((np.full(16000, 5000), 16000), "found int64"),
+        (np.zeros(16000), r"a path or a pair \(samples, sample_rate\), found ndarray"),
+        (None, "found NoneType"),
+    ],
+)
+def test_an_array_that_cannot_be_used_says_why(runs, speech, item, reason):
+    classifier = load_classifier(runs / "keyword")
+    good, bad = classifier.predict([speech[0], item], keep_going=True)
+    assert "label" in good
+    assert re.search(reason, bad["error"])
+    with pytest.raises(ValueError, match=f"item 1: .*{reason}"):
+        classifier.predict([speech[0], item])
+
+
+def test_one_path_is_not_taken_for_a_list_of_letters(runs):
+    with pytest.raises(ValueError, match=r"takes a list of files, found one: \['a.wav'\]"):
+        load_classifier(runs / "keyword").predict("a.wav")
 
 
 def test_what_is_too_long_for_a_model_does_not_take_its_batch_with_it():

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -18,15 +18,13 @@ from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut, MultiCut
 from tqdm import tqdm
 
+from audiot.data.audio import READABLE, UNREADABLE, AudioFile, BadAudioError, find_audio
 from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
-from audiot.data.prepare import BadAudioError, open_audio
 from audiot.data.text import rows
+from audiot.files import name_bytes, name_text
 from audiot.quoting import argument
 
-READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
-# Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
-UNREADABLE = ("m4a", "aac", "mp4", "wma", "webm", "amr", "ape", "wv")
 ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -235,7 +233,7 @@ def _number(value: str | int | float) -> int | float | None:
 
 
 def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut:
-    """A whole file as a cut, from its header.
+    """A whole file as a cut, of the length that it has.
 
     Args:
         path: The file.
@@ -245,8 +243,8 @@ def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut
     Raises:
         BadAudioError: the file can't be used, or has no such channel.
     """
-    with open_audio(path) as file:
-        channels, sample_rate, num_samples = list(range(file.channels)), file.samplerate, file.frames
+    with AudioFile(path) as file:
+        channels, sample_rate, num_samples = list(range(file.channels)), file.sample_rate, file.num_samples
     if channel != "average" and channel not in channels:
         raise BadAudioError(f"no channel {channel}: it has {', '.join(map(str, channels))}")
     source = AudioSource("file", channels, str(path))
@@ -295,8 +293,8 @@ class FolderCorpus:
         channel: str | int = "average",
         extensions: Sequence[str] | None = None,
     ) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
+        self.root = Path(name_text(root))
+        if not os.path.isdir(name_bytes(self.root)):
             raise FileNotFoundError(f"data.root: there is no folder {self.root}")
         if channel != "average" and (not isinstance(channel, int) or channel < 0):
             raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
@@ -322,7 +320,7 @@ class FolderCorpus:
             FileNotFoundError: there is no audio.
             ValueError: two files differ in suffix only, or a split gets no utterance.
         """
-        paths = self._find()
+        paths = find_audio(self.root, self.extensions)
         rejected: list[tuple[str, str]] = []
         labels_of: dict[str, dict[str, str]] = {}
         path_of: dict[str, Path] = {}
@@ -360,30 +358,8 @@ class FolderCorpus:
         chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
         return Manifests(chosen, tasks, rejected)
 
-    def _find(self) -> list[str]:
-        """Paths of audio below the root, '/' between folders, sorted."""
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        paths, seen = [], set()
-        for folder, folders, names in os.walk(self.root, followlinks=True, onerror=fail):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link leads back
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            below = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
-            for name in names:
-                if not name.startswith(".") and name.rpartition(".")[2].lower() in self.extensions:
-                    paths.append(str(below / name))
-        if not paths:
-            raise FileNotFoundError(f"{self.root} has no audio files ({', '.join(sorted(self.extensions))})")
-        return sorted(paths)
-
     def _labels(self, path: str, utterance: str) -> dict[str, str]:
-        if any("\ud800" <= character <= "\udfff" for character in utterance):  # how Python gives such bytes
+        if any("\ud800" <= character <= "\udfff" for character in utterance):  # see `name_text`
             raise BadAudioError("its name is not UTF-8: rename it")
         labels = self.pattern.match(utterance) if self.pattern else {}
         if self.table is not None:

@@ -14,12 +14,13 @@ from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 from tqdm import tqdm
 
+from audiot.data.audio import BadAudioError
 from audiot.data.corpora.folder import audio_cut
 from audiot.data.corpora.held_out import divide
 from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
-from audiot.data.prepare import BadAudioError
 from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
+from audiot.files import name_text
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second
@@ -105,7 +106,7 @@ class ManifestCorpus:
         number, entry = line
         try:
             if "audio_filepath" in entry:
-                return self._nemo(entry, path.parent if self.root is None else self.root)
+                return self._nemo(entry, Path(name_text(path.parent if self.root is None else self.root)))
             if entry.get("type") in CUT_TYPES:
                 return self._lhotse(entry)
             raise ValueError("neither a Lhotse cut (a type such as MonoCut) nor a NeMo entry (audio_filepath)")

@@ -17,9 +17,9 @@ from lhotse import CutSet, SupervisionSegment
 from lhotse.cut import Cut
 from tqdm import tqdm
 
+from audiot.data.audio import BadAudioError
 from audiot.data.corpora.folder import audio_cut
 from audiot.data.manifests import Manifests
-from audiot.data.prepare import BadAudioError
 
 ROLES = {"train": "train", "valid": "valid", "test": "test"}
 

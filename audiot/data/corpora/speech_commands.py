@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lhotse.utils import resumable_download
 
+from audiot.data.audio import AudioFile, BadAudioError
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
-from audiot.data.prepare import BadAudioError, open_audio
 from audiot.data.text import lines
 from audiot.random import key
 
@@ -202,8 +202,8 @@ class SpeechCommandsCorpus:
         for path in paths:
             if path.is_file():
                 try:
-                    with open_audio(path) as file:
-                        noises[path] = (file.frames, file.samplerate)
+                    with AudioFile(path) as file:
+                        noises[path] = (file.num_samples, file.sample_rate)
                 except BadAudioError as reason:
                     rejected.append((str(path), str(reason)))
         return noises
