@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import shlex
 import sys
 import zipfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import WandbLogger
@@ -24,7 +25,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
+from audiot.data.sources import Sources, places
 from audiot.devices import fast_precision
+from audiot.files import read_json, write_json
 from audiot.replication import warn_of_slow_strategy
 
 log = logging.getLogger("audiot")
@@ -43,16 +46,81 @@ def plain(cfg: Any) -> dict[str, Any]:
     return {str(name): value for name, value in container.items()}
 
 
-def open_corpus(cfg: DictConfig) -> PreparedCorpus:
-    """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings."""
-    settings = plain(cfg.data.corpus)
+def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
+    """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings and places.
+
+    Args:
+        cfg: ``data`` and ``data_dir`` of a command's config.
+        run: Folder of a run that was started before, on the same config: the corpus must still be the one that it had, and
+            is not updated.
+
+    Raises:
+        FileNotFoundError: the corpus, or the sources of a prepared one, are missing.
+        ValueError: sources have changed where they must not, or the corpus is not the run's.
+    """
+    written = plain(cfg.data.corpus)
     options = plain(cfg.data.prepare)
     num_jobs = options.pop("num_jobs")  # how many workers prepare it changes nothing
-    digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}"
-    corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
-    say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h")
+    when = options.pop("when", "update")  # runs of earlier versions have none
+    here = places(get_object(written["_target_"]), written)
+    settings = written | here
+    folder = _prepared_folder(cfg, settings, options)
+    former = _prepared_folder(cfg, written, options)
+    if former != folder and (former / "corpus.json").is_file() and not (folder / "corpus.json").is_file():
+        absolute = all(os.path.isabs(written[name]) for name in here.keys() & written.keys())
+        if when == "keep" and absolute:  # else nobody knows of which project it is
+            settings, folder = written, former
+        else:
+            say(
+                f"corpus  {former} is of an earlier audiot, which noted neither place nor state of its sources: prepared anew in "
+                f"{folder.name}; delete the former when no run needs it"
+            )
+    corpus = prepare(
+        lambda: instantiate(cfg.data.corpus).manifests(),
+        folder,
+        sources=lambda: _sources(cfg),
+        settings=settings,
+        num_jobs=num_jobs,
+        when="check" if run is not None and when == "update" else when,
+        **options,
+    )
+    kept = ", kept as it was" if when == "keep" else ""
+    say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h{kept}")
+    if run is not None:
+        _check_corpus(run, corpus)
     return corpus
+
+
+def _sources(cfg: DictConfig) -> Sources:
+    corpus = instantiate(cfg.data.corpus)
+    if not hasattr(corpus, "sources"):
+        raise ValueError(f"{type(corpus).__name__} has no method sources: see audiot.data.sources.Corpus for what a corpus has")
+    return corpus.sources()
+
+
+def _prepared_folder(cfg: DictConfig, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
+    return Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}"
+
+
+@rank_zero_only
+def note_corpus(run: Path, corpus: PreparedCorpus) -> None:
+    """Note in a new run's folder what it is trained on."""
+    write_json(run / "data.json", {"prepared": str(corpus.directory.absolute()), "content": corpus.content})
+
+
+def _check_corpus(run: Path, corpus: PreparedCorpus) -> None:
+    if not (run / "data.json").is_file():  # a run of an earlier version
+        return
+    noted = read_json(run / "data.json", "note of a run's data")
+    if noted["content"] != corpus.content:
+        what = f"is the corpus in {noted['prepared']}"
+        if noted["prepared"] == str(corpus.directory.absolute()):
+            what = "was updated since"
+        raise ValueError(
+            f"run={run}: {corpus.directory} has other utterances, labels or audio than the run was trained on, which {what}: "
+            "figures would not compare; bring its sources back as they were and run audiot prepare, or train anew"
+        )
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:

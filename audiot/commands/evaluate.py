@@ -31,7 +31,7 @@ from audiot.pretraining import MaskedAcousticModel
 def main(cfg: DictConfig) -> None:
     """Print what was measured then and now; now's figures go to ``evaluation.json`` in the run's folder."""
     run = Path(cfg.run)
-    settings = run_config(run)
+    settings = run_config(run, cfg.data.prepare.when)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         precision=known_precision(cfg.precision or settings.trainer.precision, cfg.accelerator),
@@ -55,14 +55,27 @@ def main(cfg: DictConfig) -> None:
         say(f"next:   {finetune_command(run)}")
 
 
-def run_config(run: Path) -> DictConfig:
-    """The config that a run was started with."""
+def run_config(run: Path, when: str | None = None) -> DictConfig:
+    """The config that a run was started with, for a command that uses its data as they were then.
+
+    Args:
+        run: The run's folder.
+        when: ``data.prepare.when`` instead of the run's: ``check`` or ``keep``.
+
+    Raises:
+        FileNotFoundError: no run is there.
+        ValueError: ``when`` is another word.
+    """
+    if when not in (None, "check", "keep"):
+        raise ValueError(f"data.prepare.when must be check or keep here, as a run's figures are of its own data, found {when!r}")
     path = run / ".hydra" / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"run={run}: no run there ({path} is missing)")
     settings = OmegaConf.load(path)
     assert isinstance(settings, DictConfig)
     settings.run_dir = str(run)
+    if when is not None:
+        OmegaConf.update(settings, "data.prepare.when", when, force_add=True)
     return settings
 
 
@@ -74,7 +87,7 @@ def load_pretraining(run: Path) -> MaskedAcousticModel:
 def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, float]:
     """Validation L1 beside both baselines."""
     module = load_pretraining(run)
-    data = SpeechDataModule(open_corpus(settings), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
+    data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     (metrics,) = trainer.validate(module, data, verbose=False)
     return {name: value for name, value in metrics.items() if name.startswith("pretrain/")}
 
@@ -83,7 +96,7 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) ->
     """Test metrics of the best checkpoint."""
     path = check_archive(run / "checkpoints" / "best.ckpt")
     module = DownstreamModule.load_from_checkpoint(path, map_location="cpu", weights_only=False)
-    data = task_data(settings, open_corpus(settings), module.upstream.features)
+    data = task_data(settings, open_corpus(settings, run), module.upstream.features)
     if data.classes != module.hparams["classes"]:
         raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")
     with torch.inference_mode():

@@ -26,6 +26,7 @@ from audiot.commands.common import (
     finetune_command,
     make_trainer,
     newest_checkpoint,
+    note_corpus,
     open_corpus,
     plain,
     say,
@@ -58,7 +59,9 @@ def main(cfg: DictConfig) -> float:
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
     module = build(cfg)
-    corpus = open_corpus(cfg)
+    corpus = open_corpus(cfg, None if checkpoint is None else run)
+    if checkpoint is None:
+        note_corpus(run, corpus)
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)

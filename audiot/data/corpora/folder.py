@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import BadAudioError, open_audio
+from audiot.data.sources import Sources
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
 # Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
@@ -316,6 +317,7 @@ class FolderCorpus:
         if channel != "average" and (not isinstance(channel, int) or channel < 0):
             raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
         self.pattern = PathPattern(pattern) if pattern else None
+        self.texts = [Path(labels)] if labels else []
         self.table = read_labels(labels) if labels else None
         columns = list(next(iter(self.table.values()), {})) if self.table else []
         fields = self.pattern.fields if self.pattern else []
@@ -374,6 +376,10 @@ class FolderCorpus:
         return Manifests(
             {role: CutSet.from_cuts(cuts[name] for name in names) for role, names in split.items()}, rejected=rejected
         )
+
+    def sources(self) -> Sources:
+        """All audio below the root, and the table."""
+        return Sources([self.root / path for path in self._find()], self.texts)
 
     def _find(self) -> list[str]:
         """Paths of audio below the root, '/' between folders, sorted."""
