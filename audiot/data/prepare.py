@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -566,48 +566,73 @@ def prepare(
     with closing(_Journal(directory)) as journal:
         _finish_update(directory)
         prepared, change = _as_it_is(directory, wanted, when, sources)  # now that no other process prepares it
-        if prepared is not None:
-            journal.remove()
-            return prepared
-        work = directory
-        before: list[dict[str, Any]] = []
-        if change:
-            print(f"{directory}: {change}: preparing the difference", flush=True)
-            work = directory / "update"
-            before = read_lines(directory / RESULTS) if (directory / RESULTS).is_file() else []
-        done = journal.read(wanted, work)
-
-        # What changes while it is read is found changed the next time: the first look counts.
-        seen = {path: file for path, file in _snapshot(sources).items() if file.size is not None}
-        corpus = manifests() if callable(manifests) else manifests
-        _check_manifests(corpus)
-        files = _snapshot(sources) | seen
-        jobs = _all_jobs(corpus)
-        named = [*(path for job in jobs for path in job.files), *(os.path.abspath(path) for path, _ in corpus.rejected)]
-        files |= snapshot(Sources([path for path in dict.fromkeys(named) if path not in files]))
-        jobs = [replace(job, states=tuple(files[path].state for path in job.files)) for job in jobs]
-        digests = {job.id: job.digest() for job in jobs}
-        there = [result for result in before if "reason" in result or (directory / result["path"]).is_file()]
-        known = [*there, *done.values()]
-        results = {result["id"]: result for result in known if result["job"] == digests.get(result["id"])}
-        options = _Options(work.absolute(), **prepare_settings)
-        left = [job for job in jobs if job.id not in results]
-        workers = min(num_jobs or _cores(left), math.ceil(len(left) / CHUNK) or 1)
-        with (
-            tqdm(total=len(jobs), initial=len(results), desc="prepare", unit="utt", disable=not progress) as bar,
-            closing(_process_all(left, options, workers)) as new_results,
-        ):
-            for result in new_results:
-                journal.append(result)
-                results[result["id"]] = result
-                bar.update()
-        summary = _write(corpus, [results[job.id] for job in jobs], files, directory, work, wanted)
-        if work != directory:
-            _finish_update(directory)
-            summary += f", {len(left):,} decoded anew"
-        print(f"prepared {summary}: {directory}", flush=True)
+        if prepared is None:
+            if change:
+                print(f"{directory}: {change}: preparing the difference", flush=True)
+            options = _Options(directory.absolute(), **prepare_settings)
+            summary = _prepare(manifests, sources, options, wanted, journal, num_jobs, progress)
+            print(f"prepared {summary}: {directory}", flush=True)
+            prepared = PreparedCorpus.load(directory)
         journal.remove()
-    return PreparedCorpus.load(directory)
+    return prepared
+
+
+def _prepare(
+    manifests: Manifests | Callable[[], Manifests],
+    sources: Callable[[], Sources] | None,
+    options: _Options,
+    settings: dict[str, Any],
+    journal: _Journal,
+    num_jobs: int | None,
+    progress: bool,
+) -> str:
+    """Fill a folder; where a complete corpus is in it, decode the difference to ``update/`` and then replace it; a summary."""
+    directory = journal.directory
+    work, old = directory, {}
+    if _is_complete(directory):
+        work = directory / "update"
+        lines = read_lines(directory / RESULTS) if (directory / RESULTS).is_file() else []
+        old = {line["id"]: line for line in lines if "reason" in line or (directory / line["path"]).is_file()}
+    new = journal.read(settings, work)
+
+    # What changes while it is read is found changed the next time: the first look counts.
+    seen = {path: file for path, file in _snapshot(sources).items() if file.size is not None}
+    corpus = manifests() if callable(manifests) else manifests
+    _check_manifests(corpus)
+    jobs = _all_jobs(corpus)
+    files = _snapshot(sources) | seen
+    named = [*(path for job in jobs for path in job.files), *(os.path.abspath(path) for path, _ in corpus.rejected)]
+    files |= snapshot(Sources([path for path in dict.fromkeys(named) if path not in files]))
+    jobs = [replace(job, states=tuple(files[path].state for path in job.files)) for job in jobs]
+
+    digests = {job.id: job.digest() for job in jobs}
+    old, new = ({id: line for id, line in lines.items() if line["job"] == digests.get(id)} for lines in (old, new))
+    left = [job for job in jobs if job.id not in old and job.id not in new]
+    workers = min(num_jobs or _cores(left), math.ceil(len(left) / CHUNK) or 1)
+    with (
+        tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="prepare", unit="utt", disable=not progress) as bar,
+        closing(_process_all(left, replace(options, directory=work.absolute()), workers)) as results,
+    ):
+        for result in results:
+            journal.append(result)
+            new[result["id"]] = result
+            bar.update()
+    _keep_only(work / "audio", {work / result["path"] for result in new.values()})
+    summary = _write(corpus, [(old | new)[job.id] for job in jobs], files, directory, work, settings)
+    if work == directory:
+        return summary
+    _finish_update(directory)
+    return f"{summary}, {len(left):,} decoded anew"
+
+
+def _keep_only(folder: Path, used: Collection[Path]) -> None:
+    """Remove from a folder's folders all files but those that are used."""
+    for inside in folder.glob("*"):
+        for path in inside.glob("*"):
+            if path not in used:
+                path.unlink()
+        if not any(inside.iterdir()):
+            inside.rmdir()
 
 
 def _is_complete(directory: Path) -> bool:
@@ -666,10 +691,9 @@ def _finish_update(directory: Path) -> None:
                 target = directory / path.relative_to(work)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-    used = {directory / line["path"] for line in read_lines(directory / RESULTS) if "reason" not in line}
-    used |= {directory / f"{split}.jsonl.gz" for split in PreparedCorpus.load(work).counts}
-    for path in [*directory.glob("audio/*/*"), *directory.glob("*.jsonl.gz")]:
-        if path not in used:
+    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
+    for path in directory.glob("*.jsonl.gz"):
+        if path.name.removesuffix(".jsonl.gz") not in PreparedCorpus.load(work).counts:
             path.unlink()
     os.replace(work / "corpus.json", directory / "corpus.json")
     shutil.rmtree(work)

@@ -278,8 +278,8 @@ class FolderCorpus:
     """Any tree of audio that soundfile reads, in the order of its paths.
 
     An utterance's id is its path below the root without suffix. Each label goes to the supervision's custom fields;
-    ``speaker`` and ``text`` also to its own. Names that begin with a dot are passed over; a folder to which several links
-    lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
+    ``speaker`` and ``text`` also to its own. Names that begin with a dot and prepared folders are passed over;
+    a folder to which several links lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
 
     Args:
         root: Top folder.
@@ -394,6 +394,9 @@ class FolderCorpus:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
+            if {"corpus.json", "rejected.csv"} <= set(names) or "journal.jsonl" in names:  # what was prepared of it
+                folders.clear()
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
             for name in names:
