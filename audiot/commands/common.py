@@ -25,7 +25,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.commands.compare import run_overrides
 from audiot.data.prepare import PreparedCorpus, prepare
-from audiot.data.sources import Sources, places
+from audiot.data.sources import Sources, file_digest, places
 from audiot.devices import fast_precision
 from audiot.files import read_json, write_json
 from audiot.replication import warn_of_slow_strategy
@@ -87,7 +87,7 @@ def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
     kept = ", kept as it was" if when == "keep" else ""
     say(f"corpus  {folder}: {sum(corpus.counts.values())} utterances, {sum(corpus.hours.values()):.2f} h{kept}")
     if run is not None:
-        _check_corpus(run, corpus)
+        _check_data(run, cfg, corpus)
     return corpus
 
 
@@ -104,15 +104,34 @@ def _prepared_folder(cfg: DictConfig, settings: Mapping[str, Any], options: Mapp
 
 
 @rank_zero_only
-def note_corpus(run: Path, corpus: PreparedCorpus) -> None:
-    """Note in a new run's folder what it is trained on."""
-    write_json(run / "data.json", {"prepared": str(corpus.directory.absolute()), "content": corpus.content})
+def note_data(cfg: DictConfig, corpus: PreparedCorpus) -> None:
+    """Note in a new run's folder, ``cfg.run_dir``, what it is trained on: the corpus, and files of its task such as a lexicon."""
+    noted = {"prepared": str(corpus.directory.absolute()), "content": corpus.content, "files": _task_files(cfg)}
+    write_json(Path(cfg.run_dir) / "data.json", noted)
 
 
-def _check_corpus(run: Path, corpus: PreparedCorpus) -> None:
+def _task_files(cfg: DictConfig) -> dict[str, str]:
+    """Config key of each file that labels and objective of a task are given → the digest of its content."""
+    found = {}
+    for part in ("labels", "objective") if "downstream" in cfg else ():
+        arguments = plain(cfg.downstream[part])
+        for name, path in places(get_object(arguments["_target_"]), arguments).items():
+            if os.path.isfile(path):
+                found[f"downstream.{part}.{name}"] = file_digest(path)
+    return found
+
+
+def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
     if not (run / "data.json").is_file():  # a run of an earlier version
         return
     noted = read_json(run / "data.json", "note of a run's data")
+    files = _task_files(cfg)
+    for name, digest in noted["files"].items():
+        if files.get(name) != digest:
+            raise ValueError(
+                f"run={run}: {OmegaConf.select(cfg, name)} ({name}) is not what the run was trained with: figures would not "
+                "compare; bring it back as it was, or train anew"
+            )
     if noted["content"] != corpus.content:
         what = f"is the corpus in {noted['prepared']}"
         if noted["prepared"] == str(corpus.directory.absolute()):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
-from audiot.commands.common import data_options, make_trainer, note_corpus, open_corpus, plain, say, table
+from audiot.commands.common import data_options, make_trainer, note_data, open_corpus, plain, say, table
 from audiot.commands.compare import is_rate, write_comparison
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing
@@ -40,7 +40,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     _check(cfg)
     run = Path(cfg.run_dir)
     corpus = open_corpus(cfg)
-    note_corpus(run, corpus)
+    note_data(cfg, corpus)
     upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
     metrics = train(cfg, upstream, corpus)
     if cfg.compare:

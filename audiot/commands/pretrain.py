@@ -26,7 +26,7 @@ from audiot.commands.common import (
     finetune_command,
     make_trainer,
     newest_checkpoint,
-    note_corpus,
+    note_data,
     open_corpus,
     plain,
     say,
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> float:
     module = build(cfg)
     corpus = open_corpus(cfg, None if checkpoint is None else run)
     if checkpoint is None:
-        note_corpus(run, corpus)
+        note_data(cfg, corpus)
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)

@@ -44,7 +44,7 @@ class Verification(Objective):
         embedding_dim: int = 512,
         scale: float = 30.0,
         margin: float = 0.4,
-        trials: str | None = None,
+        trials: str | Path | None = None,
         max_trials: int = 200_000,
         p_target: float = 0.01,
     ) -> None:
@@ -173,7 +173,7 @@ def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[st
     }
 
 
-def read_trials(path: str) -> list[Trial]:
+def read_trials(path: str | Path) -> list[Trial]:
     """Trials of a file of lines ``1|0 UTTERANCE UTTERANCE``, as VoxCeleb's; suffixes of audio files are left out.
 
     Raises:

@@ -543,7 +543,8 @@ def test_a_run_is_measured_on_the_data_that_it_was_trained_on(tmp_path, monkeypa
     project = Project(tmp_path)
     monkeypatch.chdir(tmp_path)
     run, cfg = tmp_path / "run", config(project, tmp_path / "data")
-    common.note_corpus(run, common.open_corpus(cfg))
+    cfg.run_dir = str(run)
+    common.note_data(cfg, common.open_corpus(cfg))
     common.open_corpus(cfg, run)
     project.labels["3.wav"] = "other"
     project.write_table()
@@ -558,6 +559,23 @@ def test_a_run_is_measured_on_the_data_that_it_was_trained_on(tmp_path, monkeypa
         cfg.data.prepare.when = when
         with pytest.raises(ValueError, match=r"run=.*run: .* has other utterances, labels or audio .* was updated since"):
             common.open_corpus(cfg, run)
+
+
+def test_a_run_is_measured_with_the_lexicon_that_it_was_trained_with(tmp_path, monkeypatch):
+    project = Project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rewrite(tmp_path / "lexicon.txt", "yes Y EH S\n")
+    cfg = config(project, tmp_path / "data")
+    labels = {"_target_": "audiot.data.labels.PhoneSequence", "lexicon": "lexicon.txt"}
+    objective = {"_target_": "audiot.downstream.ctc.CTC"}
+    more = {"run_dir": str(tmp_path / "run"), "downstream": {"labels": labels, "objective": objective}}
+    cfg = OmegaConf.merge(cfg, more)
+    common.note_data(cfg, common.open_corpus(cfg))
+    later(tmp_path / "lexicon.txt")
+    common.open_corpus(cfg, tmp_path / "run")
+    rewrite(tmp_path / "lexicon.txt", "yes Y IH S\n")
+    with pytest.raises(ValueError, match=r"lexicon\.txt \(downstream\.labels\.lexicon\) is not what the run was trained with"):
+        common.open_corpus(cfg, tmp_path / "run")
 
 
 def test_a_folder_of_an_earlier_version_is_said_and_kept_apart(tmp_path, monkeypatch, caplog):

@@ -379,7 +379,7 @@ class FolderCorpus:
 
     def sources(self) -> Sources:
         """All audio below the root, and the table."""
-        return Sources([self.root / path for path in self._find()], self.texts)
+        return Sources([os.path.join(self.root, path) for path in self._find()], self.texts)
 
     def _find(self) -> list[str]:
         """Paths of audio below the root, '/' between folders, sorted."""
