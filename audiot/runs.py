@@ -33,23 +33,28 @@ CHANGEABLE = re.compile(
 FROM_ENCODER = ("data", "objective", "seed")  # what a new run that starts from the encoder may have otherwise
 
 
-def run_config(run: Path, key: str = "run") -> DictConfig:
+def run_config(run: Path, when: str | None = None, key: str = "run") -> DictConfig:
     """The config that a run has now, in its folder as it is named here.
 
     Args:
         run: The run's folder.
+        when: ``data.prepare.when`` instead of the run's, for a command that uses its data as they were: ``check`` or ``keep``.
         key: The argument that named it, for errors.
 
     Raises:
         FileNotFoundError: no run is there.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or ``when`` is another word.
     """
+    if when not in (None, "check", "keep"):
+        raise ValueError(f"data.prepare.when must be check or keep here, as a run's figures are of its own data, found {when!r}")
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{key}={run}: no run there ({run / CONFIG} is missing)")
     cfg = _read(run / CONFIG, DictConfig)
     for override in parse(_added(_resumes(run))):
         OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
     cfg.run_dir = str(run)
+    if when is not None:
+        OmegaConf.update(cfg, "data.prepare.when", when, force_add=True)
     return cfg
 
 
@@ -187,7 +192,7 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         ValueError: an override can't be applied, or the run is finished or further than it is to go.
     """
     run = _folder(folder)
-    before = run_config(run, "resume")
+    before = run_config(run, key="resume")
     if "resume" not in before:
         raise ValueError(f"resume={run}: not a pre-training run; only those can be resumed")
     before.resume = str(run)

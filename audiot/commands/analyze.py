@@ -27,11 +27,11 @@ from audiot.runs import run_config
 def main(cfg: DictConfig) -> None:
     """Draw curves, probes, an utterance's reconstruction, its attention, keys and tables beside the untrained model's."""
     run = Path(cfg.run)
-    settings = run_config(run)
+    settings = run_config(run, cfg.data.prepare.when)
     if "downstream" in settings:
         raise ValueError(f"run={run} is a run of finetune, analyze draws runs of pretrain: see {run / 'confusion.png'}")
     module = load_pretraining(run).eval()
-    data = SpeechDataModule(open_corpus(settings), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
+    data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     batch = utterance(data, cfg.utterance)
     plots = run / "plots"
     name = batch["ids"][0]

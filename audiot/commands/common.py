@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytorch_lightning as pl
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import WandbLogger
@@ -23,7 +24,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.data.prepare import PreparedCorpus, prepare
+from audiot.data.sources import Sources, file_digest, places
 from audiot.devices import fast_precision
+from audiot.files import read_json, write_json
 from audiot.replication import warn_of_slow_strategy
 
 log = logging.getLogger("audiot")
@@ -42,25 +45,57 @@ def plain(cfg: Any) -> dict[str, Any]:
     return {str(name): value for name, value in container.items()}
 
 
-def open_corpus(cfg: DictConfig) -> PreparedCorpus:
-    """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings."""
+def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
+    """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings and places.
+
+    Args:
+        cfg: ``data`` and ``data_dir`` of a command's config.
+        run: Folder of a run that was started before, on the same config: the corpus must still be the one that it had, and
+            is not updated.
+
+    Raises:
+        FileNotFoundError: the corpus, or the sources of a prepared one, are missing.
+        ValueError: sources have changed where they must not, or the corpus is not the run's.
+    """
     folder, settings, options = corpus_folder(cfg)
-    num_jobs = cfg.data.prepare.num_jobs
-    corpus = prepare(lambda: instantiate(cfg.data.corpus).manifests(), folder, settings=settings, num_jobs=num_jobs, **options)
+    written, when = plain(cfg.data.corpus), cfg.data.prepare.get("when", "update")  # runs of earlier versions have none
+    here = places(get_object(written["_target_"]), written)
+    former = _prepared_folder(cfg, written, options)
+    if former != folder and (former / "corpus.json").is_file() and not (folder / "corpus.json").is_file():
+        absolute = all(os.path.isabs(written[name]) for name in here.keys() & written.keys())
+        if when == "keep" and absolute:  # else nobody knows of which project it is
+            settings, folder = written, former
+        else:
+            say(
+                f"corpus  {former} is of an earlier audiot, which noted neither place nor state of its sources: prepared anew in "
+                f"{folder.name}; delete the former when no run needs it"
+            )
+    corpus = prepare(
+        lambda: instantiate(cfg.data.corpus).manifests(),
+        folder,
+        sources=lambda: _sources(cfg),
+        settings=settings,
+        num_jobs=cfg.data.prepare.num_jobs,
+        when="check" if run is not None and when == "update" else when,
+        **options,
+    )
+    kept = ", kept as it was" if when == "keep" else ""
     count, hours = corpus.utterances, corpus.total_hours
     if count is None or hours is None:
         count, hours = sum(corpus.counts.values()), sum(corpus.hours.values())
-    say(f"corpus  {folder}: {count} utterances, {hours:.2f} h")
+    say(f"corpus  {folder}: {count} utterances, {hours:.2f} h{kept}")
+    if run is not None:
+        _check_data(run, cfg, corpus)
     return corpus
 
 
 def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Where the corpus of ``cfg.data`` is prepared, with the settings of the corpus and of its preparation."""
-    settings = plain(cfg.data.corpus)
-    options = plain(cfg.data.prepare)
-    options.pop("num_jobs")  # how many workers prepare it changes nothing
-    digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}", settings, options
+    written, options = plain(cfg.data.corpus), plain(cfg.data.prepare)
+    for name in ("num_jobs", "when"):  # how many workers prepare it, and when, changes nothing
+        options.pop(name, None)
+    settings = written | places(get_object(written["_target_"]), written)
+    return _prepared_folder(cfg, settings, options), settings, options
 
 
 def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
@@ -69,6 +104,57 @@ def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
         return compose(command, list(overrides))
     with initialize_config_module("audiot.conf", version_base="1.3"):  # a tool, or a resumed run
         return compose(command, list(overrides))
+
+
+def _sources(cfg: DictConfig) -> Sources:
+    corpus = instantiate(cfg.data.corpus)
+    if not hasattr(corpus, "sources"):
+        raise ValueError(f"{type(corpus).__name__} has no method sources: see audiot.data.sources.Corpus for what a corpus has")
+    return corpus.sources()
+
+
+def _prepared_folder(cfg: DictConfig, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:8]
+    return Path(cfg.data_dir) / "prepared" / f"{cfg.data.name}-{digest}"
+
+
+@rank_zero_only
+def note_data(cfg: DictConfig, corpus: PreparedCorpus) -> None:
+    """Note in a new run's folder, ``cfg.run_dir``, what it is trained on: the corpus, and files of its task such as a lexicon."""
+    noted = {"prepared": str(corpus.directory.absolute()), "content": corpus.content, "files": _task_files(cfg)}
+    write_json(Path(cfg.run_dir) / "data.json", noted)
+
+
+def _task_files(cfg: DictConfig) -> dict[str, str]:
+    """Config key of each file that labels and objective of a task are given → the digest of its content."""
+    found = {}
+    for part in ("labels", "objective") if "downstream" in cfg else ():
+        arguments = plain(cfg.downstream[part])
+        for name, path in places(get_object(arguments["_target_"]), arguments).items():
+            if os.path.isfile(path):
+                found[f"downstream.{part}.{name}"] = file_digest(path)
+    return found
+
+
+def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
+    if not (run / "data.json").is_file():  # a run of an earlier version
+        return
+    noted = read_json(run / "data.json", "note of a run's data")
+    files = _task_files(cfg)
+    for name, digest in noted["files"].items():
+        if files.get(name) != digest:
+            raise ValueError(
+                f"run={run}: {OmegaConf.select(cfg, name)} ({name}) is not what the run was trained with: figures would not "
+                "compare; bring it back as it was, or train anew"
+            )
+    if noted["content"] != corpus.content:
+        what = f"is the corpus in {noted['prepared']}"
+        if noted["prepared"] == str(corpus.directory.absolute()):
+            what = "was updated since"
+        raise ValueError(
+            f"run={run}: {corpus.directory} has other utterances, labels or audio than the run was trained on, which {what}: "
+            "figures would not compare; bring its sources back as they were and run audiot prepare, or train anew"
+        )
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:

@@ -30,7 +30,7 @@ from audiot.runs import check_archive, newest_checkpoint, run_config
 def main(cfg: DictConfig) -> None:
     """Print what was measured then and now; now's figures go to ``evaluation.json`` in the run's folder."""
     run = Path(cfg.run)
-    settings = run_config(run)
+    settings = run_config(run, cfg.data.prepare.when)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         precision=known_precision(cfg.precision or settings.trainer.precision, cfg.accelerator),
@@ -62,7 +62,7 @@ def load_pretraining(run: Path) -> MaskedAcousticModel:
 def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, float]:
     """Validation L1 beside both baselines."""
     module = load_pretraining(run)
-    data = SpeechDataModule(open_corpus(settings), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
+    data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     (metrics,) = trainer.validate(module, data, verbose=False)
     return {name: value for name, value in metrics.items() if name.startswith("pretrain/")}
 
@@ -71,7 +71,7 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) ->
     """Test metrics of the best checkpoint."""
     path = check_archive(run / "checkpoints" / "best.ckpt")
     module = DownstreamModule.load_from_checkpoint(path, map_location="cpu", weights_only=False)
-    data = task_data(settings, open_corpus(settings), module.upstream.features)
+    data = task_data(settings, open_corpus(settings, run), module.upstream.features)
     if data.classes != module.hparams["classes"]:
         raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")
     with torch.inference_mode():

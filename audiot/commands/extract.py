@@ -194,11 +194,14 @@ def find_utterances(names: Sequence[str], failures: Failures) -> list[Utterance]
         path = Path(name)
         if path.is_dir() and any((path / mark).is_file() for mark in ("corpus.json", "journal.jsonl")):
             corpus = PreparedCorpus.load(path)
+            corpus.check_audio()
             # Splits may share utterances, which are then the same.
             own = list({utterance.id: utterance for split in corpus.counts for utterance in _prepared(path, split)}.values())
         elif name.endswith((".jsonl", ".jsonl.gz")):
             split = path.name.split(".jsonl")[0]
             prepared = (path.parent / "corpus.json").is_file() and split in PreparedCorpus.load(path.parent).counts
+            if prepared:
+                PreparedCorpus.load(path.parent).check_audio()
             own = list(_prepared(path.parent, split) if prepared else _listed(path, failures))
         else:
             own = _files(name, failures)

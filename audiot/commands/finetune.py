@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
-from audiot.commands.common import corpus_folder, data_options, make_trainer, open_corpus, plain, say, table
+from audiot.commands.common import corpus_folder, data_options, make_trainer, note_data, open_corpus, plain, say, table
 from audiot.commands.compare import is_rate, write_comparison
 from audiot.commands.few import say_few
 from audiot.commands.following import example_files
@@ -48,6 +48,7 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     corpus = open_corpus(cfg)
     per_frame = str(cfg.downstream.head._target_).endswith(".FrameClassifier")
     say_few(cfg, corpus, cfg.downstream.task, ("valid", "test"), cfg.downstream.monitor == "accuracy" and not per_frame)
+    note_data(cfg, corpus)
     upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
     metrics = train(cfg, upstream, corpus)
     if cfg.compare:

@@ -26,6 +26,7 @@ from audiot.checkpoint import load_encoder, save_encoder
 from audiot.commands.common import (
     data_options,
     make_trainer,
+    note_data,
     open_corpus,
     plain,
     say,
@@ -63,7 +64,9 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
     module = build(cfg)
-    corpus = open_corpus(cfg)
+    corpus = open_corpus(cfg, None if resumed is None else run)
+    if resumed is None:
+        note_data(cfg, corpus)
     say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}

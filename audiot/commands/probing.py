@@ -168,6 +168,7 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
         device["trainer"]["precision"] = cfg.trainer.precision
     explicit = OmegaConf.from_dotlist([given for given in overrides if given.startswith("data.")])
-    merged = OmegaConf.merge(probe, device, explicit)
+    same = {"data": {"prepare": {"when": "keep"}}}  # what pre-training has heard, whatever becomes of its sources meanwhile
+    merged = OmegaConf.merge(probe, device, explicit, same)
     assert isinstance(merged, DictConfig)
     return merged

@@ -73,7 +73,8 @@ def _named() -> Iterator[None]:
 def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADABLE)) -> list[str]:
     """Paths of the audio files below a folder, '/' between folders, sorted; the same under any locale (see `name_text`).
 
-    Linked folders are followed, and read once where several ways lead to them. Names that begin with a dot are passed over.
+    Linked folders are followed, and read once where several ways lead to them. Names that begin with a dot are passed over, and
+    so are prepared corpora below the folder.
 
     Args:
         root: The folder.
@@ -97,6 +98,9 @@ def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADAB
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        if folder != top and ({b"corpus.json", b"rejected.csv"} <= set(names) or b"journal.jsonl" in names):
+            folders.clear()  # what was prepared of it
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, top)
         for name in names:

@@ -30,8 +30,15 @@ MOST_WORKERS = 8  # a training process; one loads some 10,000 times real time, a
 
 
 @lru_cache(maxsize=8)
-def open_cuts(directory: Path, split: str, supervisions: bool = True) -> CutSet:
-    """Cuts of a prepared split; one that is held in memory is read once a process, whatever number of tasks use it."""
+def open_cuts(directory: Path, split: str, supervisions: bool = True, content: str | None = None) -> CutSet:
+    """Cuts of a prepared split; one that is held in memory is read once a process, whatever number of tasks use it.
+
+    Args:
+        directory: The prepared folder.
+        split: Name of the split.
+        supervisions: Keep the labels.
+        content: The corpus's ``content``: a folder that was updated is read again.
+    """
     corpus = PreparedCorpus.load(directory)
     cuts = corpus.cuts(split)
     if not supervisions:  # which a crop would copy, and a worker be sent
@@ -55,7 +62,7 @@ class PreparedPieces:
 
 
 @lru_cache(maxsize=8)
-def open_pieces(directory: Path, split: str) -> Iterable[Piece]:
+def open_pieces(directory: Path, split: str, content: str | None = None) -> Iterable[Piece]:
     """Like `open_cuts`, for those who want audio alone."""
     pieces = PreparedPieces(directory, split)
     return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
@@ -160,7 +167,8 @@ class SpeechDataModule(pl.LightningDataModule):
 
     def cuts(self, role: str) -> CutSet:
         """Cuts of the split that the task uses as ``train``, ``valid`` or ``test``; without labels, audio alone."""
-        return open_cuts(self.corpus.directory, self.corpus.split_for(self.task, role), self.labels is not None)
+        corpus = self.corpus
+        return open_cuts(corpus.directory, corpus.split_for(self.task, role), self.labels is not None, corpus.content)
 
     def training_cuts(self) -> CutSet:
         """Training cuts after ``label_fraction``."""
@@ -215,7 +223,7 @@ class SpeechDataModule(pl.LightningDataModule):
         """Endless shuffled batches, from ``next_batch`` on."""
         if self.lengths is None or self.label_fraction < 1:
             return self._loader(self.training_cuts(), training=True)
-        pieces = open_pieces(self.corpus.directory, self.corpus.split_for(self.task, "train"))
+        pieces = open_pieces(self.corpus.directory, self.corpus.split_for(self.task, "train"), self.corpus.content)
         return self._loader(pieces, training=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:

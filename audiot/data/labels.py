@@ -316,7 +316,7 @@ class PhoneSequence(TokenLabels):
         self,
         features: Framing | None = None,
         tier: str = "phone",
-        lexicon: str | None = None,
+        lexicon: str | Path | None = None,
         silences: Sequence[str] = ("SIL", "sil", "sp", "spn", "SPN", ""),
         strip_stress: bool = False,
     ) -> None:

@@ -10,14 +10,15 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -38,6 +39,18 @@ from audiot.data.audio import (
     reason,
     resample,
 )
+from audiot.data.sources import (
+    Difference,
+    File,
+    Sources,
+    compare,
+    file_digest,
+    look,
+    read_lines,
+    read_record,
+    snapshot,
+    write_record,
+)
 from audiot.files import name_text, printable, read_json, replacing_gzip, replacing_text, write_json
 
 if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
@@ -46,7 +59,10 @@ if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or F
 
     from audiot.data.manifests import Manifests
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: without a record of what it was prepared from
+WHEN = ("update", "check", "keep")
+SOURCES, RESULTS = Path("record", "sources.jsonl.gz"), Path("record", "utterances.jsonl.gz")
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
 ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
@@ -65,7 +81,12 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Job:
-    """One utterance to decode: a piece of a file, or a cut that only Lhotse can read (mixed, transformed, …)."""
+    """One utterance to decode: a piece of a file, or a cut that only Lhotse can read (mixed, transformed, …).
+
+    Args:
+        files: Paths of the files that it is in.
+        states: Size and time of change of each of them, as they were before it is decoded.
+    """
 
     id: str
     path: str
@@ -75,11 +96,22 @@ class _Job:
     channels: tuple[int, ...]
     file_samples: int = 0  # of the whole file, as the manifest has it
     cut: Cut | None = None
+    files: tuple[str, ...] = ()
+    states: tuple[tuple[int, int] | None, ...] = ()
 
     def digest(self) -> str:
-        """Names what is decoded, so that a resumed run notices another piece under the same id."""
-        parts = (self.id, self.path, self.sample_rate, self.start, self.num_samples, self.channels)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        """Names what is decoded, so that another piece or a changed file under the same id is noticed."""
+        cut = self.cut and self.cut.drop_supervisions().to_dict()
+        parts = (self.id, self.path, self.sample_rate, self.start, self.num_samples, self.channels, self.states, cut)
+        return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()[:16]
+
+
+def _files(cut: Cut) -> tuple[str, ...]:
+    """Absolute paths of the files that a cut is in."""
+    parts = [track.cut for track in getattr(cut, "tracks", ())] or [cut]
+    recordings = [recording for part in parts if (recording := getattr(part, "recording", None)) is not None]
+    sources = [source for recording in recordings for source in recording.sources if source.type == "file"]
+    return tuple(dict.fromkeys(os.path.abspath(source.source) for source in sources))
 
 
 def _job(cut: Cut) -> _Job:
@@ -102,7 +134,7 @@ def _job(cut: Cut) -> _Job:
             if missing := set(channels) - set(source.channels):
                 raise ValueError(f"utterance {cut.id} has channel {min(missing)}, its recording {source.channels}")
             channels = [source.channels.index(channel) for channel in channels]  # a source may number them as it likes
-    return _Job(cut.id, path, cut.sampling_rate, start, cut.num_samples, tuple(channels), file_samples, cut_to_load)
+    return _Job(cut.id, path, cut.sampling_rate, start, cut.num_samples, tuple(channels), file_samples, cut_to_load, _files(cut))
 
 
 def _decode(job: _Job, channel: str | int) -> tuple[np.ndarray, bool]:
@@ -189,8 +221,14 @@ def _process(job: _Job, options: _Options) -> dict[str, Any]:
     return {"id": job.id, "job": job.digest(), "path": name, "num_samples": len(samples_16), "scaled": scaled}
 
 
+def _prepare_one(job: _Job, options: _Options) -> dict[str, Any]:
+    """`_process`, and the digest of the file that a manifest will name."""
+    result = _process(job, options)
+    return result if "reason" in result else result | {"sha256": file_digest(options.directory / result["path"])}
+
+
 def _process_chunk(jobs: list[_Job], options: _Options) -> list[dict[str, Any]]:
-    return [_process(job, options) for job in jobs]
+    return [_prepare_one(job, options) for job in jobs]
 
 
 def start_worker() -> None:
@@ -209,7 +247,7 @@ def _end_with(sentinel: int) -> None:
 def _process_all(jobs: Iterable[_Job], options: _Options, num_jobs: int) -> Generator[dict[str, Any], None, None]:
     """Results in the order in which they get ready."""
     if num_jobs == 1:
-        yield from (_process(job, options) for job in jobs)
+        yield from (_prepare_one(job, options) for job in jobs)
         return
     rest = iter(jobs)
     pending: set[Future] = set()
@@ -255,34 +293,46 @@ def _check_same_settings(directory: Path, found: Mapping[str, Any], wanted: Mapp
 
 
 class _Journal:
-    """What is done so far, a JSON line an utterance, for an interrupted run to go on from; also the folder's lock."""
+    """What is done so far, a JSON line an utterance, for an interrupted run to go on from; also the folder's lock.
+
+    Args:
+        directory: The prepared folder.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "journal.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        while not self._is_there():  # the one that we waited for has removed it, and another process may have made it anew
+            self.close()
+            self._lock()
+
+    def _lock(self) -> None:
         self.stream: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process prepares {directory}: waiting for it", flush=True)
+            print(f"another process prepares {self.directory}: waiting for it", flush=True)
             fcntl.flock(self.stream, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
-            print(f"{directory} can't be locked ({error.strerror}): see that only one process prepares it", flush=True)
+            print(f"{self.directory} can't be locked ({error.strerror}): see that only one process prepares it", flush=True)
 
-    def read(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Utterance → result, of those whose audio is there. A rejected one is tried again: its file may be mended."""
+    def _is_there(self) -> bool:
+        return self.path.exists() and os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.path))
+
+    def read(self, settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+        """Utterance → result, of those whose audio is in ``folder``. A rejected one is tried again: its file may be mended."""
         self.stream.seek(0)
         content = self.stream.read()
         whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left half a line
         header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
-        good = [line for line in lines if "reason" not in line and (self.directory / line["path"]).is_file()]
-        if good:
-            if header["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"{self.path} is of format {header['format_version']}: delete it to prepare anew")
+        good = [line for line in lines if "reason" not in line and (folder / line["path"]).is_file()]
+        if good and header["format_version"] == FORMAT_VERSION:
             _check_same_settings(self.directory, header["settings"], settings)
             self.stream.truncate(len(whole))
         else:  # nothing worth keeping, so that wrong settings can be put right
+            good = []
             self.stream.truncate(0)
             self.append({"format_version": FORMAT_VERSION, "settings": settings})
         return {line["id"]: line for line in good}
@@ -290,6 +340,9 @@ class _Journal:
     def append(self, line: Mapping[str, Any]) -> None:
         self.stream.write(json.dumps(line).encode() + b"\n")
         self.stream.flush()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.stream.close()
@@ -309,6 +362,7 @@ class PreparedCorpus:
         task_splits: Task → role → split, as in :class:`~audiot.data.manifests.Manifests`.
         utterances: How many there are in all, each counted once; None in a folder of an earlier version.
         total_hours: Of all of them.
+        content: Digest of ids, labels and audio of all splits, wherever they lie; None: prepared by a version without one.
     """
 
     directory: Path
@@ -320,6 +374,7 @@ class PreparedCorpus:
     task_splits: Mapping[str, Mapping[str, str]]
     utterances: int | None = None
     total_hours: float | None = None
+    content: str | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> PreparedCorpus:
@@ -330,17 +385,17 @@ class PreparedCorpus:
             ValueError: corpus.json is broken, or of another version of the format.
         """
         directory = Path(directory)
-        if not (directory / "corpus.json").is_file():
+        if not _is_complete(directory):
             if (directory / "journal.jsonl").is_file():
                 raise FileNotFoundError(f"{directory} is not prepared to the end: run the preparation again to go on")
             raise FileNotFoundError(f"{directory} holds no prepared corpus: prepare one, or name another folder")
         content = read_json(directory / "corpus.json", "description of a prepared corpus")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ValueError(f"{directory} is of format {version}, this audiot reads {FORMAT_VERSION}: prepare it anew")
         names = ("settings", "counts", "hours", "rejected", "scaled", "task_splits")
         totals: dict[str, Any] = {name: content.get(name) for name in ("utterances", "total_hours")}
-        return cls(directory, **{name: content[name] for name in names}, **totals)
+        return cls(directory, **{name: content[name] for name in names}, content=content.get("content"), **totals)
 
     @property
     def sample_rate(self) -> int:
@@ -373,6 +428,23 @@ class PreparedCorpus:
         # Absolute paths (of audio that was good as it lay) stay what they are.
         return cuts.with_recording_path_prefix(self.directory.absolute())
 
+    def check_audio(self) -> None:
+        """Refuse audio that is used where it lies and is no longer what it was.
+
+        Raises:
+            ValueError: a file was changed or is gone; of a folder of format 1, which has no record, none is.
+        """
+        if (self.directory / SOURCES).is_file():
+            used = {path: file for path, file in read_record(self.directory / SOURCES).items() if file.in_place}
+            states = look(used)
+            if changed := [path for path, file in used.items() if states[path] != file.state]:
+                what = "is gone" if states[changed[0]] is None else "was changed"
+                raise ValueError(
+                    f"{self.directory} uses audio where it lies, and {changed[0]} {what} since ({len(changed):,} of "
+                    f"{len(used):,} files were changed or are gone): audiot prepare, with the options as before, prepares the "
+                    "difference; data.prepare.copy=true makes a corpus that is its own"
+                )
+
 
 def prepare(
     manifests: Manifests | Callable[[], Manifests],
@@ -384,6 +456,8 @@ def prepare(
     max_duration_s: float | None = None,
     silence_dbfs: float = SILENCE_DBFS,
     copy: bool = False,
+    when: str = "update",
+    sources: Callable[[], Sources] | None = None,
     num_jobs: int | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -391,27 +465,41 @@ def prepare(
     """Decode every cut once into 16-bit mono WAV, and write manifests of what is good.
 
     Bad audio (missing, unreadable, truncated, empty, silent, non-finite, too short or long) goes to rejected.csv with
-    its reason and never stops the run. An interrupted run goes on where it was; a complete folder is returned at once.
+    its reason and never stops the run. An interrupted run goes on where it was; a complete folder is returned at once,
+    once size and time of its sources were compared with what they were.
     The bytes written do not depend on ``num_jobs`` or on interruptions. Supervisions keep their times; features and
     video of a cut are not carried over. An utterance that exceeds full scale after averaging and resampling is scaled
     down as a whole rather than clipped.
 
+    ``when`` says what happens to a complete folder whose sources have changed since:
+
+    - ``update``, the default, says what has changed and prepares that anew: who edits a label and runs again expects the
+      edit to count. Nothing is decoded but changed and added audio, and the new corpus takes the place of the old one when
+      it is whole. It can be the default because no result changes silently: runs note what they were trained on.
+    - ``check`` refuses the corpus and says what has changed.
+    - ``keep`` uses the folder as it is and looks at no source, for sources that are not there any more.
+
+    With ``update`` and ``check`` a folder whose sources are missing as a whole, as on a disk that is not mounted, is refused.
+
     Args:
         manifests: Of the corpus, or a function that returns them, called only when there is something to do.
-        output_dir: Gets corpus.json, SPLIT.jsonl.gz, rejected.csv and audio/.
+        output_dir: Gets corpus.json, SPLIT.jsonl.gz, rejected.csv, audio/ and record/.
         sample_rate: Hz of the audio written.
         channel: ``average``, or the number of the channel to keep of cuts with several.
         min_duration_s: Shorter utterances are rejected.
         max_duration_s: Longer ones too, unless None.
         silence_dbfs: So is one with an RMS below this; a full-scale square wave has 0.
         copy: Also write audio that could be used where it lies: whole 16-bit mono WAV files of the right rate.
+        when: ``update``, ``check`` or ``keep``.
+        sources: The files that the corpus reads now; None: the audio of its cuts alone.
         num_jobs: Worker processes; None: one a core, or none for less than an hour of audio.
         settings: What the corpus was made with; recorded, and compared when the folder is there already.
         progress: Show a bar.
 
     Raises:
-        ValueError: an argument is out of range, the folder was prepared with other settings, two different utterances
-            have one id, every utterance is bad, or a split has none left.
+        FileNotFoundError: the sources of a complete folder are missing.
+        ValueError: an argument is out of range, the folder was prepared with other settings or, with ``check``, from other
+            sources, two different utterances have one id, every utterance is bad, or a split has none left.
     """
     prepare_settings: dict[str, Any] = {
         "sample_rate": sample_rate,
@@ -427,51 +515,155 @@ def prepare(
         raise ValueError(f"prepare.channel must be 'average' or the number of a channel, found {channel!r}")
     if num_jobs is not None and num_jobs < 1:
         raise ValueError(f"prepare.num_jobs must be at least 1, found {num_jobs}")
+    if when not in WHEN:
+        raise ValueError(f"prepare.when must be {', '.join(WHEN[:-1])} or {WHEN[-1]}, found {when!r}")
     directory = Path(output_dir)
     # As JSON will give them back, tuples as lists.
     wanted = json.loads(json.dumps({"corpus": dict(settings or {}), "prepare": prepare_settings}, default=str))
 
-    if (directory / "corpus.json").is_file():
-        return _load_same(directory, wanted)
-    journal = _Journal(directory)
-    try:
-        if (directory / "corpus.json").is_file():  # by the process that we waited for
-            journal.path.unlink(missing_ok=True)
-            return _load_same(directory, wanted)
-        done = journal.read(wanted)
-        corpus = manifests() if callable(manifests) else manifests
-        _check_manifests(corpus)
-        jobs = _all_jobs(corpus)
-        digests = {job.id: job.digest() for job in jobs}
-        results = {id: result for id, result in done.items() if result["job"] == digests.get(id)}
-        options = _Options(directory.absolute(), **prepare_settings)
-        left = [job for job in jobs if job.id not in results]
-        workers = min(num_jobs or _cores(left), math.ceil(len(left) / CHUNK) or 1)
-        with (
-            tqdm(total=len(jobs), initial=len(results), desc="prepare", unit="utt", disable=not progress) as bar,
-            closing(_process_all(left, options, workers)) as new_results,
-        ):
-            for result in new_results:
-                journal.append(result)
-                results[result["id"]] = result
-                bar.update()
-        prepared = _write(corpus, [results[job.id] for job in jobs], directory, wanted)
-        journal.path.unlink()
-    finally:
-        journal.close()
+    prepared, _ = _as_it_is(directory, wanted, when, sources)
+    if prepared is not None:
+        return prepared
+    with closing(_Journal(directory)) as journal:
+        _finish_update(directory)
+        prepared, change = _as_it_is(directory, wanted, when, sources)  # now that no other process prepares it
+        if prepared is None:
+            if change:
+                print(f"{directory}: {change}: preparing the difference", flush=True)
+            options = _Options(directory.absolute(), **prepare_settings)
+            summary = _prepare(manifests, sources, options, wanted, journal, num_jobs, progress)
+            print(f"prepared {summary}: {directory}", flush=True)
+            prepared = PreparedCorpus.load(directory)
+        journal.remove()
     return prepared
+
+
+def _prepare(
+    manifests: Manifests | Callable[[], Manifests],
+    sources: Callable[[], Sources] | None,
+    options: _Options,
+    settings: dict[str, Any],
+    journal: _Journal,
+    num_jobs: int | None,
+    progress: bool,
+) -> str:
+    """Fill a folder; where a complete corpus is in it, decode the difference to ``update/`` and then replace it; a summary."""
+    directory = journal.directory
+    work, old = directory, {}
+    if _is_complete(directory):
+        work = directory / "update"
+        lines = read_lines(directory / RESULTS) if (directory / RESULTS).is_file() else []
+        old = {line["id"]: line for line in lines if "reason" in line or (directory / line["path"]).is_file()}
+    new = journal.read(settings, work)
+
+    # What changes while it is read is found changed the next time: the first look counts.
+    seen = {path: file for path, file in _snapshot(sources).items() if file.size is not None}
+    corpus = manifests() if callable(manifests) else manifests
+    _check_manifests(corpus)
+    jobs = _all_jobs(corpus)
+    files = _snapshot(sources) | seen
+    named = [*(path for job in jobs for path in job.files), *(os.path.abspath(path) for path, _ in corpus.rejected)]
+    files |= snapshot(Sources([path for path in dict.fromkeys(named) if path not in files]))
+    jobs = [replace(job, states=tuple(files[path].state for path in job.files)) for job in jobs]
+
+    digests = {job.id: job.digest() for job in jobs}
+    old, new = ({id: line for id, line in lines.items() if line["job"] == digests.get(id)} for lines in (old, new))
+    left = [job for job in jobs if job.id not in old and job.id not in new]
+    workers = min(num_jobs or _cores(left), math.ceil(len(left) / CHUNK) or 1)
+    with (
+        tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="prepare", unit="utt", disable=not progress) as bar,
+        closing(_process_all(left, replace(options, directory=work.absolute()), workers)) as results,
+    ):
+        for result in results:
+            journal.append(result)
+            new[result["id"]] = result
+            bar.update()
+    _keep_only(work / "audio", {work / result["path"] for result in new.values()})
+    summary = _write(corpus, [(old | new)[job.id] for job in jobs], files, directory, work, settings)
+    if work == directory:
+        return summary
+    _finish_update(directory)
+    return f"{summary}, {len(left):,} decoded anew"
+
+
+def _keep_only(folder: Path, used: Collection[Path]) -> None:
+    """Remove from a folder's folders all files but those that are used."""
+    for inside in folder.glob("*"):
+        for path in inside.glob("*"):
+            if path not in used:
+                path.unlink()
+        if not any(inside.iterdir()):
+            inside.rmdir()
+
+
+def _is_complete(directory: Path) -> bool:
+    return (directory / "corpus.json").is_file()
+
+
+def _snapshot(sources: Callable[[], Sources] | None) -> dict[str, File]:
+    return {} if sources is None else snapshot(sources())
+
+
+def _as_it_is(
+    directory: Path, wanted: Mapping[str, Any], when: str, sources: Callable[[], Sources] | None
+) -> tuple[PreparedCorpus | None, str]:
+    """A complete folder that may be used as it is, or None; and, of one that may not, what has changed.
+
+    Raises:
+        FileNotFoundError: its sources are missing.
+        ValueError: it was prepared with other settings or, with ``check``, from other sources.
+    """
+    if not _is_complete(directory):
+        return None, ""
+    prepared = PreparedCorpus.load(directory)
+    _check_same_settings(directory, prepared.settings, wanted)
+    if when == "keep":
+        return prepared, ""
+    if not (directory / SOURCES).is_file():
+        change: Difference | str = "an earlier audiot prepared it and noted no sources to compare"
+    else:
+        named = {value for value in _flat(wanted["corpus"]).values() if isinstance(value, str)}
+        change = compare(read_record(directory / SOURCES), sources, named)
+        if change.missing:
+            raise FileNotFoundError(
+                f"{directory} was prepared from files that are missing, {printable(change.missing[0])} first "
+                f"({len(change.missing):,} in all): is a disk not mounted? data.prepare.when=keep uses what was prepared"
+            )
+        if not change:
+            return prepared, ""
+    if when == "check":
+        raise ValueError(
+            f"{directory} is not what its sources are now: {change}: audiot prepare with data.prepare.when=update prepares the "
+            "difference, data.prepare.when=keep uses it as it was"
+        )
+    return None, str(change)
+
+
+def _finish_update(directory: Path) -> None:
+    """Put an update that is whole in the place of what was there; goes on where it was interrupted."""
+    work = directory / "update"
+    if not _is_complete(work):
+        return
+    (directory / "corpus.json").unlink(missing_ok=True)  # until all of it is there
+    for folder, _, names in os.walk(work):
+        for name in names:
+            path = Path(folder, name)
+            if path != work / "corpus.json":
+                target = directory / path.relative_to(work)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
+    for path in directory.glob("*.jsonl.gz"):
+        if path.name.removesuffix(".jsonl.gz") not in PreparedCorpus.load(work).counts:
+            path.unlink()
+    os.replace(work / "corpus.json", directory / "corpus.json")
+    shutil.rmtree(work)
 
 
 def _cores(jobs: Sequence[_Job]) -> int:
     if sum(job.num_samples / job.sample_rate for job in jobs) < ALONE_S:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _load_same(directory: Path, settings: Mapping[str, Any]) -> PreparedCorpus:
-    prepared = PreparedCorpus.load(directory)
-    _check_same_settings(directory, prepared.settings, settings)
-    return prepared
 
 
 def _check_manifests(corpus: Manifests) -> None:
@@ -531,32 +723,43 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
     return MonoCut(cut.id, 0.0, duration, 0, supervisions, recording=recording, custom=custom)
 
 
-def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, settings: dict[str, Any]) -> PreparedCorpus:
-    """Manifests and rejected.csv, then corpus.json, which makes the folder complete."""
+def _write(
+    corpus: Manifests,
+    results: list[dict[str, Any]],
+    files: Mapping[str, File],
+    directory: Path,
+    work: Path,
+    settings: dict[str, Any],
+) -> str:
+    """Write manifests, rejected.csv and the record to ``work``, then corpus.json, which makes it complete; a summary."""
     sample_rate = settings["prepare"]["sample_rate"]
     rejected = [("", printable(path), reason) for path, reason in corpus.rejected]
     rejected += [(line["id"], printable(line["path"]), line["reason"]) for line in results if "reason" in line]
     good = {result["id"]: result for result in results if "reason" not in result}
-    report = directory / "rejected.csv"
+    report = work / "rejected.csv"
     with replacing_text(report) as stream:
         csv.writer(stream, lineterminator="\n").writerows([("utterance", "path", "reason"), *rejected])
     kinds = Counter(reason.split(":")[0] for _, _, reason in rejected).most_common()
     if rejected:
         why = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        print(f"rejected {len(rejected):,} of {len(good) + len(rejected):,} files ({why}): see {report}", flush=True)
+        print(
+            f"rejected {len(rejected):,} of {len(good) + len(rejected):,} files ({why}): see {directory / report.name}",
+            flush=True,
+        )
     if not good:
         most = f"{kinds[0][0]} ({kinds[0][1]} of {len(rejected)}), see {report}" if kinds else "the corpus has none"
         raise ValueError(f"no utterance can be used, most often because: {most}")
 
-    counts, hours = {}, {}
+    counts, hours, digest = {}, {}, hashlib.sha256()
     for split, cuts in corpus.splits.items():
         counts[split] = num_samples = 0
-        with replacing_gzip(directory / f"{split}.jsonl.gz") as stream:
+        with replacing_gzip(work / f"{split}.jsonl.gz") as stream:
             for cut in cuts:
                 if result := good.get(cut.id):
-                    # In ASCII, as Lhotse reads text in the encoding of the locale.
-                    line = json.dumps(_prepared_cut(cut, result, sample_rate).to_dict())
-                    stream.write(line.encode() + b"\n")
+                    line = _prepared_cut(cut, result, sample_rate).to_dict()
+                    stream.write(json.dumps(line).encode() + b"\n")  # in ASCII: Lhotse reads in the locale's encoding
+                    matter = (split, cut.id, result["sha256"], line["supervisions"], line.get("custom"))
+                    digest.update(json.dumps(matter).encode() + b"\n")
                     counts[split] += 1
                     num_samples += result["num_samples"]
         if counts[split] == 0:
@@ -565,6 +768,10 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
     task_splits = {task: dict(roles) for task, roles in corpus.task_splits.items()}
     scaled = sum(result["scaled"] for result in good.values())
     total_hours = sum(result["num_samples"] for result in good.values()) / sample_rate / 3600
+    in_place = {result["path"] for result in good.values()}
+    write_record(work / SOURCES, {path: file._replace(in_place=path in in_place) for path, file in files.items()})
+    with replacing_gzip(work / RESULTS) as stream:
+        stream.writelines(json.dumps(result).encode() + b"\n" for result in results)
     content = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
@@ -575,10 +782,9 @@ def _write(corpus: Manifests, results: list[dict[str, Any]], directory: Path, se
         "task_splits": task_splits,
         "utterances": len(good),
         "total_hours": total_hours,
+        "content": digest.hexdigest(),
     }
-    write_json(directory / "corpus.json", content)
+    write_json(work / "corpus.json", content)
     parts = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     lowered = f", {scaled:,} lowered in level" if scaled else ""
-    summary = f"{len(good):,} utterances, {total_hours:.2f} h ({parts}), {len(rejected):,} rejected{lowered}"
-    print(f"prepared {summary}: {directory}", flush=True)
-    return PreparedCorpus.load(directory)
+    return f"{len(good):,} utterances, {total_hours:.2f} h ({parts}), {len(rejected):,} rejected{lowered}"

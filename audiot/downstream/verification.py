@@ -46,7 +46,7 @@ class Verification(Objective):
         embedding_dim: int = 512,
         scale: float = 30.0,
         margin: float = 0.4,
-        trials: str | None = None,
+        trials: str | Path | None = None,
         max_trials: int = 200_000,
         p_target: float = 0.01,
     ) -> None:
@@ -193,7 +193,7 @@ def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
     return float(false_alarms[before] + way * (false_alarms[after] - false_alarms[before]))
 
 
-def read_trials(path: str) -> list[Trial]:
+def read_trials(path: str | Path) -> list[Trial]:
     """Trials of a file of lines ``1|0 UTTERANCE UTTERANCE``, as VoxCeleb's; suffixes of audio files are left out.
 
     A trial that occurs twice counts twice, as in the published lists.
@@ -216,7 +216,7 @@ def read_trials(path: str) -> list[Trial]:
     return trials
 
 
-def _numbered_trials(path: str) -> Iterator[tuple[int, Trial]]:
+def _numbered_trials(path: str | Path) -> Iterator[tuple[int, Trial]]:
     for number, line in lines(path):
         words = line.split()
         if len(words) != 3 or words[0] not in ("0", "1"):

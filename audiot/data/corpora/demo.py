@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from audiot.data.corpora.espeak import SAMPLE_RATE, write_atomically
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources
 
 # eSpeak's voice → accent.
 ACCENTS = {
@@ -44,6 +45,7 @@ VARIANTS = (
     "robosoft3", "robosoft4", "robosoft5", "robosoft6", "robosoft7", "robosoft8", "sandro", "steph", "steph2",
     "steph3", "travis", "victor", "zac",
 )  # fmt: skip
+SPLITS = ("train", "valid", "test", "speaker_valid", "speaker_test")
 _NUM_HELDOUT_VARIANTS = 24  # never used by training speakers
 
 _SPEAKER_VALID_UTTERANCES = 2
@@ -131,7 +133,7 @@ class DemoCorpus:
         heldout = {"train": "train", "valid": "valid", "test": "test"}
         known_speakers = {"train": "train", "valid": "speaker_valid", "test": "speaker_test"}
         return Manifests(
-            splits={split: self._load(split) for split in (*heldout, "speaker_valid", "speaker_test")},
+            splits={split: self._load(split) for split in SPLITS},
             task_splits={
                 "phone": heldout,
                 "keyword": heldout,
@@ -139,6 +141,10 @@ class DemoCorpus:
                 "pretrain": {"train": "train", "valid": "valid"},
             },
         )
+
+    def sources(self) -> Sources:
+        """Its lists of utterances; the audio is what their cuts name."""
+        return Sources(texts=[self.root / f"{split}.jsonl" for split in SPLITS])
 
     def speakers(self) -> dict[str, dict[str, Any]]:
         """Speaker → its voice, the arguments of :class:`audiot.data.corpora.espeak.Espeak`."""

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources, files_below
 from audiot.data.text import rows
 
 COUNTS = {"train": 23132, "valid": 3118, "test": 3793}
@@ -52,9 +53,16 @@ class FluentSpeechCommandsCorpus:
         self._check_speakers(splits)  # last: an utterance in two tables is the narrower finding
         return manifests
 
+    def sources(self) -> Sources:
+        """The tables, and the recordings below ``wavs``."""
+        return Sources(files_below(self.root / "wavs", ".wav"), [self._table(split) for split in COUNTS])
+
+    def _table(self, split: str) -> Path:
+        return self.root / "data" / f"{split}_data.csv"
+
     def _read(self, split: str) -> dict[str, Utterance]:
         """The utterances of a table."""
-        table = self.root / "data" / f"{split}_data.csv"
+        table = self._table(split)
         if not table.is_file():
             raise FileNotFoundError(f"Fluent Speech Commands: there is no {table}: {REMEDY}")
         utterances: dict[str, Utterance] = {}

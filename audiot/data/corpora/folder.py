@@ -21,6 +21,7 @@ from tqdm import tqdm
 from audiot.data.audio import READABLE, UNREADABLE, AudioFile, BadAudioError, find_audio
 from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources
 from audiot.data.text import rows
 from audiot.files import name_bytes, name_text
 from audiot.quoting import argument
@@ -259,8 +260,8 @@ class FolderCorpus:
     """Any tree of audio that soundfile reads, in the order of its paths.
 
     An utterance's id is its path below the root without suffix. Each label goes to the supervision's custom fields;
-    ``speaker`` and ``text`` also to its own. Names that begin with a dot are passed over; a folder to which several links
-    lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
+    ``speaker`` and ``text`` also to its own. Names that begin with a dot and prepared folders are passed over;
+    a folder to which several links lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
 
     Args:
         root: Top folder.
@@ -299,6 +300,7 @@ class FolderCorpus:
         if channel != "average" and (not isinstance(channel, int) or channel < 0):
             raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
         self.pattern = PathPattern(pattern) if pattern else None
+        self.texts = [Path(labels)] if labels else []
         self.table = read_labels(labels) if labels else None
         columns = list(next(iter(self.table.values()), {})) if self.table else []
         fields = self.pattern.fields if self.pattern else []
@@ -357,6 +359,10 @@ class FolderCorpus:
         splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
         chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
         return Manifests(chosen, tasks, rejected)
+
+    def sources(self) -> Sources:
+        """All audio below the root, and the table."""
+        return Sources([os.path.join(self.root, path) for path in find_audio(self.root, self.extensions)], self.texts)
 
     def _labels(self, path: str, utterance: str) -> dict[str, str]:
         if any("\ud800" <= character <= "\udfff" for character in utterance):  # see `name_text`

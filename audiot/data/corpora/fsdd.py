@@ -7,6 +7,7 @@ from pathlib import Path
 
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources, files_below
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -29,15 +30,21 @@ class FsddCorpus:
     def __init__(self, root: str | Path, partial: bool = False) -> None:
         self.root, self.partial = Path(root), partial
 
+    def sources(self) -> Sources:
+        """The recordings."""
+        return Sources(files_below(self._folder(), ".wav"))
+
+    def _folder(self) -> Path:
+        folder = self.root / "recordings"
+        return folder if folder.is_dir() else self.root
+
     def manifests(self, progress: bool = True) -> Manifests:
         """Cuts of all splits.
 
         Raises:
             FileNotFoundError: there are no recordings, or a speaker's are incomplete.
         """
-        folder = self.root / "recordings"
-        if not folder.is_dir():
-            folder = self.root
+        folder = self._folder()
         names = sorted(path.name for path in folder.glob("*.wav") if path.name[0] != ".")
         remedy = "git clone https://github.com/Jakobovski/free-spoken-digit-dataset and set data.root"
         if not names:

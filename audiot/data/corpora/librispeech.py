@@ -18,9 +18,10 @@ from lhotse.cut import Cut
 from lhotse.lazy import LazyMapper
 from lhotse.utils import resumable_download
 
-from audiot.data.corpora.phone_labels import Tier, aligned, read_phone_labels
+from audiot.data.corpora.phone_labels import Tier, aligned, phone_label_files, read_phone_labels
 from audiot.data.corpora.published import Utterance, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
 from audiot.random import key
 
@@ -49,6 +50,7 @@ SUBSETS = {
     "dev-clean-2": Subset(1089, 31, 126046265, "176ec501490eced2d6c1f89f4f0ddc7dfe799e649e5322f8ba49fe3ff50c8012"),
 }
 ROLES = ("train", "valid", "test")
+TABLES = ("SPEAKERS.TXT", "CHAPTERS.TXT")
 
 
 class LibriSpeechCorpus:
@@ -183,6 +185,19 @@ class LibriSpeechCorpus:
             read.rejected,
         )
 
+    def sources(self) -> Sources:
+        """Recordings and transcripts of the subsets, the corpus's tables, phone labels and lists."""
+        folders = [self.root / subset for subset in dict.fromkeys(chain.from_iterable(self.subsets.values()))]
+        found = [path for folder in folders for path in files_below(folder, ".flac", ".trans.txt")]
+        texts: list[str | Path] = [
+            *(path for path in found if path.endswith(".txt")),
+            *(self.root / name for name in TABLES),
+            *self.lists.values(),
+        ]
+        if self.phones is not None:
+            texts += phone_label_files(self.phones)
+        return Sources([path for path in found if path.endswith(".flac")], texts)
+
     @property
     def _place(self) -> Path:
         """Where an archive, which holds a folder LibriSpeech, is to be unpacked."""
@@ -193,9 +208,9 @@ class LibriSpeechCorpus:
 
     def _find(self, subsets: Iterable[str]) -> tuple[dict[str, dict[str, Utterance]], list[tuple[str, str]]]:
         """Subset → id → utterance; path and reason of what can't be used."""
-        genders = {row[0]: {"gender": row[1]} for row in _table(self.root / "SPEAKERS.TXT", 2)}
+        genders = {row[0]: {"gender": row[1]} for row in _table(self.root / TABLES[0], 2)}
         chapters: dict[str, set[str]] = {subset: set() for subset in SUBSETS}
-        for row in _table(self.root / "CHAPTERS.TXT", 4):
+        for row in _table(self.root / TABLES[1], 4):
             chapters.setdefault(row[3], set()).add(f"{row[1]}/{row[0]}")
         found: dict[str, dict[str, Utterance]] = {}
         rejected: list[tuple[str, str]] = []

@@ -19,6 +19,7 @@ from audiot.data.corpora.folder import audio_cut
 from audiot.data.corpora.held_out import divide
 from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources
 from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
 from audiot.files import name_text
 
@@ -40,7 +41,8 @@ class ManifestCorpus:
         test: For testing; None: as many again.
         valid_fraction: Share of the training utterances to hold out, at least one.
         seed: Of that choice.
-        root: What relative audio paths are relative to; None: the current folder for Lhotse's, the manifest's for NeMo's.
+        root: What relative audio paths are relative to; None: ``folder`` for Lhotse's, the manifest's folder for NeMo's.
+        folder: The current folder.
 
     Raises:
         FileNotFoundError: a manifest is missing.
@@ -54,6 +56,7 @@ class ManifestCorpus:
         valid_fraction: float = 0.05,
         seed: int = 0,
         root: str | Path | None = None,
+        folder: str | Path = ".",
     ) -> None:
         named = {"train": train, "valid": valid, "test": test}
         self.paths = {role: Path(path) for role, path in named.items() if path is not None}
@@ -62,6 +65,7 @@ class ManifestCorpus:
                 raise FileNotFoundError(f"data.{role}: there is no manifest {path}")
         self.valid_fraction, self.seed = valid_fraction, seed
         self.root = None if root is None else Path(root)
+        self.folder = Path(folder)
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Read the manifests, and of NeMo's also the headers of the audio, which give the sampling rate.
@@ -84,6 +88,10 @@ class ManifestCorpus:
         divided, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
         chosen = {split: [splits.get(split, splits["train"])[name] for name in names] for split, names in divided.items()}
         return Manifests({split: CutSet.from_cuts(cuts) for split, cuts in chosen.items()}, tasks, rejected)
+
+    def sources(self) -> Sources:
+        """The manifests; the audio is what their cuts name."""
+        return Sources(texts=list(self.paths.values()))
 
     def _read(self, path: Path, rejected: list[tuple[str, str]], progress: bool) -> dict[str, Cut]:
         entries = list(_entries(path))
@@ -118,11 +126,12 @@ class ManifestCorpus:
     def _lhotse(self, entry: dict[str, Any]) -> Cut:
         cut = deserialize_item(entry)
         _check(cut)
-        if self.root is not None and isinstance(cut, (MonoCut, MultiCut)):
-            cut = cut.with_recording_path_prefix(self.root)
-        elif self.root is not None:  # a MixedCut has no such method for all its tracks
+        root = self.folder if self.root is None else self.root
+        if isinstance(cut, (MonoCut, MultiCut)):
+            cut = cut.with_recording_path_prefix(root)
+        else:  # a MixedCut has no such method for all its tracks
             tracks = [
-                fastcopy(track, cut=track.cut.with_recording_path_prefix(self.root))
+                fastcopy(track, cut=track.cut.with_recording_path_prefix(root))
                 if isinstance(track.cut, (MonoCut, MultiCut))
                 else track
                 for track in cut.tracks

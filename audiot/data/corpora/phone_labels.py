@@ -20,6 +20,7 @@ from lhotse.utils import fastcopy
 from tqdm import tqdm
 
 from audiot.data.labels import SILENCE
+from audiot.data.sources import files_below
 from audiot.data.text import lines, read_text
 
 FRAMES_APART = 5  # S3PRL's alignments differ from its features by a few frames
@@ -85,6 +86,11 @@ def read_phone_labels(
     if strip_stress:
         raise ValueError(f"data.strip_stress is about TextGrids, {path} has one integer a frame: leave it out")
     return read_frame_labels(path, audio, progress)
+
+
+def phone_label_files(path: str | Path) -> list[str]:
+    """The files that `read_phone_labels` reads: the file of frame labels, or the TextGrids below the folder."""
+    return files_below(path, ".TextGrid", ".textgrid", ".TEXTGRID") if os.path.isdir(path) else [str(path)]
 
 
 def read_frame_labels(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import shutil
 import tarfile
 import zlib
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from audiot.data.audio import BadAudioError
 from audiot.data.corpora.folder import audio_cut
 from audiot.data.manifests import Manifests
+from audiot.data.sources import file_digest
 
 ROLES = {"train": "train", "valid": "valid", "test": "test"}
 
@@ -144,11 +144,7 @@ def check_sha256(path: Path, published: str) -> None:
     Raises:
         ValueError: naming the file.
     """
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if (found := digest.hexdigest()) != published:
+    if (found := file_digest(path)) != published:
         raise ValueError(f"{path} is damaged: its SHA-256 is {found}, published was {published}: delete it and run again")
 
 

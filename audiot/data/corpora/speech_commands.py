@@ -12,6 +12,7 @@ from lhotse.utils import resumable_download
 from audiot.data.audio import AudioFile, BadAudioError
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
 from audiot.random import key
 
@@ -107,6 +108,11 @@ class SpeechCommandsCorpus:
         self.unknown, self.silence = unknown, silence
         self.download, self.partial, self.seed = download, partial, seed
         self.title = f"Speech Commands v{version}"
+
+    def sources(self) -> Sources:
+        """The recordings, those of the test set where it is used, and the lists."""
+        tests = [] if self.test_root is None else files_below(self.test_root, ".wav")
+        return Sources([*files_below(self.root, ".wav"), *tests], [self.root / name for name in LISTS.values()])
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Cuts of all splits.

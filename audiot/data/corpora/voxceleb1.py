@@ -8,6 +8,7 @@ from pathlib import Path
 
 from audiot.data.corpora.published import Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
+from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
 from audiot.random import key
 
@@ -61,6 +62,14 @@ class VoxCeleb1Corpus:
         if valid_speakers < 2:
             raise ValueError(f"data.valid_speakers must be at least 2, for trials of two speakers, found {valid_speakers}")
         self.valid_speakers, self.partial, self.seed = valid_speakers, partial, seed
+
+    def sources(self) -> Sources:
+        """The recordings, the list of the splits and the trials."""
+        wavs = [path for folder in self._folders() for path in files_below(folder, ".wav")]
+        return Sources(wavs, [self.iden_split, *([] if self.trials is None else [self.trials])])
+
+    def _folders(self) -> list[Path]:
+        return [self.root / "wav", self.root / "dev" / "wav", self.root / "test" / "wav"]
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Cuts of all splits.
@@ -135,7 +144,7 @@ class VoxCeleb1Corpus:
     def _find(self) -> dict[str, Path]:
         """Utterance → file, in order."""
         paths: dict[str, Path] = {}
-        for folder in (self.root / "wav", self.root / "dev" / "wav", self.root / "test" / "wav"):
+        for folder in self._folders():
             for path in sorted(folder.glob("id*/*/*.wav")):
                 name = path.relative_to(folder).as_posix()[:-4]
                 if path.name[0] == ".":
