@@ -25,6 +25,7 @@ from audiot.data.batches import Batch, to_device
 from audiot.devices import synchronise, to_host
 from audiot.files import replacing
 from audiot.pretraining import MaskedAcousticModel
+from audiot.runs import Interrupted
 
 MAX_WAIT = 0.05  # share of the time that a GPU may wait for data before it is told
 PATIENCE = 50  # steps before that
@@ -251,19 +252,6 @@ class ReconstructionPictures(Callback):
         with replacing(self.folder / "reconstruction.png") as latest:
             shutil.copyfile(path, latest)
         self.batch = None
-
-
-class Interrupted(BaseException):
-    """Training was stopped by Ctrl-C after finishing its step.
-
-    Args:
-        checkpoint: Where it can go on from, if one was saved.
-        where: What was going on, if it was not training itself.
-    """
-
-    def __init__(self, step: int, checkpoint: Path | None, where: str = "") -> None:
-        super().__init__(f"interrupted {where}after step {step}")
-        self.checkpoint = checkpoint
 
 
 class AnyProcess:

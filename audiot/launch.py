@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot import quoting
-from audiot.callbacks import Interrupted
 from audiot.cli import groups, nearest
+from audiot.commands.arguments import parse as parse_arguments
 from audiot.overrides import check_type, flat, parse
-from audiot.runs import check_fresh, resume, resume_command
+from audiot.runs import Interrupted, check_fresh, resume, resume_command
 from audiot.sweep import failure_noted
 
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -51,13 +51,12 @@ OmegaConf.register_new_resolver("frames", frames, replace=True)
 
 def run(command: str, arguments: list[str]) -> None:
     """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead."""
-    module = importlib.import_module(f"audiot.commands.{command}")
-    task: Callable[..., object] = module.main
+    module = f"audiot.commands.{command}"  # imported when nothing is wrong with the config: it takes seconds
     debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
     overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
     # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
-    sys.argv = [str(Path(module.__file__ or command)), *sweep, *overrides]
+    sys.argv = [str(Path(__file__).parent / "commands" / f"{command}.py"), *sweep, *overrides]
     with one_line_errors(debug):
         folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
         if folder.lower() != "null":
@@ -67,7 +66,7 @@ def run(command: str, arguments: list[str]) -> None:
             quieten_libraries()
             log_to(resumed.run)
             with one_line_errors(debug or resumed.config.debug):
-                task(resumed.config, resumed)
+                importlib.import_module(module).main(resumed.config, resumed)
             return
         if command == "pretrain":
             for override in overrides:
@@ -80,7 +79,7 @@ def run(command: str, arguments: list[str]) -> None:
         quieten_libraries()  # here, since a sweep may run it in a process of its own
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         with failure_noted() if in_sweep else nullcontext(), one_line_errors(debug), finished_wandb():
-            return task(cfg)
+            return importlib.import_module(module).main(cfg)
         return None  # the failure was noted
 
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
@@ -88,10 +87,10 @@ def run(command: str, arguments: list[str]) -> None:
 
 def run_tool(tool: str, arguments: list[str]) -> None:
     """Run a command that takes plain arguments; its errors are told in one line too."""
-    module = importlib.import_module(f"audiot.commands.{tool.replace('-', '_')}")
     with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
+        options = parse_arguments(tool, arguments)
         quieten_libraries()
-        module.main(arguments)
+        importlib.import_module(f"audiot.commands.{tool.replace('-', '_')}").main(options)
 
 
 def log_to(run: Path) -> None:
@@ -188,14 +187,15 @@ def finished_wandb() -> Iterator[None]:
             wandb.finish()
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can cause."""
-    from lhotse.audio.utils import AudioLoadingError
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-    from torch import OutOfMemoryError
-
-    ours = (ValueError, OSError, ImportError, OutOfMemoryError)
-    return (*ours, AudioLoadingError, MisconfigurationException, HydraException, OmegaConfBaseException)
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """What a user can cause; of libraries that nothing has imported yet, nothing can be raised."""
+    theirs = {
+        "lhotse.audio.utils": "AudioLoadingError",
+        "pytorch_lightning.utilities.exceptions": "MisconfigurationException",
+        "torch": "OutOfMemoryError",
+    }
+    imported = [getattr(sys.modules[module], name) for module, name in theirs.items() if module in sys.modules]
+    return (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException, *imported)
 
 
 def describe(error: BaseException) -> str:

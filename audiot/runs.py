@@ -152,6 +152,19 @@ def resume_command(run: Path) -> str:
     return f"audiot pretrain {argument('resume', run)}"
 
 
+class Interrupted(BaseException):
+    """Training was stopped by Ctrl-C after finishing its step.
+
+    Args:
+        checkpoint: Where it can go on from, if one was saved.
+        where: What was going on, if it was not training itself.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None, where: str = "") -> None:
+        super().__init__(f"interrupted {where}after step {step}")
+        self.checkpoint = checkpoint
+
+
 @dataclass(frozen=True)
 class Resumed:
     """A run that goes on.

@@ -24,7 +24,7 @@ from audiot import benchmark
 from audiot import training_costs as costs
 from audiot.attention.mechanism import check_type
 from audiot.benchmark import Failed, MismatchError, attempt, quartiles
-from audiot.callbacks import Interrupted, Throughput
+from audiot.callbacks import Throughput
 from audiot.cli import options
 from audiot.commands.benchmark import Entry, check_choices
 from audiot.commands.common import make_trainer, open_corpus, say
@@ -36,6 +36,7 @@ from audiot.optimization import configure
 from audiot.pretraining import MaskedAcousticModel
 from audiot.quoting import argument
 from audiot.random import key
+from audiot.runs import Interrupted
 from audiot.training_costs import SCOPES, Ceilings, ProgramClock, Row, Stopwatch, Work
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}

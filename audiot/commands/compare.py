@@ -15,14 +15,8 @@ from audiot.tables import aligned, markdown
 RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
 
 
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Print the table, and write it as CSV and Markdown."""
-    parser = argparse.ArgumentParser(prog="audiot compare", description="Results of several runs in one table.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a fine-tuning or pre-training run, or of a sweep")
-    parser.add_argument(
-        "--output", default=".", metavar="FOLDER", help="where comparison.csv and comparison.md go (default: here)"
-    )
-    options = parser.parse_args(arguments)
     runs = [run for name in options.runs for run in _runs(Path(name))]
     settings = {run: _setting(run) for run in runs}
     shared = set.intersection(*map(set, settings.values()))

@@ -35,13 +35,8 @@ with torch.no_grad():
 output.last_hidden_state  # (2, frames, {width}); output.hidden_states has {states} of these"""
 
 
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Write the folder and say what is in it."""
-    parser = argparse.ArgumentParser(prog="audiot export-hf", description="Write an encoder as a Hugging Face model.")
-    parser.add_argument("encoder", type=Path, metavar="ENCODER", help="an exported encoder, RUN/encoder, or its run, RUN")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write, which is not there yet or empty")
-    parser.add_argument("--license", help="licence of the weights, as the hub calls it: apache-2.0, cc-by-4.0, other, …")
-    options = parser.parse_args(arguments)
     run, sample_rate = export(options.encoder, options.folder, options.license)
     print(f"wrote   {options.folder}: {', '.join(sorted(path.name for path in options.folder.iterdir()))}")
     if options.license is None:

@@ -9,12 +9,8 @@ from audiot.quoting import path
 from audiot.s3prl import export_s3prl
 
 
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Write a file that S3PRL loads as ``mockingjay_local``."""
-    parser = argparse.ArgumentParser(prog="audiot export-s3prl", description="Write an encoder as an S3PRL checkpoint.")
-    parser.add_argument("encoder", metavar="ENCODER", help="folder of the encoder: RUN/encoder")
-    parser.add_argument("output", metavar="OUT.ckpt", help="file to write")
-    options = parser.parse_args(arguments)
     output = Path(options.output)
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another name, or remove it")

@@ -28,62 +28,8 @@ from audiot.files import name_text, printable
 from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
 
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="audiot extract",
-        description="Hidden states of a corpus to files (safetensors). An interrupted run goes on when it is started again.",
-    )
-    parser.add_argument(
-        "data",
-        nargs="+",
-        metavar="DATA",
-        help="audio files, folders of them, Lhotse or NeMo manifests (.jsonl, .jsonl.gz), or the folder of a prepared corpus",
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--encoder", required=True, metavar="RUN/encoder", help="what gives the hidden states")
-    parser.add_argument(
-        "--upstream",
-        choices=("checkpoint", "s3prl", "hf"),
-        default="checkpoint",
-        help="its kind: of audiot (default), a checkpoint of S3PRL, or a folder or hub name of Hugging Face",
-    )
-    parser.add_argument(
-        "--layers",
-        default="last",
-        metavar="last|all|LIST",
-        help="hidden states: 0 is the input of the first layer, -1 the last one (default: last); several: --layers=0,-2,-1",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (default: float16)")
-    parser.add_argument(
-        "--compute-dtype", choices=DTYPES, help="of the computation (default: bfloat16 on CUDA devices, float32 elsewhere)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--compile", action="store_true", help="generate faster code first, which takes up to a minute")
-    parser.add_argument(
-        "--batch-s", type=float, metavar="S", help="seconds of audio in a batch (default: 480 on CUDA devices, 60 elsewhere)"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read audio (default: what is of use here)")
-    parser.add_argument("--shard-mb", type=float, default=1000.0, metavar="MB", help="size of a file (default: 1000)")
-    parser.add_argument(
-        "--part",
-        default="1/1",
-        metavar="K/N",
-        help="shards K, K + N, … only: N processes, on any GPUs and machines, share the work",
-    )
-    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
-    options = parser.parse_args(arguments)
-    for name, size in {"batch-s": options.batch_s, "shard-mb": options.shard_mb}.items():
-        if size is not None and not size > 0:
-            raise ValueError(f"--{name} must be above 0, found {size:g}")
-    if options.workers is not None and options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, found {options.workers}")
-    options.part = _part(options.part)
-    return options
-
-
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Extract; what can't be used is listed at the end, and the exit code is then 1."""
-    options = _options(arguments)
     device = find_device(options.device, f"no device {options.device!r} here")
     on_gpu = device.type == "cuda"
     upstream = open_upstream(options.upstream, options.encoder, ("audiot", *options.trust))
@@ -139,14 +85,6 @@ def main(arguments: list[str]) -> None:
     if failures:
         listed = "\n".join(f"  {printable(name)}: {reason}" for name, reason in failures.items())
         sys.exit(f"audiot: error: {len(failures)} utterances can't be used:\n{listed}")
-
-
-def _part(text: str) -> tuple[int, int]:
-    """K/N as (K − 1, N)."""
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-        raise ValueError(f"--part must be K/N, part K of N with K from 1 to N, found {text!r}")
-    return int(first) - 1, int(count)
 
 
 def _compile_error() -> type[Exception]:

@@ -10,12 +10,8 @@ from audiot.commands.following import demo_command
 from audiot.s3prl import import_s3prl
 
 
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Write the encoder's folder, with the reconstruction head where there is one for its input."""
-    parser = argparse.ArgumentParser(prog="audiot import-s3prl", description="Make an encoder of an S3PRL checkpoint.")
-    parser.add_argument("checkpoint", metavar="X.ckpt", help="of a Mockingjay, TERA or AudioALBERT; no code in it is run")
-    parser.add_argument("output", metavar="OUT", help="folder to write the encoder to")
-    options = parser.parse_args(arguments)
     output = Path(options.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"{output} is there already: choose another folder, or remove it")

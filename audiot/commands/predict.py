@@ -10,37 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from audiot.data.audio import SILENCE_DBFS, audio_files
+from audiot.data.audio import audio_files
 from audiot.downstream.classifier import load_classifier
 from audiot.downstream.objectives import Row
 from audiot.downstream.verification import Verification
 from audiot.files import printable
 
 
-def main(arguments: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Print a prediction a file, in the order given; files that can't be used are listed at the end, and the exit code is 1."""
-    parser = argparse.ArgumentParser(
-        prog="audiot predict",
-        description="What a fine-tuned model says of audio files: labels with scores, segments, text, or how alike speakers are.",
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of a fine-tuning run, or of a probe: RUN/probes/NAME")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio of any format and rate; a folder: all audio in it")
-    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K best labels of each file (default: 1)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line and file, with everything there is to say")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
-    )
-    parser.add_argument(
-        "--silence-dbfs",
-        type=float,
-        default=SILENCE_DBFS,
-        metavar="DB",
-        help=f"a file of a lower level is silent and can't be used (default: {SILENCE_DBFS:g}); -inf: none is",
-    )
-    options = parser.parse_args(arguments)
-    if options.top < 1:
-        raise ValueError(f"--top must be at least 1, found {options.top}")
     classifier = load_classifier(options.run, options.device, ("audiot", *options.trust))
     paths = [path for name in options.files for path in audio_files(name)]
     pairs = isinstance(classifier.objective, Verification) and not options.json

@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
-from audiot.callbacks import Interrupted, Throughput
+from audiot.callbacks import Throughput
 from audiot.checkpoint import load_encoder, save_encoder
 from audiot.commands.common import (
     data_options,
@@ -41,7 +41,7 @@ from audiot.data.prepare import PreparedCorpus
 from audiot.files import read_json, write_json
 from audiot.optimization import Schedule
 from audiot.pretraining import MaskedAcousticModel
-from audiot.runs import Resumed, check_fresh, is_finished, newest_checkpoint, step_of
+from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of
 from audiot.sharding import ShardedStrategy, is_sharded
 
 # A compiled step of a GPU saves some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.

@@ -16,13 +16,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from audiot.callbacks import Interrupted
 from audiot.commands.common import compose_command, log, plain, say
 from audiot.commands.finetune import finetune
 from audiot.commands.following import same_data
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
 from audiot.files import read_json
 from audiot.quoting import override, quoted
+from audiot.runs import Interrupted
 
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 

@@ -1,0 +1,155 @@
+"""Plain arguments of the tools; light, so that ``--help`` and a mistake are answered before PyTorch is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from audiot.data.audio import SILENCE_DBFS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse(tool: str, arguments: list[str]) -> argparse.Namespace:
+    """Arguments of a tool of `audiot.cli.TOOLS`.
+
+    Raises:
+        SystemExit: ``--help`` is asked for, or an argument is not known.
+        ValueError: a value is out of range.
+    """
+    return PARSERS[tool](arguments)
+
+
+def compare(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot compare``."""
+    parser = argparse.ArgumentParser(prog="audiot compare", description="Results of several runs in one table.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a fine-tuning or pre-training run, or of a sweep")
+    parser.add_argument(
+        "--output", default=".", metavar="FOLDER", help="where comparison.csv and comparison.md go (default: here)"
+    )
+    return parser.parse_args(arguments)
+
+
+def predict(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot predict``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot predict",
+        description="What a fine-tuned model says of audio files: labels with scores, segments, text, or how alike speakers are.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a fine-tuning run, or of a probe: RUN/probes/NAME")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio of any format and rate; a folder: all audio in it")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K best labels of each file (default: 1)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line and file, with everything there is to say")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
+    )
+    parser.add_argument(
+        "--silence-dbfs",
+        type=float,
+        default=SILENCE_DBFS,
+        metavar="DB",
+        help=f"a file of a lower level is silent and can't be used (default: {SILENCE_DBFS:g}); -inf: none is",
+    )
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, found {options.top}")
+    return options
+
+
+def extract(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot extract``; ``part`` as the first shard and the step to the next."""
+    parser = argparse.ArgumentParser(
+        prog="audiot extract",
+        description="Hidden states of a corpus to files (safetensors). An interrupted run goes on when it is started again.",
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="audio files, folders of them, Lhotse or NeMo manifests (.jsonl, .jsonl.gz), or the folder of a prepared corpus",
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--encoder", required=True, metavar="RUN/encoder", help="what gives the hidden states")
+    parser.add_argument(
+        "--upstream",
+        choices=("checkpoint", "s3prl", "hf"),
+        default="checkpoint",
+        help="its kind: of audiot (default), a checkpoint of S3PRL, or a folder or hub name of Hugging Face",
+    )
+    parser.add_argument(
+        "--layers",
+        default="last",
+        metavar="last|all|LIST",
+        help="hidden states: 0 is the input of the first layer, -1 the last one (default: last); several: --layers=0,-2,-1",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (default: float16)")
+    parser.add_argument(
+        "--compute-dtype", choices=DTYPES, help="of the computation (default: bfloat16 on CUDA devices, float32 elsewhere)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument("--compile", action="store_true", help="generate faster code first, which takes up to a minute")
+    parser.add_argument(
+        "--batch-s", type=float, metavar="S", help="seconds of audio in a batch (default: 480 on CUDA devices, 60 elsewhere)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read audio (default: what is of use here)")
+    parser.add_argument("--shard-mb", type=float, default=1000.0, metavar="MB", help="size of a file (default: 1000)")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="shards K, K + N, … only: N processes, on any GPUs and machines, share the work",
+    )
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
+    options = parser.parse_args(arguments)
+    for name, size in {"batch-s": options.batch_s, "shard-mb": options.shard_mb}.items():
+        if size is not None and not size > 0:
+            raise ValueError(f"--{name} must be above 0, found {size:g}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, found {options.workers}")
+    options.part = _part(options.part)
+    return options
+
+
+def _part(text: str) -> tuple[int, int]:
+    """K/N as (K − 1, N)."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"--part must be K/N, part K of N with K from 1 to N, found {text!r}")
+    return int(first) - 1, int(count)
+
+
+def import_s3prl(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot import-s3prl``."""
+    parser = argparse.ArgumentParser(prog="audiot import-s3prl", description="Make an encoder of an S3PRL checkpoint.")
+    parser.add_argument("checkpoint", metavar="X.ckpt", help="of a Mockingjay, TERA or AudioALBERT; no code in it is run")
+    parser.add_argument("output", metavar="OUT", help="folder to write the encoder to")
+    return parser.parse_args(arguments)
+
+
+def export_s3prl(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot export-s3prl``."""
+    parser = argparse.ArgumentParser(prog="audiot export-s3prl", description="Write an encoder as an S3PRL checkpoint.")
+    parser.add_argument("encoder", metavar="ENCODER", help="folder of the encoder: RUN/encoder")
+    parser.add_argument("output", metavar="OUT.ckpt", help="file to write")
+    return parser.parse_args(arguments)
+
+
+def export_hf(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot export-hf``."""
+    parser = argparse.ArgumentParser(prog="audiot export-hf", description="Write an encoder as a Hugging Face model.")
+    parser.add_argument("encoder", type=Path, metavar="ENCODER", help="an exported encoder, RUN/encoder, or its run, RUN")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write, which is not there yet or empty")
+    parser.add_argument("--license", help="licence of the weights, as the hub calls it: apache-2.0, cc-by-4.0, other, …")
+    return parser.parse_args(arguments)
+
+
+PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
+    "compare": compare,
+    "predict": predict,
+    "extract": extract,
+    "import-s3prl": import_s3prl,
+    "export-s3prl": export_s3prl,
+    "export-hf": export_hf,
+}
