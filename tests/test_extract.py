@@ -18,7 +18,8 @@ from lhotse.cut import MonoCut
 import audiot
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.cli import main as audiot_main
-from audiot.commands.extract import main
+from audiot.commands import extract as command
+from audiot.commands.arguments import parse
 from audiot.data.corpora.folder import FolderCorpus
 from audiot.data.prepare import prepare
 from audiot.s3prl import export_s3prl
@@ -49,7 +50,7 @@ def audio(tmp_path):
 
 
 def extract(encoder, data, out, *options):
-    main([str(data), str(out), "--encoder", str(encoder), "--device", "cpu", "--workers", "0", *options])
+    command.main(parse("extract", [str(data), str(out), "--encoder", str(encoder), "--device", "cpu", "--workers", "0", *options]))
     return audiot.read_states(out)
 
 
@@ -164,13 +165,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(encoder, audio, tmp_pat
 
 def test_parts_make_the_whole_in_any_order_and_the_last_writes_the_index(encoder, audio, tmp_path, capsys):
     options = ["--encoder", str(encoder), "--device", "cpu", "--workers", "0", "--shard-mb", "0.002", "--batch-s", "1"]
-    main([str(audio), str(tmp_path / "whole"), *options])
+    command.main(parse("extract", [str(audio), str(tmp_path / "whole"), *options]))
     for part, last in (("2/2", False), ("1/2", True)):
-        main([str(audio), str(tmp_path / "out"), *options, "--part", part])
+        command.main(parse("extract", [str(audio), str(tmp_path / "out"), *options, "--part", part]))
         assert (tmp_path / "out" / "index.csv").is_file() == last
         assert ("3 of 5 shards, to other parts" in capsys.readouterr().out) == (not last)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    main([str(audio), str(tmp_path / "out"), *options, "--part", "7/9"])  # nothing to do
+    command.main(parse("extract", [str(audio), str(tmp_path / "out"), *options, "--part", "7/9"])  # nothing to do
     assert "0 utterances" in capsys.readouterr().out
 
 

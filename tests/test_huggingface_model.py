@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 import audiot.attention
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.commands import export_hf
+from audiot.commands.arguments import parse
 from audiot.huggingface import AudiotConfig, AudiotFeatureExtractor, AudiotModel
 
 hf_logging.disable_progress_bar()
@@ -348,7 +349,7 @@ def run(tiny, tmp_path):
 
 
 def export(*arguments):
-    export_hf.main([str(argument) for argument in arguments])
+    export_hf.main(parse("export-hf", [str(argument) for argument in arguments]))
 
 
 def test_a_run_stands_for_its_encoder(run, tmp_path, capsys):

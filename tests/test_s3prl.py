@@ -22,6 +22,7 @@ from torchaudio.compliance import kaldi
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.commands import export_s3prl as export_command
 from audiot.commands import import_s3prl as import_command
+from audiot.commands.arguments import parse
 from audiot.commands.pretrain import build
 from audiot.downstream.upstream import rebuild
 from audiot.model import ReconstructionHead
@@ -570,7 +571,7 @@ def test_the_upstream_gives_the_states_and_is_rebuilt_from_its_config(tmp_path):
 @pytest.mark.parametrize("pre", [False, True])
 def test_the_import_command_writes_an_encoder_that_pretraining_goes_on_from(pre, tmp_path, capsys):
     content = checkpoint(stft_audio(), 20, pre=pre)
-    import_command.main([str(saved(content, tmp_path)), str(tmp_path / "encoder")])
+    import_command.main(parse("import-s3prl", [str(saved(content, tmp_path)), str(tmp_path / "encoder")]))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"next:   audiot finetune downstream=phone_linear upstream.path={tmp_path / 'encoder'}"
     expected = plain_states(content, speech(6000))
@@ -585,23 +586,23 @@ def test_the_import_command_writes_an_encoder_that_pretraining_goes_on_from(pre,
     idle = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not idle  # DistributedDataParallel would wait for them
     with pytest.raises(FileExistsError, match="is there already"):
-        import_command.main([str(tmp_path / "x.ckpt"), str(tmp_path / "encoder")])
+        import_command.main(parse("import-s3prl", [str(tmp_path / "x.ckpt"), str(tmp_path / "encoder")]))
 
 
 def test_the_import_command_says_where_no_head_is_kept(tmp_path, capsys):
     content = checkpoint(stft_audio(), 20)
     del content["SpecHead"]
-    import_command.main([str(saved(content, tmp_path)), str(tmp_path / "encoder")])
+    import_command.main(parse("import-s3prl", [str(saved(content, tmp_path)), str(tmp_path / "encoder")]))
     assert "head    none for this input: continued pre-training is not possible" in capsys.readouterr().out
 
 
 def test_the_export_command_writes_a_file_and_never_over_another(tmp_path, capsys):
     save_encoder(tmp_path / "encoder", audiot_encoder())
-    export_command.main([str(tmp_path / "encoder"), str(tmp_path / "x.ckpt")])
+    export_command.main(parse("export-s3prl", [str(tmp_path / "encoder"), str(tmp_path / "x.ckpt")]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("next:   in S3PRL: ")
     assert import_s3prl(tmp_path / "x.ckpt")[1] is None
     with pytest.raises(FileExistsError, match="is there already"):
-        export_command.main([str(tmp_path / "encoder"), str(tmp_path / "x.ckpt")])
+        export_command.main(parse("export-s3prl", [str(tmp_path / "encoder"), str(tmp_path / "x.ckpt")]))
 
 
 # audiot's encoders in S3PRL

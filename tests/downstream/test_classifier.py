@@ -20,7 +20,8 @@ from lhotse.supervision import AlignmentItem
 from torch import nn
 
 import audiot
-from audiot.commands.predict import main as predict
+from audiot.commands import predict as command
+from audiot.commands.arguments import parse
 from audiot.data.audio import BadAudioError, read_audio
 from audiot.data.labels import FrameLabels
 from audiot.downstream.classifier import by_length, load_classifier, together
@@ -343,7 +344,7 @@ def test_a_verifier_loads_without_the_trials_it_was_tested_with(runs, tmp_path):
 
 
 def printed(capsys, *arguments):
-    predict([str(argument) for argument in arguments])
+    command.main(parse("predict", [str(argument) for argument in arguments]))
     return capsys.readouterr().out.splitlines()
 
 

@@ -1,0 +1,46 @@
+"""What is answered without PyTorch and the rest: help, lists and mistakes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "torchaudio", "pytorch_lightning", "lhotse", "torchmetrics", "transformers", "librosa", "matplotlib", "wandb")
+CODE = """
+import sys
+from audiot.cli import main
+try:
+    main()
+except SystemExit as end:
+    if isinstance(end.code, str):
+        print(end.code)
+print(*sorted(set({heavy!r}) & set(sys.modules)), sep=",")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--help"], "usage: audiot COMMAND"),
+        (["pretrain", "--help"], "== Configuration groups =="),
+        (["pretrain", "trainer.max_stepz=3"], "no config key 'trainer.max_stepz' (did you mean trainer.max_steps?)"),
+        (["pretrain", "attention=query_kee"], "attention=query_kee: no such option (did you mean query_key?)"),
+        (["finetune", "data.batch_s=many"], "data.batch_s=many: expected a number, such as 50.0"),
+        (["pretrain", "resume=nowhere"], "resume=nowhere: no run there"),
+        (["predict", "--help"], "usage: audiot predict"),
+        (["predict", "--tip", "3"], ""),
+        (["extract", "a", "b", "--encoder", "e", "--workers", "-1"], "--workers must be at least 0, found -1"),
+        (["export-hf", "--help"], "usage: audiot export-hf"),
+        (["list", "attention"], "synthesizer_dense"),
+        (["list", "attentoin"], "no config group 'attentoin' (did you mean attention?)"),
+    ],
+)
+def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_path, arguments, answer):
+    command = [sys.executable, "-c", CODE.format(heavy=HEAVY), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=True)
+    assert answer in done.stdout
+    assert done.stdout.splitlines()[-1] == ""  # none of the heavy modules
+    assert not any(tmp_path.iterdir())  # a start that fails leaves nothing
