@@ -56,8 +56,8 @@ class MaskedAcousticModel(WeightedSteps):
         self._graphs = False
         self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Mean] = self.loss
         names = ("val_l1", "zero_l1", "interpolation_l1")
-        # A loss that is not a number is not to be left out.
-        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        # A loss that is not a number would be left out; nan takes its place (and "disable" would leave out the weights).
+        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy=float("nan")) for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how far the checkpoint was trained.

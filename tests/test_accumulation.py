@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from unequal_batches import KINDS, STEPS, VALIDATIONS, batches_of, big_batch, made, step
+from unequal_batches import KINDS, STEPS, VALIDATIONS, batches_of, big_batch, made, step, validate
 
 from audiot.data.labels import IGNORED
 from audiot.masking import interpolate_masked
@@ -95,6 +96,12 @@ def test_ranks_share_validation_even_where_one_has_no_batch(ranks, count):
     }
     expected = {f"pretrain/{name}": float((guess - target).abs()[masked].mean()) for name, guess in guesses.items()}
     assert [results["validation", count] for results in ranks] == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def test_a_validation_batch_whose_loss_is_not_a_number_is_not_left_out():
+    batches = batches_of("reconstruction", 3)
+    batches[1]["tokens"].fill_(torch.nan)
+    assert math.isnan(validate(batches)["pretrain/val_l1"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
