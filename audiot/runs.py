@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -215,16 +215,17 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
             raise ValueError(f"resume={run}: {flag} has no effect on one run that goes on; drop it")
     for override in {override.key_or_group: override for override in parse(arguments)}.values():  # the last one of a key counts
         text = str(override.input_line)
-        if text in given:  # as it was
+        if text in given and not _is_single(override, known):  # a group's option as it was
             continue
-        name = _checked(run, override, known, before)
+        name = _checked(run, override, known)
         OmegaConf.update(config, name, override.value(), merge=True)
         was, is_now = (OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, config))
         if was == is_now:
             continue
         if not CHANGEABLE.fullmatch(name):
-            else_ = "init=RUN/encoder starts a new run from its encoder" if name.split(".")[0] in FROM_ENCODER else ""
-            raise ValueError(f"{text} can't change on resume: the run has {was}; {else_ or 'a new run can have another'}")
+            from_encoder = name.split(".")[0] in FROM_ENCODER
+            remedy = "init=RUN/encoder starts a new run from its encoder" if from_encoder else "a new run can have another"
+            raise ValueError(f"{text} can't change on resume: the run has {was}; {remedy}")
         check_type(name, was, is_now)
         changes.append(text)
     checkpoint = newest_checkpoint(run)
@@ -251,7 +252,13 @@ def _folder(text: str) -> Path:
     return Path(OmegaConf.create([override.value()])[0])  # without the backslashes that keep ${ from being an interpolation
 
 
-def _checked(run: Path, override: Override, known: dict[str, object], before: DictConfig) -> str:
+def _is_single(override: Override, known: dict[str, object]) -> bool:
+    """Whether an override sets a single key that the run has."""
+    name = override.key_or_group
+    return override.type == OverrideType.CHANGE and name in known and not isinstance(known[name], dict)
+
+
+def _checked(run: Path, override: Override, known: dict[str, object]) -> str:
     """The config key that an override is about.
 
     Raises:
@@ -260,7 +267,7 @@ def _checked(run: Path, override: Override, known: dict[str, object], before: Di
     text, name = str(override.input_line), override.key_or_group
     if override.is_sweep_override():
         raise ValueError(f"{text} names several values: a run goes on with one of them")
-    if override.is_add() or override.is_force_add() or override.is_delete():
+    if override.type != OverrideType.CHANGE:
         raise ValueError(f"{text} can't be on resume: the run keeps the keys that it has; a new run can have others")
     if name.startswith(("hydra.", "hydra/")) or name == "run_dir":
         raise ValueError(f"{text} has no effect on resume: the run goes on in {run}; drop it")

@@ -143,6 +143,11 @@ def test_the_whole_command_of_a_run_may_be_repeated_to_resume_it(folder):
     assert not (folder / ".hydra" / "resumes.yaml").exists()
 
 
+def test_an_override_that_a_later_one_replaced_when_the_run_started_is_a_change(folder):
+    OmegaConf.save(["optimizer.lr=1e-2", "optimizer.lr=1e-3"], folder / ".hydra" / "overrides.yaml")
+    assert resume(str(folder), ["optimizer.lr=1e-2"]).config.optimizer.lr == 1e-2
+
+
 ENCODER = "init=RUN/encoder starts a new run from its encoder"
 NEW = "a new run can have another"
 REFUSED = {
