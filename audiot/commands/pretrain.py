@@ -53,8 +53,6 @@ def main(cfg: DictConfig) -> float:
         if _finished(run, cfg):
             say(f"{run} is finished: nothing to resume\n{report(run)}")
             return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
-        if step_of(checkpoint) < cfg.trainer.max_steps:  # those of the encoder as it was
-            shutil.rmtree(run / "probes", ignore_errors=True)
         say(f"resume  {checkpoint}")
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
@@ -62,6 +60,8 @@ def main(cfg: DictConfig) -> float:
     corpus = open_corpus(cfg, None if checkpoint is None else run)
     if checkpoint is None:
         note_data(cfg, corpus)
+    elif step_of(checkpoint) < cfg.trainer.max_steps:  # the probes there are of the encoder as it was
+        shutil.rmtree(run / "probes", ignore_errors=True)
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)
