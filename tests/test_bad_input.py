@@ -398,7 +398,10 @@ def test_audio_shorter_than_a_frame(folder, tmp_path):
 def test_audio_that_went_away_after_preparation(folder, tmp_path, num_workers):
     succeed("prepare", *[given for given in folder if given.startswith("data")])
     shutil.rmtree(tmp_path / "audio")
-    message = refusal("pretrain", *folder, "probe=false", f"data.num_workers={num_workers}")
+    options = ["probe=false", f"data.num_workers={num_workers}"]
+    message = refusal("pretrain", *folder, *options)
+    assert f"was prepared from files that are missing, {tmp_path / 'audio'}/" in message
+    message = refusal("pretrain", *folder, *options, "data.prepare.when=keep")
     # Nothing of the worker's traceback, which comes inside the error's message.
     assert message.startswith(f"Reading audio from '{tmp_path / 'audio'}/")
     assert message.endswith(".wav' failed: was it moved? Put it back, or delete the prepared corpus")

@@ -385,6 +385,20 @@ def test_evaluate_reproduces_a_pretraining_run_and_its_probes(made, tmp_path):
         assert accuracy == pytest.approx(read(folder / "summary.json")[name], abs=1e-6)
 
 
+def test_a_run_whose_data_have_changed_is_neither_measured_nor_drawn_nor_resumed(made, tmp_path):
+    folder = copy_run(made, tmp_path / "run")
+    assert ", kept as it was" in succeed("evaluate", f"run={folder}", "data.prepare.when=keep")
+    (folder / "data.json").write_text(json.dumps(read(folder / "data.json") | {"content": "of other audio"}))
+    probes = sorted(folder.glob("probes/*/metrics.json"))
+    for command in (("evaluate", "run="), ("analyze", "run="), ("pretrain", "resume=", "trainer.max_steps=6")):
+        result = run(command[0], f"{command[1]}{folder}", *command[2:])
+        assert result.code == 1
+        assert "has other utterances, labels or audio than the run was trained on, which was updated since" in result.err
+    assert sorted(folder.glob("probes/*/metrics.json")) == probes
+    result = run("evaluate", f"run={folder}", "data.prepare.when=update")
+    assert "data.prepare.when must be check or keep here" in result.err
+
+
 def test_analyze_draws_a_run(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     shutil.rmtree(folder / "plots")

@@ -50,7 +50,9 @@ def audio(tmp_path):
 
 
 def extract(encoder, data, out, *options):
-    command.main(parse("extract", [str(data), str(out), "--encoder", str(encoder), "--device", "cpu", "--workers", "0", *options]))
+    command.main(
+        parse("extract", [str(data), str(out), "--encoder", str(encoder), "--device", "cpu", "--workers", "0", *options])
+    )
     return audiot.read_states(out)
 
 
@@ -171,7 +173,7 @@ def test_parts_make_the_whole_in_any_order_and_the_last_writes_the_index(encoder
         assert (tmp_path / "out" / "index.csv").is_file() == last
         assert ("3 of 5 shards, to other parts" in capsys.readouterr().out) == (not last)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    command.main(parse("extract", [str(audio), str(tmp_path / "out"), *options, "--part", "7/9"])  # nothing to do
+    command.main(parse("extract", [str(audio), str(tmp_path / "out"), *options, "--part", "7/9"]))  # nothing to do
     assert "0 utterances" in capsys.readouterr().out
 
 
