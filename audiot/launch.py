@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -73,7 +75,8 @@ def run(command: str, arguments: list[str]) -> None:
                 if override.startswith("hydra.run.dir=") and (folder := quoting.parsed(override)):
                     check_fresh(Path(str(folder)))  # here, before Hydra writes its config there
         if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
-            _check_overrides(command, overrides, bool(sweep))
+            overrides = _check_overrides(command, overrides, bool(sweep))
+            sys.argv[1:] = [*sweep, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
         quieten_libraries()  # here, since a sweep may run it in a process of its own
@@ -103,8 +106,12 @@ def log_to(run: Path) -> None:
     )
 
 
-def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
-    """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts."""
+def _check_overrides(command: str, overrides: list[str], sweep: bool) -> list[str]:
+    """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts.
+
+    Returns:
+        The overrides as Hydra wants them: with a ``+`` before keys that a logger or callback takes and its file doesn't have.
+    """
     given = parse(overrides)
     for override in given:
         if override.is_sweep_override() and not sweep:
@@ -115,10 +122,44 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> None:
     choices = [values for values in map(_choices, given) if values]
     first = [values[0] for values in choices]
     with initialize_config_module("audiot.conf", version_base="1.3"):
+        added = _added(command, first)
+    if added:
+        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep)
+    with initialize_config_module("audiot.conf", version_base="1.3"):
         _check_run(command, first)
         for place, values in enumerate(choices):
             for value in values[1:]:
                 _check_run(command, [*first[:place], value, *first[place + 1 :]])
+    return overrides
+
+
+def _plus(override: str, added: set[str]) -> str:
+    return f"+{override}" if override.split("=", 1)[0] in added else override
+
+
+def _added(command: str, overrides: list[str]) -> set[str]:
+    """Keys of loggers and callbacks that their files don't have, though their classes take them.
+
+    Only for such a key is its class imported.
+    """
+    names = [name for override in overrides if re.match(r"(logger|callbacks)\.\w+\.\w+$", name := override.split("=", 1)[0])]
+    if not names:
+        return set()
+    try:
+        cfg = compose(command, [override for override in overrides if override.split("=", 1)[0].split("@")[0] in groups()])
+    except MissingConfigException:  # told by `_check_run`
+        return set()
+    added = set()
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        node = OmegaConf.select(cfg, owner)
+        if not isinstance(node, DictConfig) or key in node or "_target_" not in node:
+            continue
+        taken = [*inspect.signature(get_class(node._target_)).parameters]
+        if key not in taken:
+            raise ValueError(f"no argument {key!r} of {owner} ({node._target_}){nearest(key, taken)}")
+        added.add(name)
+    return added
 
 
 def _choices(override: Override) -> list[str]:
@@ -237,3 +278,4 @@ def quieten_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # the report that trainer.profiler asks for

@@ -13,6 +13,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from audiot.quoting import argument
 
 
+# A number, a list or auto; a truth value or a number; a number or a share.
+OF_SEVERAL_TYPES = ("trainer.devices", "trainer.fast_dev_run", "trainer.limit_val_batches", "trainer.overfit_batches")
+
+
 def parse(overrides: list[str]) -> list[Override]:
     """Overrides as Hydra reads them.
 
@@ -48,7 +52,7 @@ def check_type(name: str, before: object, after: object) -> None:
     for kind, what in wanted.items():
         if isinstance(before, kind):
             fits = isinstance(after, kind) and (kind is bool or not isinstance(after, bool))
-            if not fits and after is not None and name != "trainer.devices":  # a number, a list or auto
+            if not fits and after is not None and name not in OF_SEVERAL_TYPES:
                 raise ValueError(f"{name}={after}: expected {what}")
             return
 

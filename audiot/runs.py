@@ -24,8 +24,8 @@ from audiot.quoting import argument
 
 CONFIG, OVERRIDES, RESUMES = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
 CHANGEABLE = re.compile(
-    r"trainer\.(max_steps|val_check_interval|limit_val_batches|log_every_n_steps|gradient_clip_val|enable_model_summary"
-    r"|accelerator|devices|num_nodes|precision|strategy(\..+)?)"
+    r"trainer\.(max_steps|max_time|val_check_interval|limit_val_batches|log_every_n_steps|gradient_clip_val|gradient_clip_algorithm"
+    r"|enable_\w+|accelerator|devices|num_nodes|precision|strategy(\..+)?|profiler|detect_anomaly|deterministic|benchmark)"
     r"|optimizer\.(lr|weight_decay|betas|eps)|scheduler\.[^_].*"
     r"|(checkpoint|callbacks|logger)\..+|compile|probe|probe_jobs|debug"
     r"|data_dir|data\.(root|num_workers|prepare\.num_jobs)"  # where the corpus is and who reads it, not what it is

@@ -383,7 +383,7 @@ def test_the_command_prints_how_alike_each_pair_of_files_is(runs, speech, capsys
     assert [line.split()[:2] for line in lines] == [[speech[0], speech[1]], [speech[0], speech[2]], [speech[1], speech[2]]]
     assert [float(line.split()[2]) for line in lines] == pytest.approx(expected, abs=2e-3)
     with pytest.raises(ValueError, match="one file makes no pair"):
-        predict([str(runs / "verification"), speech[0]])
+        command.main(parse("predict", [str(runs / "verification"), speech[0]]))
     (line,) = [json.loads(line) for line in printed(capsys, runs / "verification", speech[0], "--json")]
     assert math.hypot(*line["embedding"]) == pytest.approx(1, abs=1e-5)
 
@@ -395,7 +395,7 @@ def test_the_command_takes_folders_and_ends_with_the_bad_files_and_exit_code_1(r
     (tmp_path / "b" / "notes.txt").write_text("no audio")
     (tmp_path / "b" / "movie.m4a").write_text("no audio that soundfile reads")
     with pytest.raises(SystemExit) as stop:
-        predict([str(runs / "keyword"), str(tmp_path), str(tmp_path / "gone.wav")])
+        command.main(parse("predict", [str(runs / "keyword"), str(tmp_path), str(tmp_path / "gone.wav")]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [str(tmp_path / "a" / "good.WAV"), str(tmp_path / "b" / "c" / "good.WAV")]
     heading, *reasons = str(stop.value).splitlines()
@@ -404,7 +404,7 @@ def test_the_command_takes_folders_and_ends_with_the_bad_files_and_exit_code_1(r
     assert reasons[1] == f"  {tmp_path / 'gone.wav'}: missing"
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty has no audio files"):
-        predict([str(runs / "keyword"), str(tmp_path / "empty")])
+        command.main(parse("predict", [str(runs / "keyword"), str(tmp_path / "empty")]))
 
 
 def test_importing_audiot_does_not_wait_for_pytorch():
