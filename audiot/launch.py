@@ -272,6 +272,7 @@ def quieten_libraries() -> None:
         ".*Your `IterableDataset` has `__len__` defined.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*The dirpath has changed from.*",  # a run that was moved is resumed where it is
+        ".*callbacks used to create the checkpoint need to be provided.*",  # they are, with settings changed at resume
         ".*Support for mismatched key_padding_mask and attn_mask is deprecated.*",  # inside WavLM
         ".*Found .* module\\(s\\) in eval mode at the start of training.*",  # a frozen encoder
     ):
