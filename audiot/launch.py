@@ -10,9 +10,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -65,10 +66,9 @@ def run(command: str, arguments: list[str]) -> None:
             if command != "pretrain":
                 raise ValueError(f"resume={folder}: only pretrain resumes a run; {command} starts anew")
             resumed = resume(folder, [*sweep, *(override for override in overrides if not override.startswith("resume="))])
-            quieten_libraries()
             log_to(resumed.run)
             with one_line_errors(debug or resumed.config.debug):
-                importlib.import_module(module).main(resumed.config, resumed)
+                _main(module)(resumed.config, resumed)
             return
         if command == "pretrain":
             for override in overrides:
@@ -79,10 +79,9 @@ def run(command: str, arguments: list[str]) -> None:
             sys.argv[1:] = [*sweep, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
-        quieten_libraries()  # here, since a sweep may run it in a process of its own
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         with failure_noted() if in_sweep else nullcontext(), one_line_errors(debug), finished_wandb():
-            return importlib.import_module(module).main(cfg)
+            return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
 
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
@@ -92,8 +91,14 @@ def run_tool(tool: str, arguments: list[str]) -> None:
     """Run a command that takes plain arguments; its errors are told in one line too."""
     with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
         options = parse_arguments(tool, arguments)
-        quieten_libraries()
-        importlib.import_module(f"audiot.commands.{tool.replace('-', '_')}").main(options)
+        _main(f"audiot.commands.{tool.replace('-', '_')}")(options)
+
+
+def _main(module: str) -> Callable[..., Any]:
+    """A command's function; its libraries, which set their loggers when they are imported, are quietened then."""
+    main: Callable[..., Any] = importlib.import_module(module).main
+    quieten_libraries()
+    return main
 
 
 def log_to(run: Path) -> None:

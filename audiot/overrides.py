@@ -12,7 +12,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from audiot.quoting import argument
 
-
 # A number, a list or auto; a truth value or a number; a number or a share.
 OF_SEVERAL_TYPES = ("trainer.devices", "trainer.fast_dev_run", "trainer.limit_val_batches", "trainer.overfit_batches")
 

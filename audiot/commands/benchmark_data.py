@@ -17,6 +17,7 @@ import torch
 from hydra.utils import instantiate
 from lhotse import CutSet
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from audiot import benchmark
 from audiot.analysis.plots import plot_speeds
@@ -187,12 +188,15 @@ class DataBenchmark:
         return _row("prepare", "one process", 1, done.counts["train"] / seconds, 3600 * done.hours["train"] / seconds)
 
     def _sampling(self, corpus: PreparedCorpus) -> Row:
-        batches = iter(self._data(corpus, 0).train_dataloader().sampler)
+        loader = self._data(corpus, 0).train_dataloader()
+        assert isinstance(loader, DataLoader)
+        batches = iter(loader.sampler)
         cuts, samples = self._rates(batches, lambda item: [cut.num_samples for cut in item[1]])
         return _row("sampling", "main process", 1, cuts, samples / corpus.sample_rate)
 
     def _loading(self, corpus: PreparedCorpus, setting: str, num_workers: int) -> Row:
         loader = self._data(corpus, num_workers).train_dataloader()
+        assert isinstance(loader, DataLoader)
         batches = iter(loader)
         for _ in range(1 + (loader.prefetch_factor or 0) * num_workers):  # what they made before the clock runs
             next(batches)

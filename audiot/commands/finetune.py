@@ -26,6 +26,8 @@ from audiot.files import write_json
 from audiot.quoting import path
 from audiot.sharding import ShardedStrategy
 
+BEST = Path("checkpoints") / "best.ckpt"
+
 
 def main(cfg: DictConfig) -> float:
     """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
@@ -33,7 +35,8 @@ def main(cfg: DictConfig) -> float:
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
-    say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples])]))
+    if (Path(cfg.run_dir) / BEST).is_file():  # not after trainer.fast_dev_run
+        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples])]))
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
@@ -109,9 +112,11 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
             source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
     trainer.fit(module, source)
     best = next(callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))  # type: ignore[attr-defined]
-    metrics = test(trainer, module, source, best.best_model_path)
+    # trainer.fast_dev_run keeps no checkpoint.
+    score = best.best_model_score if best.best_model_path else trainer.callback_metrics[f"valid/{task.monitor}"]
+    metrics = test(trainer, module, source, best.best_model_path or None)
     metrics |= {
-        f"valid/{task.monitor}": float(best.best_model_score),  # type: ignore[arg-type]
+        f"valid/{task.monitor}": float(score),  # type: ignore[arg-type]
         "task": task.task,
         "monitor": task.monitor,
         "upstream": str(cfg.upstream._target_).rpartition(".")[2],
@@ -136,8 +141,10 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     return metrics
 
 
-def test(trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path) -> dict[str, Any]:
-    """Test metrics of a checkpoint."""
+def test(
+    trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path | None
+) -> dict[str, Any]:
+    """Test metrics of a checkpoint; None: of the module as it is."""
     (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=False, verbose=False)
     return dict(metrics)
 
@@ -154,7 +161,7 @@ def describe(metrics: dict[str, Any], run: Path, files: list[str]) -> str:
     return table(
         {
             "test": f"{figures(metrics)} ({sizes})",
-            "run": f"{run}: {', '.join(['metrics.json', *files, 'checkpoints/best.ckpt'])}",
+            "run": f"{run}: {', '.join(['metrics.json', *files, *([str(BEST)] if (run / BEST).is_file() else [])])}",
         }
     )
 

@@ -420,6 +420,40 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
     )
 
 
+class FirstBatches:
+    """The first batches of a loader, the same in every epoch.
+
+    Args:
+        loader: Gives them once.
+        count: How many, at most.
+    """
+
+    def __init__(self, loader: Iterable[Batch], count: int) -> None:
+        self.batches = list(islice(loader, count))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def first_batches(loader: DataLoader[Batch], trainer: Any) -> Iterable[Batch]:
+    """The loader, or as many of its batches as ``trainer.overfit_batches`` asks for: Lightning would put another sampler in.
+
+    Args:
+        loader: Batches of training or validation.
+        trainer: Lightning's, or None.
+
+    Raises:
+        ValueError: a share of the batches is asked for.
+    """
+    count = trainer.overfit_batches if trainer else 0
+    if count != int(count):
+        raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
+    return FirstBatches(loader, int(count)) if count else loader
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device.
 

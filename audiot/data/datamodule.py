@@ -18,7 +18,7 @@ from lhotse import CutSet
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, make_loader, to_device
+from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, first_batches, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus
 from audiot.data.shared_memory import check_room
@@ -213,22 +213,23 @@ class SpeechDataModule(pl.LightningDataModule):
         )
         workers = self.loader_processes
         if not training and isinstance(cuts, CutSet) and not cuts.is_lazy:
-            workers = min(workers, len(cuts))  # a process without a batch is started for nothing
+            batches = ceil(sum(cut.duration for cut in cuts) / self.batch_s)
+            workers = min(workers, ceil(batches / AHEAD))  # to start a process takes as long as to make a few batches
         seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # of 16-bit samples
         check_room(workers, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
         return make_loader(dataset, stream, workers, pin_memory=torch.cuda.is_available())
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless shuffled batches, from ``next_batch`` on."""
         if self.lengths is None or self.label_fraction < 1:
-            return self._loader(self.training_cuts(), training=True)
+            return first_batches(self._loader(self.training_cuts(), training=True), self.trainer)
         pieces = open_pieces(self.corpus.directory, self.corpus.split_for(self.task, "train"), self.corpus.content)
-        return self._loader(pieces, training=True)
+        return first_batches(self._loader(pieces, training=True), self.trainer)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Iterable[Batch]:
         """The validation split, in order."""
-        return self._loader(self.cuts("valid"), training=False)
+        return first_batches(self._loader(self.cuts("valid"), training=False), self.trainer)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test split, in order."""

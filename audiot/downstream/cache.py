@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, starmap
 from math import ceil
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from audiot.data.batches import Batch, to_device
+from audiot.data.batches import Batch, first_batches, to_device
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Labels
 from audiot.devices import attention_of_any_shape
@@ -71,13 +71,13 @@ class CachedStates(pl.LightningDataModule):
         turns = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(_Batches(self.states[role], self.labels, self.batch_size, seed, turns), batch_size=None)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless batches, shuffled anew every epoch."""
-        return self._loader("train", self.seed)
+        return first_batches(self._loader("train", self.seed), self.trainer)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Iterable[Batch]:
         """The validation split, in order."""
-        return self._loader("valid", None)
+        return first_batches(self._loader("valid", None), self.trainer)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test split, in order."""
