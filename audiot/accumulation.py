@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from audiot.private import scale
 from audiot.sharding import own_part
 
 
@@ -73,7 +74,7 @@ class WeightedSteps(pl.LightningModule):
         self._note(total[0] / count)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, self._unit * self._batches_per_step / count)
+        scale(gradients, self._unit * self._batches_per_step / count)
 
     @property
     def _batches_per_step(self) -> int:

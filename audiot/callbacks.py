@@ -25,6 +25,7 @@ from audiot.data.batches import Batch, to_device
 from audiot.devices import synchronise, to_host
 from audiot.files import replacing
 from audiot.pretraining import MaskedAcousticModel
+from audiot.private import has_begun, no_question_of_sigterm
 from audiot.runs import Interrupted
 
 MAX_WAIT = 0.05  # share of the time that a GPU may wait for data before it is told
@@ -308,8 +309,7 @@ class GracefulInterrupt(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals."""
-        # In every batch Lightning asks all processes for its own note of SIGTERM, and waits for the GPU (its issue 21487).
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        no_question_of_sigterm(trainer)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
 
@@ -371,6 +371,6 @@ class RunCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
-        if self._experiment is not None:
+        if has_begun(self):
             self._restore(None)
         super().finalize(status)

@@ -44,6 +44,15 @@ tools:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; the exit code is 0 only if it did what was asked."""
+    try:
+        _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _main(arguments: list[str] | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the locale lacks
@@ -55,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"audiot {version('audiot')}")
     elif command == "list":
         try:
-            print("\n".join(options(rest[0]) if rest else groups()))
+            print(_lines(described(rest[0])) if rest else "\n".join(groups()))
         except ValueError as error:
             sys.exit(f"audiot: error: {error}")
     elif command in COMMANDS:
@@ -75,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _lines(known: dict[str, str]) -> str:
-    return "\n".join(f"  {name:12} {what}" for name, what in known.items())
+    width = max(12, *map(len, known))
+    return "\n".join(f"  {name:{width}} {what}".rstrip() for name, what in known.items())
 
 
 def groups() -> list[str]:
@@ -89,6 +99,15 @@ def options(group: str) -> list[str]:
         raise ValueError(f"no config group {group!r}{nearest(group, groups())}; groups: {', '.join(groups())}")
     names = sorted(entry.name for entry in (files("audiot.conf") / group).iterdir())
     return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name[0] != "_"]  # _… is a part of others
+
+
+def described(group: str) -> dict[str, str]:
+    """Option of a config group → the first line of its file, which says what it is."""
+    found = {}
+    for name in options(group):
+        lines = (files("audiot.conf") / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        found[name] = next((line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line), "")
+    return found
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -7,15 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+
+from audiot.private import graph_pass
 
 FRESH = "audiot.residual_norm_backward.default"  # its results are memory that nothing else refers to
 
 
+GraphPass: Any
+digest_of_files: Any
+GraphPass, digest_of_files = graph_pass() or (None, None)
+
+
 def compiled(function: Any, graphs: bool) -> Any:
     """`torch.compile` of a training step; with ``graphs``, each shape is replayed as a CUDA graph."""
-    return torch.compile(function, options={"post_grad_custom_post_pass": SumsInPlace(), "triton.cudagraphs": graphs})
+    options: dict[str, Any] = {"triton.cudagraphs": graphs}
+    if GraphPass is not None:
+        options["post_grad_custom_post_pass"] = SumsInPlace()
+    return torch.compile(function, options=options)
 
 
 @torch.library.custom_op("audiot::add_product", mutates_args=("total",))
@@ -24,7 +33,7 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     total.addmm_(first, second)
 
 
-class SumsInPlace(CustomGraphPass):
+class SumsInPlace(GraphPass or object):  # type: ignore[misc]
     """Adds products to the residual's gradient where it lies.
 
     Inductor makes such a sum an ``addmm`` with a result of its own, to which the gradient is copied first: as long a way as the
@@ -52,4 +61,4 @@ class SumsInPlace(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What the cache of compiled code knows the pass by."""
-        return get_hash_for_files((__file__,))
+        return digest_of_files((__file__,))

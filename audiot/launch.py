@@ -7,12 +7,14 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import hydra
@@ -27,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot import quoting
-from audiot.cli import groups, nearest
+from audiot.cli import groups, nearest, options
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.overrides import check_type, flat, parse
 from audiot.runs import Interrupted, check_fresh, resume, resume_command
@@ -74,24 +76,63 @@ def run(command: str, arguments: list[str]) -> None:
             for override in overrides:
                 if override.startswith("hydra.run.dir=") and (folder := quoting.parsed(override)):
                     check_fresh(Path(str(folder)))  # here, before Hydra writes its config there
+        if "--help" in overrides or "-h" in overrides:
+            print(help_text(command, [override for override in overrides if override not in ("--help", "-h")]))
+            return
         if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
             overrides = _check_overrides(command, overrides, bool(sweep))
             sys.argv[1:] = [*sweep, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        with failure_noted() if in_sweep else nullcontext(), one_line_errors(debug), finished_wandb():
+        noted = failure_noted() if in_sweep else no_failed_start(Path(HydraConfig.get().runtime.output_dir))
+        with noted, one_line_errors(debug), finished_wandb():
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
 
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
 
 
+def help_text(command: str, overrides: list[str]) -> str:
+    """What ``audiot COMMAND --help`` says: the config groups with their options, and every key with its value."""
+    overrides = _check_overrides(command, overrides, sweep=False, complete=False)
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        cfg = compose(command, overrides)
+    chosen = [group for group in groups() if group in cfg or group == "experiment"]
+    width = max(map(len, chosen))
+    lists = [fill(f"{group:{width}}  {', '.join(options(group))}", 120, subsequent_indent=" " * (width + 2)) for group in chosen]
+    return "\n".join(
+        [
+            f"usage: audiot {command} [group=option …] [key=value …]",
+            f"\nGroups (group=option chooses one; audiot list GROUP says what each is):\n\n{chr(10).join(lists)}",
+            f"\nKeys (key=value sets one, +key=value adds one):\n\n{OmegaConf.to_yaml(cfg)}",
+            f"audiot {command} -m key=value,value … runs them all; --cfg job, --resolve, --info and more: --hydra-help",
+        ]
+    )
+
+
+@contextmanager
+def no_failed_start(folder: Path) -> Iterator[None]:
+    """Take a run's folder away again where its command ends before it has made anything."""
+    try:
+        yield
+    except BaseException:
+        begun = {".hydra", "train.log", "data.json"}
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+            for name in ("train.log", "data.json"):
+                (folder / name).unlink(missing_ok=True)
+            for empty in (folder, *list(folder.parents)[:2]):  # outputs/pretrain/DATE
+                with suppress(OSError):  # something else is in it, or it is the current folder
+                    empty.rmdir()
+        raise
+
+
 def run_tool(tool: str, arguments: list[str]) -> None:
     """Run a command that takes plain arguments; its errors are told in one line too."""
     with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
-        options = parse_arguments(tool, arguments)
-        _main(f"audiot.commands.{tool.replace('-', '_')}")(options)
+        given = parse_arguments(tool, arguments)
+        _main(f"audiot.commands.{tool.replace('-', '_')}")(given)
 
 
 def _main(module: str) -> Callable[..., Any]:
@@ -111,7 +152,7 @@ def log_to(run: Path) -> None:
     )
 
 
-def _check_overrides(command: str, overrides: list[str], sweep: bool) -> list[str]:
+def _check_overrides(command: str, overrides: list[str], sweep: bool, complete: bool = True) -> list[str]:
     """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts.
 
     Returns:
@@ -129,12 +170,12 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool) -> list[st
     with initialize_config_module("audiot.conf", version_base="1.3"):
         added = _added(command, first)
     if added:
-        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep)
+        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete)
     with initialize_config_module("audiot.conf", version_base="1.3"):
-        _check_run(command, first)
+        _check_run(command, first, complete)
         for place, values in enumerate(choices):
             for value in values[1:]:
-                _check_run(command, [*first[:place], value, *first[place + 1 :]])
+                _check_run(command, [*first[:place], value, *first[place + 1 :]], complete)
     return overrides
 
 
@@ -176,7 +217,7 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _check_run(command: str, overrides: list[str]) -> None:
+def _check_run(command: str, overrides: list[str], complete: bool) -> None:
     """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
     names = [override.split("=", 1)[0] for override in overrides]
     chooses = {*groups(), "hydra.searchpath"}
@@ -197,7 +238,7 @@ def _check_run(command: str, overrides: list[str]) -> None:
         if name in keys:
             check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
     for name, value in flat(after).items():
-        if value == "???":
+        if complete and value == "???":
             raise ValueError(f"{name} has no value: set {name}=…")
 
 

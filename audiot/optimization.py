@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from audiot.attention import after_step
+from audiot.private import clips_unscaled
 
 
 class Schedule(LambdaLR):
@@ -112,8 +113,7 @@ def configure(
     if total_steps in (-1, float("inf")):
         raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
     built = optimizer(parameter_groups(module, weight_decay))
-    # Lightning clips scaled gradients (float16) only after the scaler has undone the scale, which fused optimisers claim to do.
-    built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    clips_unscaled(built)
     settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in built.param_groups]
 
     def with_settings(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

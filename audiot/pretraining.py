@@ -17,6 +17,7 @@ from audiot.devices import at_least_float32, attention_of_any_shape
 from audiot.masking import Corruption, interpolate_masked
 from audiot.model import ReconstructionHead, length_mask
 from audiot.optimization import configure
+from audiot.private import compile_ddp_whole
 from audiot.random import key, seed_torch
 from audiot.sharding import gather, is_sharded, release, shard, whole
 
@@ -139,8 +140,7 @@ class MaskedAcousticModel(WeightedSteps):
                 graph's memory: they can't be accumulated over several batches.
         """
         self._graphs = graphs
-        # With DDP Dynamo would cut the graph wherever a bucket of gradients is full, and with it what was fused.
-        torch._dynamo.config.optimize_ddp = False
+        compile_ddp_whole()
         from audiot.compilation import compiled  # imports the compiler
 
         self._loss = compiled(self.loss, graphs)

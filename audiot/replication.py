@@ -9,11 +9,11 @@ from typing import Any
 
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from audiot.private import DDPWithoutDevice
 
 
-class ReplicatedStrategy(DDPStrategy):
+class ReplicatedStrategy(DDPWithoutDevice):
     """Lightning's strategy for DDP, but batches stay where they lie.
 
     Told of its device, DDP moves all of a batch there, also the lengths, which `audiot.data.batches.to_device` leaves on the CPU:
@@ -25,9 +25,6 @@ class ReplicatedStrategy(DDPStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"gradient_as_bucket_view": True, **options})
-
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        return DistributedDataParallel(model, **self._ddp_kwargs)
 
 
 def warn_of_slow_strategy(strategy: Strategy) -> None:

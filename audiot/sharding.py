@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from audiot.model import Encoder
+from audiot.private import AllProcessesShareData
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(AllProcessesShareData):
     """Lightning's strategy for FSDP2, all processes of which share the data; a checkpoint is one file, as of one device.
 
     Args:
@@ -25,11 +25,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
-
-    def setup_environment(self) -> None:
-        """Lightning would take a process a machine for data."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
 
 
 def shard(encoder: Encoder, head: nn.Module, mesh: DeviceMesh) -> None:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from audiot import benchmark
@@ -25,6 +24,7 @@ from audiot.benchmark import markdown, milliseconds
 from audiot.callbacks import Throughput
 from audiot.data.batches import Batch
 from audiot.pretraining import MaskedAcousticModel
+from audiot.private import dispatch_mode
 
 BASELINE = "query_key"
 SCOPES = ("inference", "encoder", "step", "program")
@@ -291,7 +291,7 @@ class Row:
 class _WholeAttention(TorchFunctionMode):
     """Takes fused attention for one product: it reads queries, keys and values and writes the result, no matrix of scores."""
 
-    def __init__(self, counted: _Products) -> None:
+    def __init__(self, counted: Counted) -> None:
         super().__init__()
         self.counted = counted
 
@@ -303,20 +303,26 @@ class _WholeAttention(TorchFunctionMode):
         return result
 
 
-class _Products(TorchDispatchMode):
-    """Counts what matrix products compute, by PyTorch's own formulas, and the elements that they read and write."""
+class Counted:
+    """Sums over matrix products: floating-point operations, by PyTorch's own formulas, and elements read and written."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.flops = 0
         self.elements = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-            self.elements += _elements([*args, result])
-        return result
+
+def _counting(counted: Counted) -> Any:
+    """A context in which matrix products are added to ``counted``."""
+
+    class Products(dispatch_mode()):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket in flop_registry:
+                counted.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+                counted.elements += _elements([*args, result])
+            return result
+
+    return Products()
 
 
 def _elements(values: Sequence[object]) -> int:
@@ -332,7 +338,8 @@ def products(module: nn.Module, *shape: int) -> Work:
     """
     shell = copy.deepcopy(module).to("meta")
     # Without values fused attention is made of its two products, which the formulas know; on CPUs it is not.
-    with _Products() as counted, _WholeAttention(counted):
+    counted = Counted()
+    with _counting(counted), _WholeAttention(counted):
         shell(torch.empty(shape, device="meta"))
     return Work(counted.flops, counted.elements)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,7 +26,8 @@ print(*sorted(set({heavy!r}) & set(sys.modules)), sep=",")
     ("arguments", "answer"),
     [
         (["--help"], "usage: audiot COMMAND"),
-        (["pretrain", "--help"], "== Configuration groups =="),
+        (["pretrain", "--help"], "data        demo, fluent_speech_commands, folder"),
+        (["finetune", "downstream=asr", "--help"], "downstream  asr, intent, keyword"),
         (["pretrain", "trainer.max_stepz=3"], "no config key 'trainer.max_stepz' (did you mean trainer.max_steps?)"),
         (["pretrain", "attention=query_kee"], "attention=query_kee: no such option (did you mean query_key?)"),
         (["finetune", "data.batch_s=many"], "data.batch_s=many: expected a number, such as 50.0"),
@@ -42,5 +44,6 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_pa
     command = [sys.executable, "-c", CODE.format(heavy=HEAVY), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=True)
     assert answer in done.stdout
+    assert not re.search(r"(, | )_(common|loading)\b", done.stdout)  # parts of other files
     assert done.stdout.splitlines()[-1] == ""  # none of the heavy modules
     assert not any(tmp_path.iterdir())  # a start that fails leaves nothing

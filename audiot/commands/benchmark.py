@@ -29,6 +29,7 @@ from audiot.cli import nearest, options
 from audiot.commands.common import plain, say
 from audiot.files import replacing, write_json
 from audiot.positions import Positions
+from audiot.private import many_compilations
 from audiot.quoting import argument
 
 BASELINE = "query_key"
@@ -424,9 +425,9 @@ class AttentionBenchmark:
         results: dict[str, Measured | Failed] = {}
         calls: dict[str, Callable[[], object]] = {}
         if panel.compiled:
-            torch._dynamo.reset()
+            torch.compiler.reset()
         # All mechanisms are compiled through the same lines of code, more of them than PyTorch expects.
-        with torch._dynamo.config.patch(recompile_limit=100) if panel.compiled else nullcontext():
+        with many_compilations() if panel.compiled else nullcontext():
             for label, layer in layers.items():
                 progress(label, 0)
                 if isinstance(layer, Failed):

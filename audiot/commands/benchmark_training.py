@@ -34,6 +34,7 @@ from audiot.features import Features
 from audiot.files import replacing, write_csv
 from audiot.optimization import configure
 from audiot.pretraining import MaskedAcousticModel
+from audiot.private import many_compilations
 from audiot.quoting import argument
 from audiot.random import key
 from audiot.runs import Interrupted
@@ -232,8 +233,8 @@ class TrainingBenchmark:
             for scope in scopes:
                 # All configurations are compiled through the same lines of code, more of them than PyTorch expects. Afresh in
                 # each place: PyTorch would make sizes variable that have changed, where training meets one.
-                torch._dynamo.reset()
-                with torch._dynamo.config.patch(recompile_limit=100):
+                torch.compiler.reset()
+                with many_compilations():
                     yield self._programs(place, folder) if scope == "program" else self._side_by_side(place, scope)
 
     # Inference, encoder and step
@@ -411,7 +412,7 @@ class TrainingBenchmark:
     def _programs(self, place: Place, folder: Path) -> list[Row]:
         rows = []
         for entry in self.entries:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             measured = attempt(partial(self._program, entry, place, folder))
             row = self._row(entry, place, "program")
             rows.append(replace(row, note=measured.reason) if isinstance(measured, Failed) else measured)

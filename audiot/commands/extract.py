@@ -25,6 +25,7 @@ from audiot.devices import find_device
 from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
 from audiot.extraction import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
 from audiot.files import name_text, printable
+from audiot.private import compile_error
 from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
 
@@ -73,7 +74,7 @@ def main(options: argparse.Namespace) -> None:
     extractor = Extractor(upstream, layers, DTYPES[options.dtype], options.batch_s or (480 if on_gpu else 60), options.workers)
     try:
         speed = extractor.run(todo, folder, initial=sum(total_seconds(mine[number]) for number in mine.keys() - todo.keys()))
-    except _compile_error() as error:
+    except compile_error() as error:
         words = " ".join(str(error).split("\n\n")[0].split())[:200]
         raise ValueError(f"torch.compile failed: {words}: leave --compile out") from error
     for number in mine:
@@ -85,13 +86,6 @@ def main(options: argparse.Namespace) -> None:
     if failures:
         listed = "\n".join(f"  {printable(name)}: {reason}" for name, reason in failures.items())
         sys.exit(f"audiot: error: {len(failures)} utterances can't be used:\n{listed}")
-
-
-def _compile_error() -> type[Exception]:
-    """What a lack of compilers raises; only asked for when something is raised, as its module is slow to import."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    return BackendCompilerFailed
 
 
 def _report(

@@ -48,11 +48,11 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
     """
     _check(cfg)
     run = Path(cfg.run_dir)
+    upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")  # before a corpus is prepared for nothing
     corpus = open_corpus(cfg)
     per_frame = str(cfg.downstream.head._target_).endswith(".FrameClassifier")
     say_few(cfg, corpus, cfg.downstream.task, ("valid", "test"), cfg.downstream.monitor == "accuracy" and not per_frame)
     note_data(cfg, corpus)
-    upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
     metrics = train(cfg, upstream, corpus)
     if cfg.compare:
         results = {"encoder": metrics}

@@ -27,6 +27,7 @@ from audiot.data.labels import Labels, values_of
 from audiot.data.shared_memory import REMEDY, room_told
 from audiot.features import Features
 from audiot.files import name_bytes
+from audiot.private import shared_storage
 from audiot.random import bits, key
 
 WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
@@ -370,7 +371,7 @@ def _shared(num_rows: int, num_columns: int) -> Tensor:
         return torch.empty(num_rows, num_columns, dtype=torch.int16)
     size = 2 * num_rows * num_columns
     with room_told(size):
-        storage = torch.UntypedStorage._new_shared(size, device="cpu")
+        storage = shared_storage(size)
     return torch.empty(0, dtype=torch.int16).set_(storage, 0, (num_rows, num_columns))  # type: ignore[call-overload]
 
 

@@ -1,0 +1,5 @@
+"""``python -m audiot`` is ``audiot``."""
+
+from audiot.cli import main
+
+main()
