@@ -16,8 +16,8 @@ def said(caplog, counts, data=None, **options):
 
 
 def test_an_utterance_is_so_many_points_of_accuracy():
-    assert worth("valid", 4, counted=True) == "only 4 validation utterances, each of them is 25 points of accuracy"
-    assert worth("valid", 1, counted=True) == "only 1 validation utterance, each of them is 100 points of accuracy"
+    assert worth("valid", 4, counted=True) == "only 4 validation utterances, each is 25 points of accuracy"
+    assert worth("valid", 1, counted=True) == "only 1 validation utterance, each is 100 points of accuracy"
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,7 @@ def test_a_run_stands_for_its_encoder(run, tmp_path, capsys):
     assert "| steps | 1,000 |" in (tmp_path / "two" / "README.md").read_text()
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"next:   audiot finetune downstream=phone_linear upstream=hf upstream.path={tmp_path / 'two'} data=demo data.hours=3"
+        " data.corpus.root=/somewhere/secret"  # which the run's settings hold in place of what follows data.name
     )
 
 

@@ -36,7 +36,7 @@ def worth(role: str, count: int, counted: bool) -> str:
     if not counted:
         return f"{many}, take its figure for a trial run's"
     if role == "valid":
-        return f"{many}, each of them is {100 / count:.0f} points of accuracy"
+        return f"{many}, each is {100 / count:.0f} points of accuracy"
     half = 100 * Z / (2 * sqrt(count + Z**2))  # of Wilson's interval (1927) around one half
     return f"{many}, an accuracy of 50% stands for {50 - half:.0f} to {50 + half:.0f}% (95% interval)"
 
