@@ -34,7 +34,7 @@ from audiot.commands.common import (
 )
 from audiot.commands.few import say_few
 from audiot.commands.following import finetune_command
-from audiot.commands.probing import check_probes, probe_configs, run_probes
+from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
 from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.prepare import PreparedCorpus
@@ -44,8 +44,9 @@ from audiot.pretraining import MaskedAcousticModel
 from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of
 from audiot.sharding import ShardedStrategy, is_sharded
 
-# A compiled step of a GPU saves some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
-COMPILED_STEPS = 5000
+# From so many steps on a run is no short one, for which everything is ready at its first step: a compiled step of a GPU saves
+# some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
+LONG_RUN = 5000
 
 
 def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
@@ -63,6 +64,8 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         announce(resumed)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
+    if cfg.probe and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
+        warm_up()
     module = build(cfg)
     corpus = open_corpus(cfg, None if resumed is None else run)
     if resumed is None:
@@ -205,8 +208,12 @@ def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
         raise ValueError("compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto")
     if cfg.compile != "auto":
         return bool(cfg.compile)
-    pays = trainer.max_steps < 0 or trainer.max_steps >= COMPILED_STEPS  # below 0: as many as its epochs have
-    return pays and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
+    return not is_short(trainer) and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
+
+
+def is_short(trainer: pl.Trainer) -> bool:
+    """Whether a run has so few steps that it does not pay to compile them."""
+    return 0 <= trainer.max_steps < LONG_RUN  # below 0: as many as its epochs have
 
 
 def wants_graphs(trainer: pl.Trainer) -> bool:

@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from tqdm import tqdm
 from audiot.commands.common import compose_command, log, plain, say
 from audiot.commands.finetune import finetune
 from audiot.commands.following import same_data
+from audiot.data.datamodule import usable_cores
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
 from audiot.files import read_json
 from audiot.quoting import override, quoted
 from audiot.runs import Interrupted
 
+MOST_ON_GPU = 4  # probes at a time
+GPU_BYTES = 8 * 2**30  # free memory for each of them
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
 
@@ -83,9 +88,7 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
     data = same_data(run)
     commands = {name: ["audiot finetune", *map(quoted, given), *data] for name, given in probe_overrides(cfg).items()}
     titles = {name: f"\n{name}:  {' '.join(command)}" for name, command in commands.items()}
-    jobs = cfg.probe_jobs
-    if jobs == "auto":  # what is small runs better on one core than on several
-        jobs = torch.get_num_threads() if device.type == "cpu" else 1
+    jobs = useful_jobs(device) if cfg.probe_jobs == "auto" else cfg.probe_jobs
     if min(jobs, len(left)) > 1:
         _run_together(left, titles, min(jobs, len(left)))
     else:
@@ -98,6 +101,26 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
         metrics = read_json(_metrics(probe), "metrics")
         figures[name] = metrics[f"test/{metrics['monitor']}"]
     return figures
+
+
+def useful_jobs(device: torch.device) -> int:
+    """Probes at a time on a device: ``probe_jobs: auto``."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return max(1, min(MOST_ON_GPU, usable_cores() // 2, torch.cuda.mem_get_info(device)[0] // GPU_BYTES))
+    return torch.get_num_threads() if device.type == "cpu" else 1  # what is small runs better on one core than on several
+
+
+def warm_up() -> None:
+    """Begin to import what probes need, in a process that those of `_run_together` are then forks of."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _metrics(probe: DictConfig) -> Path:
@@ -113,7 +136,7 @@ def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], j
     before = multiprocessing.active_children()
     start = (max(1, torch.get_num_threads() // jobs), multiprocessing.get_start_method())
     with (
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, start) as pool,
+        ProcessPoolExecutor(jobs, _context(), _start, start) as pool,
         tqdm(total=len(probes), desc="probes", unit="probe", leave=False) as bar,
     ):
         try:
@@ -136,7 +159,7 @@ def _start(threads: int, start_method: str) -> None:
     from audiot.launch import quieten_libraries
 
     start_worker()
-    multiprocessing.set_start_method(start_method, force=True)  # else "spawn", which imports everything for each worker
+    multiprocessing.set_start_method(start_method, force=True)  # else that of `_context`
     quieten_libraries()
     torch.set_num_threads(threads)
 
