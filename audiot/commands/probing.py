@@ -27,7 +27,7 @@ from audiot.files import read_json
 from audiot.quoting import override, quoted
 from audiot.runs import Interrupted
 
-MOST_ON_GPU = 4  # probes at a time
+MOST_ON_GPU = 8  # probes at a time
 GPU_BYTES = 8 * 2**30  # free memory for each of them
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
