@@ -62,6 +62,8 @@ def _main(arguments: list[str] | None) -> None:
         print(USAGE.format(**{kind: _lines(known) for kind, known in lists.items()}))
     elif command == "--version":
         print(f"audiot {version('audiot')}")
+    elif command == "-sc":  # Hydra's flag, as its script for a shell calls it
+        complete(rest)
     elif command == "list":
         try:
             print(_lines(described(rest[0])) if rest else "\n".join(groups()))
@@ -81,6 +83,20 @@ def _main(arguments: list[str] | None) -> None:
     else:
         known = [*COMMANDS, *TOOLS, "list"]
         sys.exit(f"audiot: error: no command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
+
+
+def complete(arguments: list[str]) -> None:
+    """Completion for a shell: ``install=bash`` prints the script, which asks with ``query=bash`` for the words that fit."""
+    from audiot.launch import run
+
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split(" ")
+    if arguments[:1] == ["query=bash"] and len(words) < 3:
+        print(*(name for name in (*COMMANDS, *TOOLS, "list") if name.startswith(words[-1])))
+    elif arguments[:1] != ["query=bash"] or words[1] in COMMANDS:
+        os.environ["COMP_LINE"] = " ".join(["audiot", *words[2:]])
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+        run(words[1] if words[1:] else "pretrain", ["-sc", *arguments], "audiot")
 
 
 def _lines(known: dict[str, str]) -> str:

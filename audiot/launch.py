@@ -54,14 +54,21 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
 OmegaConf.register_new_resolver("frames", frames, replace=True)
 
 
-def run(command: str, arguments: list[str]) -> None:
-    """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead."""
+def run(command: str, arguments: list[str], program: str | None = None) -> None:
+    """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead.
+
+    Args:
+        command: One of `audiot.cli.COMMANDS`.
+        arguments: What follows it on the command line.
+        program: What a shell that is to complete words knows the program by; None: the command's own module.
+    """
     module = f"audiot.commands.{command}"  # imported when nothing is wrong with the config: it takes seconds
     debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
     overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
     # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
-    sys.argv = [str(Path(__file__).parent / "commands" / f"{command}.py"), *sweep, *overrides]
+    program = program or str(Path(__file__).parent / "commands" / f"{command}.py")
+    sys.argv = [program, *sweep, *overrides]
     with one_line_errors(debug):
         folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
         if folder.lower() != "null":

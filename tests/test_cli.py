@@ -155,15 +155,16 @@ def test_list_names_the_groups_and_their_options():
     groups = succeed("list").split()
     folders = [folder.name for folder in (REPOSITORY / "conf").iterdir() if folder.is_dir() and folder.name != "__pycache__"]
     assert groups == sorted(folders)
-    assert succeed("list", "attention").split() == sorted(
-        path.stem for path in (REPOSITORY / "conf" / "attention").glob("*.yaml")
-    )
+    listed = dict(line.split(maxsplit=1) for line in succeed("list", "attention").splitlines())
+    files = sorted((REPOSITORY / "conf" / "attention").glob("*.yaml"))
+    assert listed == {path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in files}
 
 
 def test_help_of_a_command_shows_groups_and_keys():
-    out = succeed("evaluate", "--help")
-    assert f"attention: {', '.join(names())}" in out
+    out = succeed("pretrain", "attention=local", "--help")
+    assert f"attention   {', '.join(names())}" in " ".join(out.split()).replace("attention ", "attention   ", 1)
     assert "seed: 0" in out
+    assert "_target_: audiot.attention.local.Local" in out
 
 
 # Pre-training

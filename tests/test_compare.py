@@ -8,6 +8,7 @@ import json
 import pytest
 from test_cli import run
 
+from audiot.commands.arguments import parse
 from audiot.commands.compare import main
 
 PROBE = {
@@ -66,7 +67,7 @@ def table(folder):
 
 
 def test_all_kinds_of_runs_stand_in_one_table(runs, capsys):
-    main(["probe", "asr", "verifier", "pretrained"])
+    main(parse("compare", ["probe", "asr", "verifier", "pretrained"]))
     header, *rows = table(runs)
     figures = ["accuracy, %", "macro_f1, %", "wer, %", "cer, %", "eer, %", "min_dcf"]
     figures += ["pretrain/val_l1", "pretrain/zero_l1", "probe/phone/encoder, %", "finetune/phone/encoder, %"]
@@ -86,7 +87,7 @@ def test_all_kinds_of_runs_stand_in_one_table(runs, capsys):
 
 
 def test_a_sweep_is_its_runs_in_order(runs):
-    main(["sweep", "probe", "--output", "out"])
+    main(parse("compare", ["sweep", "probe", "--output", "out"]))
     header, *rows = table(runs / "out")
     assert header == ["run", "accuracy, %", "macro_f1, %"]  # nothing else sets these apart
     assert rows == [
@@ -105,10 +106,10 @@ def test_what_is_no_run_is_named(runs):
         (["empty"], "no run at empty: it has neither metrics.json nor summary.json, nor has a folder in it"),
     ):
         with pytest.raises(FileNotFoundError, match=f"^{expected}$"):
-            main(arguments)
+            main(parse("compare", arguments))
     (runs / "asr" / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match=r"^asr/metrics.json is not a readable results: "):
-        main(["probe", "asr"])
+        main(parse("compare", ["probe", "asr"]))
     assert not (runs / "comparison.csv").exists()
 
 

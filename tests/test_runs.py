@@ -197,7 +197,7 @@ def test_an_override_that_can_not_be_applied_is_refused_by_name(started, text, e
 
 def test_every_key_of_a_run_is_applied_or_refused_by_name(started, monkeypatch):
     cfg = run_config(started)
-    monkeypatch.setattr(audiot.runs, "run_config", lambda *_: cfg.copy())  # read once: YAML is slow
+    monkeypatch.setattr(audiot.runs, "run_config", lambda *_, **__: cfg.copy())  # read once: YAML is slow
     keys = []
 
     def walk(node, prefix):

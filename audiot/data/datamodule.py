@@ -213,7 +213,7 @@ class SpeechDataModule(pl.LightningDataModule):
         )
         workers = self.loader_processes
         if not training and isinstance(cuts, CutSet) and not cuts.is_lazy:
-            batches = ceil(sum(cut.duration for cut in cuts) / self.batch_s)
+            batches = min(len(cuts), ceil(sum(cut.duration for cut in cuts) / self.batch_s))
             workers = min(workers, ceil(batches / AHEAD))  # to start a process takes as long as to make a few batches
         seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # of 16-bit samples
         check_room(workers, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 
 import numpy as np
@@ -334,9 +335,9 @@ def test_a_few_cuts_of_one_length_are_batched_without_a_warning(durations):
     assert sorted(cut.id for batch in batches for cut in batch) == sorted(cut.id for cut in cuts)
 
 
-def test_validation_starts_no_more_loader_processes_than_there_are_utterances(demo_corpus):
-    data = SpeechDataModule(demo_corpus, "phone", batch_s=10, num_workers=100)
-    assert data.val_dataloader().num_workers == demo_corpus.counts["valid"]
+def test_validation_starts_no_more_loader_processes_than_its_batches_need(demo_corpus):
+    data = SpeechDataModule(demo_corpus, "phone", batch_s=0.1, num_workers=100)  # an utterance in each batch
+    assert data.val_dataloader().num_workers == math.ceil(demo_corpus.counts["valid"] / 4)  # which makes four ahead
     assert data.train_dataloader().num_workers == 100
 
 

@@ -547,7 +547,7 @@ def test_lhotse_manifests_with_relative_audio_belong_to_the_folder_they_are_open
         cfg.data.corpus = {"_target_": "audiot.data.corpora.manifest.ManifestCorpus", "train": str(tmp_path / "train.jsonl.gz")}
         prepared[name] = common.open_corpus(cfg)
         heard = {cut.id: cut.load_audio()[0] for split in prepared[name].counts for cut in prepared[name].cuts(split)}
-        wanted = np.random.default_rng(seed).uniform(-0.5, 0.5, 4000 + seed)[:4000]
+        wanted = np.random.default_rng(seed).uniform(-0.5, 0.5, 4000 + seed)
         assert np.abs(heard["0"] - wanted).max() < 1e-4
     assert prepared["A"].directory != prepared["B"].directory
 

@@ -136,7 +136,7 @@ def test_processes_share_the_batches_of_a_cache(demo_corpus, upstream, world_siz
     whole = list(cache.test_dataloader()), list(islice(cache.train_dataloader(), 30))
     shares = []
     for rank in range(world_size):
-        cache.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        cache.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, overfit_batches=0)
         shares.append((list(cache.test_dataloader()), list(islice(cache.train_dataloader(), 30 // world_size))))
     for place in (0, 1):
         together = [batch for share in shares for batch in share[place]]
