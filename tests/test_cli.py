@@ -170,6 +170,45 @@ def test_help_of_a_command_shows_groups_and_keys():
 # Pre-training
 
 
+@blank
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["trainer.fast_dev_run=true"], "1 steps"),
+        (["trainer.overfit_batches=2", "trainer.detect_anomaly=true"], "4 steps"),
+        (["trainer.limit_train_batches=2", "trainer.profiler=simple"], "run_training_epoch"),
+    ],
+)
+def test_arguments_of_lightnings_trainer_work(made, tmp_path, options, said):
+    out = succeed("pretrain", *TINY, "probe=false", *options, f"hydra.run.dir={tmp_path / 'run'}")
+    assert said in out
+    assert (tmp_path / "run" / "encoder").is_dir()
+    downstream = ["downstream=phone_linear", f"upstream.path={made.encoder}", *DATA, *TRAINER]
+    out = succeed("finetune", *downstream, *options, f"hydra.run.dir={tmp_path / 'tuned'}")
+    assert said in out or "steps" in said
+    assert ("audiot predict" in out) == ("fast_dev_run" not in options[0])
+    assert "test/accuracy" in read(tmp_path / "tuned" / "metrics.json")
+
+
+def test_a_share_of_endless_batches_is_refused(made, tmp_path):
+    failed = run("pretrain", *TINY, "probe=false", "trainer.overfit_batches=0.5", f"hydra.run.dir={tmp_path / 'run'}")
+    assert "trainer.overfit_batches must be a number of batches, found 0.5" in failed.err
+    assert not (tmp_path / "run").exists()  # a start that fails leaves nothing
+
+
+def test_a_shell_completes_commands_groups_and_keys():
+    script = succeed("-sc", "install=bash")
+    assert "-F hydra_bash_completion audiot" in script
+    for line, words in {
+        "audiot pre": "prepare pretrain predict",
+        "audiot pretrain attention=synthesizer_d": "attention=synthesizer_dense",
+        "audiot finetune downstream=phone_l": "downstream=phone_linear",
+        "audiot predict x": "",
+    }.items():
+        out = succeed("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+        assert sorted(out.split()) == sorted(words.split())
+
+
 def test_pretraining_leaves_a_whole_run_behind(made):
     for name in (
         ".hydra/config.yaml",

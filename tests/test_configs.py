@@ -1,11 +1,14 @@
 """Every file of every config group, alone and in the combinations that users make."""
 
+import inspect
 from functools import cache
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -151,3 +154,18 @@ def test_every_probe_is_a_run_of_finetune(probes):
         names = {"encoder": "checkpoint", "random": "random_encoder", "features": "FeaturesUpstream"}
         assert cfg.upstream._target_.rpartition(".")[2] == names[upstream.split("_")[0]]
         assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
+
+
+def test_every_argument_of_lightnings_trainer_is_a_key():
+    arguments = {*inspect.signature(pl.Trainer.__init__).parameters} - {"self", "logger", "callbacks"}  # groups of their own
+    for trainer in ("default", "fast", "gpu", "ddp", "slurm"):
+        assert set(compose("pretrain", [f"trainer={trainer}"]).trainer) - {"_target_"} == arguments
+
+
+def test_keys_that_a_logger_or_callback_takes_need_no_plus(hydra_started):
+    given = ["logger.tensorboard.log_graph=true", "callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
+    GlobalHydra.instance().clear()
+    checked = audiot.launch._check_overrides("pretrain", given, sweep=False)
+    assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
+    with pytest.raises(ValueError, match=r"no argument 'save_lats' of callbacks.checkpoint .* \(did you mean save_last\?\)"):
+        audiot.launch._check_overrides("pretrain", ["callbacks.checkpoint.save_lats=true"], sweep=False)

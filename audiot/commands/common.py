@@ -172,6 +172,9 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     for name in ("val_check_interval", "log_every_n_steps"):
         if cfg.trainer[name] < 1:
             raise ValueError(f"trainer.{name} must be at least 1, found {cfg.trainer[name]}")
+    count = cfg.trainer.get("overfit_batches", 0)  # runs of earlier versions have no such key
+    if count != int(count):
+        raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not loggers:

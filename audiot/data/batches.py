@@ -445,14 +445,9 @@ def first_batches(loader: DataLoader[Batch], trainer: Any) -> Iterable[Batch]:
     Args:
         loader: Batches of training or validation.
         trainer: Lightning's, or None.
-
-    Raises:
-        ValueError: a share of the batches is asked for.
     """
-    count = trainer.overfit_batches if trainer else 0
-    if count != int(count):
-        raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
-    return FirstBatches(loader, int(count)) if count else loader
+    count = int(trainer.overfit_batches) if trainer else 0
+    return FirstBatches(loader, count) if count else loader
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
