@@ -150,7 +150,7 @@ class MaskedAcousticModel(WeightedSteps):
         num_frames = tokens.shape[1]
         count = self.objective.max_masked(num_frames)
         # Masked frames first, in their order: topk of different numbers, since Inductor writes slow code of a sort.
-        rank = frames * num_frames - torch.arange(num_frames, device=frames.device)
+        rank = frames.int() * num_frames - torch.arange(num_frames, device=frames.device, dtype=torch.int32)
         index = rank.topk(count, dim=1, sorted=True).indices
         chosen = frames.gather(1, index)[..., None]
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
