@@ -57,7 +57,7 @@ class WeightedSteps(pl.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._sums = sums
             total = self._of_all_processes(sums)
-            self._unit = (total[1] / self.trainer.world_size).clamp(min=1)
+            self._unit = total[1].clamp(min=1) / self.trainer.world_size
             if self.trainer.accumulate_grad_batches == 1:
                 self._note(total[0] / total[1].clamp(min=1))
         else:

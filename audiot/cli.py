@@ -87,6 +87,8 @@ def _main(arguments: list[str] | None) -> None:
 
 def complete(arguments: list[str]) -> None:
     """Completion for a shell: ``install=bash`` prints the script, which asks with ``query=bash`` for the words that fit."""
+    if not arguments:
+        sys.exit("audiot: error: -sc install=bash prints the script with which a shell completes words")
     from audiot.launch import run
 
     line = os.environ.get("COMP_LINE", "")

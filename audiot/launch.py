@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -36,6 +36,9 @@ from audiot.runs import Interrupted, check_fresh, resume, resume_command
 from audiot.sweep import failure_noted
 
 SWEEP_FLAGS = ("-m", "--multirun")
+PLACES = ("hydra.run.dir", "hydra.sweep.dir")
+# Flags of Hydra with which the config comes from elsewhere too, and one that has no overrides.
+ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
 
 
 def frames(duration_s: float | None, features: DictConfig) -> int:
@@ -79,20 +82,27 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
             with one_line_errors(debug or resumed.config.debug):
                 _main(module)(resumed.config, resumed)
             return
-        if command == "pretrain":
-            for override in overrides:
-                if override.startswith("hydra.run.dir=") and (folder := quoting.parsed(override)):
-                    check_fresh(Path(str(folder)))  # here, before Hydra writes its config there
         if "--help" in overrides or "-h" in overrides:
-            print(help_text(command, [override for override in overrides if override not in ("--help", "-h")]))
+            print(help_text(command, [override for override in overrides if not override.startswith("-")], bool(sweep)))
             return
-        if not any(override.startswith("-") for override in overrides):  # else Hydra is asked for something itself
-            overrides = _check_overrides(command, overrides, bool(sweep))
-            sys.argv[1:] = [*sweep, *overrides]
+        places = {name: quoting.parsed(override) for override in overrides for name in PLACES if override.startswith(f"{name}=")}
+        given = places.get("hydra.run.dir")
+        is_new = given is None or not Path(str(given)).exists()
+        if command == "pretrain":  # here, before Hydra writes its config there
+            if given is not None:
+                check_fresh(Path(str(given)))
+            if sweep and places.get("hydra.sweep.dir") is not None:
+                for one in Path(str(places["hydra.sweep.dir"])).glob("*"):
+                    check_fresh(one)
+        if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
+            flags = [override for override in overrides if override.startswith("-")]  # which ask Hydra for something itself
+            overrides = _check_overrides(command, [each for each in overrides if each not in flags], bool(sweep))
+            sys.argv[1:] = [*sweep, *flags, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        noted = failure_noted() if in_sweep else no_failed_start(Path(HydraConfig.get().runtime.output_dir))
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        noted = failure_noted() if in_sweep else no_failed_start(folder, command) if is_new else nullcontext()
         with noted, one_line_errors(debug), finished_wandb():
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
@@ -100,9 +110,10 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
 
 
-def help_text(command: str, overrides: list[str]) -> str:
+def help_text(command: str, overrides: list[str], sweep: bool) -> str:
     """What ``audiot COMMAND --help`` says: the config groups with their options, and every key with its value."""
-    overrides = _check_overrides(command, overrides, sweep=False, complete=False)
+    overrides = _check_overrides(command, overrides, sweep, complete=False)
+    overrides = [values[0] for values in map(_choices, parse(overrides)) if values]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         cfg = compose(command, overrides)
     chosen = [group for group in groups() if group in cfg or group == "experiment"]
@@ -119,8 +130,13 @@ def help_text(command: str, overrides: list[str]) -> str:
 
 
 @contextmanager
-def no_failed_start(folder: Path) -> Iterator[None]:
-    """Take a run's folder away again where its command ends before it has made anything."""
+def no_failed_start(folder: Path, command: str) -> Iterator[None]:
+    """Take a run's folder away again where its command ends before it has made anything.
+
+    Args:
+        folder: What the command's start has made, with the folders above it where Hydra chose the place.
+        command: Its name, that of the folder above.
+    """
     try:
         yield
     except BaseException:
@@ -129,8 +145,9 @@ def no_failed_start(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
             for name in ("train.log", "data.json"):
                 (folder / name).unlink(missing_ok=True)
-            for empty in (folder, *list(folder.parents)[:2]):  # outputs/pretrain/DATE
-                with suppress(OSError):  # something else is in it, or it is the current folder
+            above = [folder.parent, folder.parent.parent]  # outputs/pretrain/DATE
+            for empty in (folder, *(above if [path.name for path in above] == [command, "outputs"] else [])):
+                with suppress(OSError):  # something else is in it
                     empty.rmdir()
         raise
 
@@ -199,7 +216,7 @@ def _added(command: str, overrides: list[str]) -> set[str]:
     if not names:
         return set()
     try:
-        cfg = compose(command, [override for override in overrides if override.split("=", 1)[0].split("@")[0] in groups()])
+        cfg = compose(command, _chosen(overrides))
     except MissingConfigException:  # told by `_check_run`
         return set()
     added = set()
@@ -208,11 +225,17 @@ def _added(command: str, overrides: list[str]) -> set[str]:
         node = OmegaConf.select(cfg, owner)
         if not isinstance(node, DictConfig) or key in node or "_target_" not in node:
             continue
-        taken = [*inspect.signature(get_class(node._target_)).parameters]
-        if key not in taken:
+        parameters = inspect.signature(get_class(node._target_)).parameters.values()
+        taken = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        if key not in taken and all(each.kind != each.VAR_KEYWORD for each in parameters):
             raise ValueError(f"no argument {key!r} of {owner} ({node._target_}){nearest(key, taken)}")
         added.add(name)
     return added
+
+
+def _chosen(overrides: list[str]) -> list[str]:
+    """The overrides that choose options of groups, and where these are looked for."""
+    return [each for each in overrides if each.split("=", 1)[0].split("@")[0] in {*groups(), "hydra.searchpath"}]
 
 
 def _choices(override: Override) -> list[str]:
@@ -227,10 +250,8 @@ def _choices(override: Override) -> list[str]:
 def _check_run(command: str, overrides: list[str], complete: bool) -> None:
     """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
     names = [override.split("=", 1)[0] for override in overrides]
-    chooses = {*groups(), "hydra.searchpath"}
-    chosen = [override for override, name in zip(overrides, names, strict=True) if name.split("@")[0] in chooses]
     try:
-        before = compose(command, chosen)  # what the other overrides change
+        before = compose(command, _chosen(overrides))  # what the other overrides change
         keys = flat(before)
         known = [*keys, *groups()]
         for name in names:

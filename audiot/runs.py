@@ -25,7 +25,7 @@ from audiot.quoting import argument
 CONFIG, OVERRIDES, RESUMES = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
 CHANGEABLE = re.compile(
     r"trainer\.(max_steps|max_time|val_check_interval|limit_val_batches|log_every_n_steps|gradient_clip_val|gradient_clip_algorithm"
-    r"|enable_\w+|accelerator|devices|num_nodes|precision|strategy(\..+)?|profiler|detect_anomaly|deterministic|benchmark)"
+    r"|enable_(checkpointing|progress_bar|model_summary)|accelerator|devices|num_nodes|precision|strategy(\..+)?|profiler|detect_anomaly|deterministic|benchmark)"
     r"|optimizer\.(lr|weight_decay|betas|eps)|scheduler\.[^_].*"
     r"|(checkpoint|callbacks|logger)\..+|compile|probe|probe_jobs|debug"
     r"|data_dir|data\.(root|num_workers|prepare\.num_jobs)"  # where the corpus is and who reads it, not what it is
@@ -273,8 +273,9 @@ def _checked(run: Path, override: Override, known: dict[str, object]) -> str:
         raise ValueError(f"{text} has no effect on resume: the run goes on in {run}; drop it")
     if name in groups() or isinstance(known.get(name), dict):
         keys = [key for key in known if key.startswith(f"{name}.") and CHANGEABLE.fullmatch(key)]
+        keys = [key for key in keys if not isinstance(known[key], dict) and not key.endswith("_target_")]
         single = f"set its single keys, as in {keys[0]}={known[keys[0]]}" if keys else "a new run can have another"
         raise ValueError(f"{text} can't change on resume: {single}")
-    if name not in known:
+    if name not in known and not (name.startswith("trainer.") and CHANGEABLE.fullmatch(name)):  # of a run of an earlier version
         raise ValueError(f"resume={run}: {name!r} is not a key of the run's config{nearest(name, [*known])}")
     return name

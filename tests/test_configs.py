@@ -169,3 +169,9 @@ def test_keys_that_a_logger_or_callback_takes_need_no_plus(hydra_started):
     assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
     with pytest.raises(ValueError, match=r"no argument 'save_lats' of callbacks.checkpoint .* \(did you mean save_last\?\)"):
         audiot.launch._check_overrides("pretrain", ["callbacks.checkpoint.save_lats=true"], sweep=False)
+
+
+def test_what_goes_on_to_another_function_is_taken_too(hydra_started):
+    GlobalHydra.instance().clear()
+    given = ["logger=wandb", "logger.wandb.tags=[a]"]
+    assert audiot.launch._check_overrides("pretrain", given, sweep=False) == ["logger=wandb", "+logger.wandb.tags=[a]"]

@@ -47,3 +47,26 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_pa
     assert not re.search(r"(, | )_(common|loading)\b", done.stdout)  # parts of other files
     assert done.stdout.splitlines()[-1] == ""  # none of the heavy modules
     assert not any(tmp_path.iterdir())  # a start that fails leaves nothing
+
+
+def failing_start(folder, *arguments):
+    """A command that ends before it has made anything, in a folder."""
+    code = "from audiot.cli import main; main()"
+    command = [sys.executable, "-c", code, "pretrain", "data=folder", "data.root=nowhere", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 1
+    assert "data.root: there is no folder nowhere" in done.stderr
+
+
+def test_a_start_that_fails_takes_away_what_it_has_made_and_nothing_else(tmp_path):
+    failing_start(tmp_path)
+    assert not any(tmp_path.iterdir())
+    mine = tmp_path / "mine" / "data.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    failing_start(tmp_path, "hydra.run.dir=mine")
+    assert mine.read_text() == "{}"
+    (tmp_path / "runs").mkdir()
+    failing_start(tmp_path, "hydra.run.dir=runs/a")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine", "runs"]
+    assert not any((tmp_path / "runs").iterdir())

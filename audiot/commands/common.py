@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -58,18 +58,15 @@ def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
         ValueError: sources have changed where they must not, or the corpus is not the run's.
     """
     folder, settings, options = corpus_folder(cfg)
-    written, when = plain(cfg.data.corpus), cfg.data.prepare.get("when", "update")  # runs of earlier versions have none
-    here = places(get_object(written["_target_"]), written)
-    former = _prepared_folder(cfg, written, options)
-    if former != folder and (former / "corpus.json").is_file() and not (folder / "corpus.json").is_file():
-        absolute = all(os.path.isabs(written[name]) for name in here.keys() & written.keys())
-        if when == "keep" and absolute:  # else nobody knows of which project it is
-            settings, folder = written, former
-        else:
-            say(
-                f"corpus  {former} is of an earlier audiot, which noted neither place nor state of its sources: prepared anew in "
-                f"{folder.name}; delete the former when no run needs it"
-            )
+    when = cfg.data.prepare.get("when", "update")  # runs of earlier versions have none
+    former = _prepared_folder(cfg, plain(cfg.data.corpus), options)
+    if _is_left_over(former, folder):
+        say(
+            f"corpus  {former} is of an earlier audiot, which noted neither place nor state of its sources: prepared anew in "
+            f"{folder.name}; delete the former when no run needs it"
+        )
+    if not (folder / "corpus.json").is_file():
+        instantiate(cfg.data.corpus)  # what is wrong with it is told before there is a folder
     corpus = prepare(
         lambda: instantiate(cfg.data.corpus).manifests(),
         folder,
@@ -94,8 +91,17 @@ def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]
     written, options = plain(cfg.data.corpus), plain(cfg.data.prepare)
     for name in ("num_jobs", "when"):  # how many workers prepare it, and when, changes nothing
         options.pop(name, None)
-    settings = written | places(get_object(written["_target_"]), written)
-    return _prepared_folder(cfg, settings, options), settings, options
+    here = places(get_object(written["_target_"]), written)
+    folder, former = (_prepared_folder(cfg, settings, options) for settings in (written | here, written))
+    absolute = all(os.path.isabs(written[name]) for name in here.keys() & written.keys())  # else it may be of another project
+    if absolute and cfg.data.prepare.get("when") == "keep" and _is_left_over(former, folder):
+        return former, written, options
+    return folder, written | here, options
+
+
+def _is_left_over(former: Path, folder: Path) -> bool:
+    """Whether a corpus was prepared by an earlier version alone, which named its folder otherwise."""
+    return former != folder and (former / "corpus.json").is_file() and not (folder / "corpus.json").is_file()
 
 
 def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
@@ -170,15 +176,23 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     """
     asked = f"trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices}"
     for name in ("val_check_interval", "log_every_n_steps"):
-        if cfg.trainer[name] < 1:
+        if not isinstance(cfg.trainer[name], int | float) or cfg.trainer[name] < 1:
             raise ValueError(f"trainer.{name} must be at least 1, found {cfg.trainer[name]}")
     count = cfg.trainer.get("overfit_batches", 0)  # runs of earlier versions have no such key
-    if count != int(count):
+    if not isinstance(count, int | float) or count != int(count):
         raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+        if cfg.trainer.get(name) == 0:
+            raise ValueError(f"trainer.{name}=0 leaves nothing to measure: set at least 1, or null for all")
+    if cfg.trainer.get("barebones"):
+        raise ValueError("trainer.barebones=true switches off metrics and checkpoints: audiot benchmark measures instead")
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it insists on one
+    for name, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        if cfg.trainer.get(name) is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             start_wandb(logger)

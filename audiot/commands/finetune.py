@@ -111,12 +111,14 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         with trainer.precision_plugin.forward_context():  # as if they were computed in every step
             source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
     trainer.fit(module, source)
-    best = next(callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))  # type: ignore[attr-defined]
-    # trainer.fast_dev_run keeps no checkpoint.
-    score = best.best_model_score if best.best_model_path else trainer.callback_metrics[f"valid/{task.monitor}"]
-    metrics = test(trainer, module, source, best.best_model_path or None)
+    keepers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    best = keepers[0] if keepers and keepers[0].best_model_path else None  # trainer.fast_dev_run keeps none
+    score = best.best_model_score if best else trainer.callback_metrics.get(f"valid/{task.monitor}")
+    if score is None:
+        raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
+    metrics = test(trainer, module, source, best.best_model_path if best else None)
     metrics |= {
-        f"valid/{task.monitor}": float(score),  # type: ignore[arg-type]
+        f"valid/{task.monitor}": float(score),
         "task": task.task,
         "monitor": task.monitor,
         "upstream": str(cfg.upstream._target_).rpartition(".")[2],

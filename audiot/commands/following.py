@@ -21,7 +21,7 @@ from audiot.commands.common import compose_command, corpus_folder
 from audiot.data.labels import survey
 from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.quoting import Value, argument, path, quoted
-from audiot.runs import run_overrides
+from audiot.runs import CONFIG, run_config, run_overrides
 
 CARRIED = re.compile(r"[+~]*(data[=.]|data_dir=|hydra\.searchpath=)")
 RATE = 16000  # Hz, what a corpus is prepared for unless it is told another rate
@@ -120,10 +120,7 @@ def example_files(corpus: PreparedCorpus, task: str, count: int) -> list[Path]:
 
 
 def _settings(run: Path) -> DictConfig:
-    config = run / ".hydra" / "config.yaml"
-    settings = OmegaConf.load(config) if config.is_file() else OmegaConf.create({})
-    assert isinstance(settings, DictConfig)
-    return settings
+    return run_config(run) if (run / CONFIG).is_file() else OmegaConf.create({})
 
 
 def _choice(run: Path, group: str) -> str | None:

@@ -64,8 +64,6 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         announce(resumed)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
-    if cfg.probe and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
-        warm_up()
     module = build(cfg)
     corpus = open_corpus(cfg, None if resumed is None else run)
     if resumed is None:
@@ -74,6 +72,8 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run) if cfg.probe else {}
     check_probes(probes, corpus)
+    if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
+        warm_up()
     data = open_data(cfg, module, corpus)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
@@ -86,8 +86,9 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         trainer.fit(module, data)
     else:
         go_on(trainer, module, data, resumed)
-    if not cfg.checkpoint.every_n_steps or trainer.max_steps % cfg.checkpoint.every_n_steps:
-        trainer.save_checkpoint(run / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    last = run / "checkpoints" / f"step={trainer.global_step}.ckpt"
+    if not trainer.fast_dev_run and not trainer.strategy.broadcast(last.exists()):  # type: ignore[attr-defined]
+        trainer.save_checkpoint(last)
     (validation,) = trainer.validate(module, data, verbose=False)
     throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
     resumed_step = module.trained_steps  # which a module that is built anew for export does not know

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from audiot.commands.common import compose_command, log, plain, say
@@ -145,6 +146,8 @@ def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], j
                 with tqdm.external_write_mode():
                     say(f"{titles[running[done]]}\n{done.result()}")
                 bar.update()
+        except BrokenProcessPool as error:
+            raise ValueError("a probe was killed, for want of memory perhaps: resume the run with probe_jobs=1") from error
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - set(before):
@@ -187,7 +190,9 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     OmegaConf.set_struct(probe, False)
     for name in SHARED:
         probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
-    device = {"trainer": {"accelerator": cfg.trainer.accelerator}}
+    device = {"trainer": {"accelerator": cfg.trainer.accelerator, "fast_dev_run": cfg.trainer.get("fast_dev_run", False)}}
+    if isinstance(cfg.trainer.devices, ListConfig):
+        device["trainer"]["devices"] = [cfg.trainer.devices[0]]
     if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
         device["trainer"]["precision"] = cfg.trainer.precision
     explicit = OmegaConf.from_dotlist([given for given in overrides if given.startswith("data.")])
