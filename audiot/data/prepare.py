@@ -65,6 +65,7 @@ WHEN = ("update", "check", "keep")
 SOURCES, RESULTS = Path("record", "sources.jsonl.gz"), Path("record", "utterances.jsonl.gz")
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
+WRITTEN = re.compile(r"\.?[A-Za-z0-9._-]*-[0-9a-f]{10}\.wav")  # files of audio/, with a dot in front while they are written
 ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
 
 
@@ -587,10 +588,12 @@ def _prepare(
 
 
 def _keep_only(folder: Path, used: Collection[Path]) -> None:
-    """Remove from a folder's folders all files but those that are used."""
-    for inside in folder.glob("*"):
-        for path in inside.glob("*"):
-            if path not in used:
+    """Remove the audio that preparation wrote to a folder and that is not used; what `_file_name` can't have named stays."""
+    for inside in folder.glob("[0-9a-f][0-9a-f]"):
+        if not inside.is_dir():
+            continue
+        for path in inside.iterdir():
+            if WRITTEN.fullmatch(path.name) and path not in used and path.is_file():
                 path.unlink()
         if not any(inside.iterdir()):
             inside.rmdir()
@@ -652,12 +655,12 @@ def _finish_update(directory: Path) -> None:
                 target = directory / path.relative_to(work)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
     for path in directory.glob("*.jsonl.gz"):
         if path.name.removesuffix(".jsonl.gz") not in PreparedCorpus.load(work).counts:
             path.unlink()
     os.replace(work / "corpus.json", directory / "corpus.json")
     shutil.rmtree(work)
+    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
 
 
 def _cores(jobs: Sequence[_Job]) -> int:

@@ -612,3 +612,37 @@ def test_a_corpus_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="FolderCorpus has no method sources"):
         common.open_corpus(config(Project(tmp_path), tmp_path / "data"))
+
+
+def test_files_that_preparation_did_not_write_stay_where_they_are(project):
+    own = [
+        project.prepared / "audio" / name
+        for name in (".DS_Store", "session-0123456789.wav", "2024/a.wav", "ab/take.wav", "ab/notes-0123456789.txt", "cd")
+    ]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    (project.prepared / "audio" / "ab" / "x-0123456789.wav").mkdir()
+    (stale := project.prepared / "audio" / "ab" / ".y-0123456789.wav").write_bytes(b"half")
+    project.open(copy=True)
+    assert not stale.exists()
+    write(project.root / "2.flac", seed=20)
+    later(project.root / "2.flac")
+    project.open(copy=True)
+    assert [path.read_bytes() for path in own] == [b"mine"] * len(own)
+
+
+def test_what_cannot_be_tidied_does_not_cost_the_corpus(project, monkeypatch):
+    project.open(copy=True)
+    later(project.root / "2.flac")
+    keep_only = module._keep_only
+
+    def refuse(folder, used):
+        if folder == project.prepared / "audio":
+            raise PermissionError("no")
+        keep_only(folder, used)
+
+    monkeypatch.setattr(module, "_keep_only", refuse)
+    with pytest.raises(PermissionError):
+        project.open(copy=True)
+    assert sum(project.open("check", copy=True).counts.values()) == 8
