@@ -182,9 +182,11 @@ class ManifestCorpus:
 
 
 def _labels(cut: Cut) -> dict[str, str]:
-    """The labels of a cut that are texts or whole numbers and the same in all of its supervisions, its speaker among them."""
+    """The fields of a cut with texts or whole numbers alone, the same in all of its supervisions, its speaker among them."""
     customs = [supervision.custom or {} for supervision in cut.supervisions]
-    fields = {name for custom in customs for name, value in custom.items() if isinstance(value, str | int) and name != "speaker"}
+    others = {name for custom in customs for name, value in custom.items() if not isinstance(value, str | int | None)}
+    others |= {name for custom in customs for name, value in custom.items() if isinstance(value, bool)}
+    fields = {name for custom in customs for name in custom} - others - {"speaker"}
     values = {name: values_of(cut, name) for name in ("speaker", *sorted(fields))}
     return {name: found[0] for name, found in values.items() if len(found) == 1}
 
