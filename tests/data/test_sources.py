@@ -227,10 +227,10 @@ def test_a_file_that_changes_while_it_is_prepared_is_prepared_again(project, dec
 
 def test_a_table_that_changes_while_it_is_read_is_read_again(project):
     def edited_too_late():
-        corpus = project.corpus()
+        manifests = project.corpus().manifests(False)
         project.labels["3.wav"] = "other"
         project.write_table()
-        return corpus.manifests(False)
+        return manifests
 
     first = prepare(edited_too_late, project.prepared, sources=lambda: project.corpus().sources(), num_jobs=1, progress=False)
     assert keywords(first)["3"] == "word0"
@@ -646,3 +646,20 @@ def test_what_cannot_be_tidied_does_not_cost_the_corpus(project, monkeypatch):
     with pytest.raises(PermissionError):
         project.open(copy=True)
     assert sum(project.open("check", copy=True).counts.values()) == 8
+
+
+def test_an_update_tries_again_what_could_not_be_read(project, decoded, monkeypatch):
+    open_file = module.AudioFile
+
+    def refuse(path):
+        if str(path).endswith("2.flac"):
+            raise module.BadAudioError("unreadable: Permission denied")
+        return open_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "AudioFile", refuse)
+        assert project.open().rejected == 1
+    decoded.clear()
+    later(project.root / "4.flac")
+    assert project.open().rejected == 0
+    assert sorted(decoded) == ["2", "4"]
