@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from audiot.data.sources import is_prepared
 from audiot.files import name_bytes, name_text
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
@@ -98,8 +99,8 @@ def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADAB
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        if folder != top and ({b"corpus.json", b"rejected.csv"} <= set(names) or b"journal.jsonl" in names):
-            folders.clear()  # what was prepared of it
+        if folder != top and is_prepared(names):
+            folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, top)

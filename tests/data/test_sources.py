@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from audiot.commands import common
 from audiot.data import prepare as module
 from audiot.data.corpora.folder import FolderCorpus
+from audiot.data.corpora.fsdd import FsddCorpus
 from audiot.data.corpora.librispeech import LibriSpeechCorpus
 from audiot.data.corpora.manifest import ManifestCorpus
 from audiot.data.manifests import Manifests
@@ -663,3 +664,19 @@ def test_an_update_tries_again_what_could_not_be_read(project, decoded, monkeypa
     later(project.root / "4.flac")
     assert project.open().rejected == 0
     assert sorted(decoded) == ["2", "4"]
+
+
+def test_a_prepared_folder_is_no_source_of_a_published_corpus_around_it(tmp_path):
+    takes = [write(tmp_path / f"{digit}_theo_{take}.wav", digit + take) for digit in (1, 2) for take in range(20)]
+
+    def open_corpus(when):
+        corpus = FsddCorpus(tmp_path, partial=True)
+        out = tmp_path / "data" / "fsdd"
+        options = {"when": when, "num_jobs": 1, "progress": False, "sample_rate": 8000}
+        return prepare(lambda: corpus.manifests(False), out, sources=corpus.sources, **options)
+
+    assert open_corpus("update").utterances == len(takes)
+    assert (tmp_path / "data" / "fsdd" / "audio").is_dir()
+    assert open_corpus("check").utterances == len(takes)
+    assert files_below(tmp_path, ".wav") == sorted(map(str, takes))
+    assert len(files_below(tmp_path / "data" / "fsdd", ".wav")) == len(takes)  # who names it, means it
