@@ -70,10 +70,12 @@ class File(NamedTuple):
 
 
 def places(corpus: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Absolute, resolved places among a corpus's arguments and their defaults: those whose types name ``Path``."""
+    """Absolute, resolved places among a corpus's arguments: those whose types name ``Path``; the default where one is null."""
     found = {}
     for name, parameter in inspect.signature(corpus).parameters.items():
-        value = arguments.get(name, None if parameter.default is parameter.empty else parameter.default)
+        value = arguments.get(name)
+        if value is None and parameter.default is not parameter.empty:
+            value = parameter.default
         if value is not None and re.search(r"\bPath\b", str(parameter.annotation)):
             found[name] = _resolved(value) if isinstance(value, (str, Path)) else [_resolved(place) for place in value]
     return found

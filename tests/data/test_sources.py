@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
 
@@ -680,3 +680,19 @@ def test_a_prepared_folder_is_no_source_of_a_published_corpus_around_it(tmp_path
     assert open_corpus("check").utterances == len(takes)
     assert files_below(tmp_path, ".wav") == sorted(map(str, takes))
     assert len(files_below(tmp_path / "data" / "fsdd", ".wav")) == len(takes)  # who names it, means it
+
+
+@pytest.mark.parametrize("root", [None, "audio"])
+def test_a_manifest_belongs_to_the_current_folder_only_where_it_has_no_root(tmp_path, monkeypatch, root):
+    (tmp_path / "train.jsonl").write_text("")
+    given = [] if root is None else [f"data.root={tmp_path / root}"]
+    folders, roots = set(), set()
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        options = ["data=manifest", f"data.train={tmp_path / 'train.jsonl'}", f"data_dir={tmp_path}", *given]
+        cfg = common.compose_command("prepare", options)
+        folders.add(common.corpus_folder(cfg)[0])
+        roots.add(instantiate(cfg.data.corpus).root)
+    assert len(folders) == (2 if root is None else 1)
+    assert roots == {root and tmp_path / root}
