@@ -13,8 +13,11 @@ from typing import IO, Any
 
 
 def printable(name: str) -> str:
-    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``, and one that no file can have with ``\\uNNNN``."""
+    try:
+        return name_bytes(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, as JSON may have it
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def name_text(path: str | Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from audiot.data.sources import is_prepared
 from audiot.files import name_bytes, name_text
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
@@ -98,8 +99,8 @@ def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADAB
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        if folder != top and ({b"corpus.json", b"rejected.csv"} <= set(names) or b"journal.jsonl" in names):
-            folders.clear()  # what was prepared of it
+        if folder != top and is_prepared(names):
+            folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, top)
@@ -239,7 +240,7 @@ class AudioFile:
         declared = sum(length for length in self._lengths if length)
         if declared > MAX_SAMPLES_PER_BYTE * self._size:
             raise BadAudioError(f"truncated: its header says {declared} samples, more than its {self._size} bytes can hold")
-        _check_budget(declared)
+        check_budget(declared)
         if declared == 0 and None not in self._lengths:
             raise BadAudioError("empty: 0 samples")
 
@@ -284,7 +285,7 @@ class AudioFile:
         with _named():
             for block in self._all() if num_samples is None else self._piece(start, num_samples):
                 count += len(block)
-                _check_budget(count)
+                check_budget(count)
                 if time.monotonic() > until:
                     raise BadAudioError(f"unreadable: decoding takes longer than {MAX_DECODE_S:g} s")
                 yield block
@@ -313,7 +314,7 @@ class AudioFile:
                 return _find(stream, re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"), self._unbounded.start) is not None
 
     def _piece(self, start: int, num_samples: int) -> Iterator[np.ndarray]:
-        _check_budget(num_samples)
+        check_budget(num_samples)
         left = num_samples
         for part, length in zip(self._parts, self._lengths, strict=True):
             if length is not None and start >= length:
@@ -345,8 +346,8 @@ class AudioFile:
 
 def _open(path: str | Path) -> tuple[int, int]:
     """Descriptor and size of a regular file; a pipe or a device, which might be waited for for ever, is not opened."""
-    name = name_bytes(path)
     try:
+        name = name_bytes(path)
         # Another kind may have taken the name between the two calls; O_NONBLOCK then doesn't wait.
         if stat.S_ISREG(os.stat(name).st_mode):
             descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -358,9 +359,18 @@ def _open(path: str | Path) -> tuple[int, int]:
                 raise BadAudioError("empty: 0 bytes")
     except (FileNotFoundError, NotADirectoryError):
         raise BadAudioError("missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name, or half a character
         raise BadAudioError(f"unreadable: {getattr(error, 'strerror', None) or error}") from None
     raise BadAudioError("not a regular file")
+
+
+def check_file(path: str | Path) -> None:
+    """Look at a file that another library is to read, which might wait for a pipe for ever.
+
+    Raises:
+        BadAudioError: missing, not a regular file, not permitted, or empty.
+    """
+    os.close(_open(path)[0])
 
 
 def _read(file: soundfile.SoundFile, num_samples: int | None) -> Iterator[np.ndarray]:
@@ -372,7 +382,12 @@ def _read(file: soundfile.SoundFile, num_samples: int | None) -> Iterator[np.nda
         yield block
 
 
-def _check_budget(num_samples: int) -> None:
+def check_budget(num_samples: int) -> None:
+    """Refuse more samples than `MAX_SAMPLES`.
+
+    Raises:
+        BadAudioError: they are more.
+    """
     if num_samples > MAX_SAMPLES:
         raise BadAudioError(f"too long: more than {MAX_SAMPLES:,} samples: cut it into pieces")
 
@@ -744,7 +759,7 @@ def as_mono(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, bool)
     if not whole or not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
         raise BadAudioError(f"the sample rate must be a whole number of Hz, {SAMPLE_RATES[0]:,} at least, found {sample_rate!r}")
-    _check_budget(len(samples))
+    check_budget(len(samples))
     floats = samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1)
     with np.errstate(invalid="ignore"):
         mono = floats if floats.ndim == 1 else floats.mean(axis=1)

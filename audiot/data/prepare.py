@@ -34,7 +34,9 @@ from audiot.data.audio import (
     SILENCE_DBFS,
     AudioFile,
     BadAudioError,
+    check_budget,
     check_duration,
+    check_file,
     check_sound,
     reason,
     resample,
@@ -65,6 +67,7 @@ WHEN = ("update", "check", "keep")
 SOURCES, RESULTS = Path("record", "sources.jsonl.gz"), Path("record", "utterances.jsonl.gz")
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
+WRITTEN = re.compile(r"\.?[A-Za-z0-9._-]*-[0-9a-f]{10}\.wav")  # files of audio/, with a dot in front while they are written
 ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
 
 
@@ -140,6 +143,9 @@ def _job(cut: Cut) -> _Job:
 def _decode(job: _Job, channel: str | int) -> tuple[np.ndarray, bool]:
     """Samples (N,) of the job in float32, and whether its file is 16-bit mono WAV that holds nothing else."""
     if job.cut is not None:
+        check_budget(job.num_samples)
+        for name in job.files:
+            check_file(name)
         try:
             samples = job.cut.load_audio().T
         except Exception as error:  # whatever a decoder, a command or a server may answer: it is the reason
@@ -169,7 +175,11 @@ def read_cut(cut: Cut) -> np.ndarray:
     Raises:
         BadAudioError: they can't be used; the message is the reason.
     """
-    return _decode(_job(cut), "average")[0]
+    try:
+        job = _job(cut)
+    except ValueError as error:
+        raise BadAudioError(f"not as its manifest says: {error}") from None
+    return _decode(job, "average")[0]
 
 
 def _chosen(job: _Job, channel: str | int) -> list[int]:
@@ -553,7 +563,7 @@ def _prepare(
     if _is_complete(directory):
         work = directory / "update"
         lines = read_lines(directory / RESULTS) if (directory / RESULTS).is_file() else []
-        old = {line["id"]: line for line in lines if "reason" in line or (directory / line["path"]).is_file()}
+        old = {line["id"]: line for line in lines if _still_holds(line, directory)}
     new = journal.read(settings, work)
 
     # What changes while it is read is found changed the next time: the first look counts.
@@ -586,11 +596,18 @@ def _prepare(
     return f"{summary}, {len(left):,} decoded anew"
 
 
+def _still_holds(line: Mapping[str, Any], directory: Path) -> bool:
+    """Whether a result need not be had anew while its sources are the same: permissions, memory and time may be others now."""
+    return not line["reason"].startswith("unreadable") if "reason" in line else (directory / line["path"]).is_file()
+
+
 def _keep_only(folder: Path, used: Collection[Path]) -> None:
-    """Remove from a folder's folders all files but those that are used."""
-    for inside in folder.glob("*"):
-        for path in inside.glob("*"):
-            if path not in used:
+    """Remove the audio that preparation wrote to a folder and that is not used; what `_file_name` can't have named stays."""
+    for inside in folder.glob("[0-9a-f][0-9a-f]"):
+        if not inside.is_dir():
+            continue
+        for path in inside.iterdir():
+            if WRITTEN.fullmatch(path.name) and path not in used and path.is_file():
                 path.unlink()
         if not any(inside.iterdir()):
             inside.rmdir()
@@ -652,12 +669,12 @@ def _finish_update(directory: Path) -> None:
                 target = directory / path.relative_to(work)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
     for path in directory.glob("*.jsonl.gz"):
         if path.name.removesuffix(".jsonl.gz") not in PreparedCorpus.load(work).counts:
             path.unlink()
     os.replace(work / "corpus.json", directory / "corpus.json")
     shutil.rmtree(work)
+    _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
 
 
 def _cores(jobs: Sequence[_Job]) -> int:
@@ -740,12 +757,6 @@ def _write(
     with replacing_text(report) as stream:
         csv.writer(stream, lineterminator="\n").writerows([("utterance", "path", "reason"), *rejected])
     kinds = Counter(reason.split(":")[0] for _, _, reason in rejected).most_common()
-    if rejected:
-        why = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        print(
-            f"rejected {len(rejected):,} of {len(good) + len(rejected):,} files ({why}): see {directory / report.name}",
-            flush=True,
-        )
     if not good:
         most = f"{kinds[0][0]} ({kinds[0][1]} of {len(rejected)}), see {report}" if kinds else "the corpus has none"
         raise ValueError(f"no utterance can be used, most often because: {most}")
@@ -765,6 +776,12 @@ def _write(
         if counts[split] == 0:
             raise ValueError(f"split {split!r} has no utterance left: see {report}, or choose other splits")
         hours[split] = num_samples / sample_rate / 3600
+    if rejected:  # errors above name the report of an update, which stays where it is then
+        why = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        print(
+            f"rejected {len(rejected):,} of {len(good) + len(rejected):,} files ({why}): see {directory / report.name}",
+            flush=True,
+        )
     task_splits = {task: dict(roles) for task, roles in corpus.task_splits.items()}
     scaled = sum(result["scaled"] for result in good.values())
     total_hours = sum(result["num_samples"] for result in good.values()) / sample_rate / 3600

@@ -70,10 +70,12 @@ class File(NamedTuple):
 
 
 def places(corpus: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Absolute, resolved places among a corpus's arguments and their defaults: those whose types name ``Path``."""
+    """Absolute, resolved places among a corpus's arguments: those whose types name ``Path``; the default where one is null."""
     found = {}
     for name, parameter in inspect.signature(corpus).parameters.items():
-        value = arguments.get(name, None if parameter.default is parameter.empty else parameter.default)
+        value = arguments.get(name)
+        if value is None and parameter.default is not parameter.empty:
+            value = parameter.default
         if value is not None and re.search(r"\bPath\b", str(parameter.annotation)):
             found[name] = _resolved(value) if isinstance(value, (str, Path)) else [_resolved(place) for place in value]
     return found
@@ -83,24 +85,36 @@ def _resolved(place: str | Path) -> str:
     return os.path.realpath(os.path.abspath(place))  # abspath first: with links, a/../b is b beside a
 
 
-def files_below(folder: str | Path, *suffixes: str) -> list[str]:
-    """Paths of files with one of the suffixes below a folder, sorted; names that begin with a dot are passed over."""
+def is_prepared(names: Iterable[str] | Iterable[bytes]) -> bool:
+    """Whether a folder with these names in it is a prepared corpus, or becomes one: it is no source of the tree around it."""
+    there = set(map(os.fsdecode, names))
+    return {"corpus.json", "rejected.csv"} <= there or "journal.jsonl" in there
 
-    seen = set()
+
+def files_below(folder: str | Path, *suffixes: str) -> list[str]:
+    """Paths of files with one of the suffixes below a folder, sorted.
+
+    Names that begin with a dot are passed over, and so are prepared corpora below the folder.
+    """
+    seen: set[tuple[int, int]] = set()
 
     def walk(place: str) -> Iterator[str]:
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:  # a link leads back
             return
+        is_top = not seen
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.endswith(suffixes):
-                    yield entry.path
-                elif entry.is_dir():
-                    yield from walk(entry.path)
+        with os.scandir(place) as found:
+            entries = list(found)
+        if not is_top and is_prepared(entry.name for entry in entries):
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.endswith(suffixes):
+                yield entry.path
+            elif entry.is_dir():
+                yield from walk(entry.path)
 
     return sorted(walk(os.path.abspath(folder))) if os.path.isdir(folder) else []
 

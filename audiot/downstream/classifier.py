@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from audiot.checkpoint import check_targets, check_waveforms
 from audiot.commands.following import finetune_command
-from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio
+from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio, reason
 from audiot.data.labels import Framing
 from audiot.devices import find_device
 from audiot.downstream.module import DownstreamModule
@@ -178,7 +178,10 @@ def _array(item: Any) -> tuple[np.ndarray, int]:
     if not (isinstance(item, (tuple, list)) and len(item) == 2):
         raise BadAudioError(f"an item must be a path or a pair (samples, sample_rate), found {type(item).__name__}")
     samples, rate = item
-    return np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples), rate
+    try:
+        return np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples), rate
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of unlike lengths, or a tensor that NumPy has no type for
+        raise BadAudioError(f"samples are no array: {reason(error)}") from None
 
 
 def _seconds(item: Item) -> float:

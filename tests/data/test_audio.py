@@ -374,8 +374,8 @@ def test_only_regular_files_are_opened(odd):
     for name in ("pipe.wav", "device.wav", "socket.wav", "folder.wav"):
         with pytest.raises(BadAudioError, match="not a regular file"):
             AudioFile(odd / name)
-    for name in ("gone.wav", "good.wav/a.wav", "a\0b.wav"):
-        with pytest.raises(BadAudioError, match=r"missing|null character"):
+    for name in ("gone.wav", "good.wav/a.wav", "a\0b.wav", "a\ud800.wav"):
+        with pytest.raises(BadAudioError, match=r"missing|null character|surrogates not allowed"):
             AudioFile(odd / name)
     corpus = FolderCorpus(odd).manifests(False)
     reasons = {Path(path).name: reason for path, reason in corpus.rejected}

@@ -367,3 +367,20 @@ def test_a_folder_without_audio_or_no_folder_is_refused(tmp_path):
         FolderCorpus(tmp_path).manifests(False)
     with pytest.raises(FileNotFoundError, match=r"data\.labels"):
         FolderCorpus(tmp_path, labels=tmp_path / "labels.csv")
+
+
+def test_blanks_around_a_field_of_a_path_are_no_part_of_it(tmp_path):
+    fill(tmp_path, *(f"{speaker} _{take}.wav" for speaker in "ab" for take in range(3)))
+    manifests = FolderCorpus(tmp_path, "{speaker}_{take}", train="speaker=='a'", valid="speaker=='b' and take<1", test="take==1")
+    assert ids(manifests.manifests(False)) == {"train": ["a _0", "a _2"], "valid": ["b _0"], "test": ["a _1", "b _1"]}
+
+
+def test_the_table_is_read_when_the_manifests_are(tmp_path):
+    root = fill(tmp_path / "in", *(f"{take}.wav" for take in range(4)))
+    table = tmp_path / "labels.csv"
+    for word in ("old", "new"):
+        table.write_text("path,word\n" + "".join(f"{take}.wav,{word}\n" for take in range(4)))
+        if word == "old":
+            corpus = FolderCorpus(root, labels=table)
+    cuts = corpus.manifests(False).splits["train"]
+    assert {cut.supervisions[0].custom["word"] for cut in cuts} == {"new"}

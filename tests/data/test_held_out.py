@@ -105,3 +105,21 @@ def test_folders_and_manifests_hold_speakers_out(tmp_path):
         assert set.union(*voices) == set("abcde")
         known = manifests.task_splits["speaker"]
         assert {cut.supervisions[0].speaker for cut in manifests.splits[known["train"]]} == set("abcde")
+
+
+def test_every_speaker_of_the_known_ones_is_heard_in_training():
+    labels_of = corpus("abcd", takes=10) | corpus("efgh", takes=1)
+    for seed in range(20):
+        splits, _ = divide({"train": list(labels_of)}, labels_of, 0.2, seed)
+        assert speakers_of(splits["speaker_train"]) == set("abcdefgh")
+        assert [len(splits[f"speaker_{role}"]) for role in ("valid", "test")] == [9, 9]  # 20% of 44
+        assert splits["pretrain"]
+
+
+def test_where_no_speaker_has_a_second_utterance_there_are_no_splits_of_known_ones(capsys):
+    labels_of = corpus("abcd", takes=1)
+    splits, tasks = divide({"train": list(labels_of)}, labels_of, 0.1, 0)
+    assert capsys.readouterr().out == (
+        "too few speakers have a second utterance: there are no splits for tasks about known speakers\n"
+    )
+    assert ({role: len(names) for role, names in splits.items()}, tasks) == ({"train": 2, "valid": 1, "test": 1}, {})

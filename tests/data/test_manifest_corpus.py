@@ -309,3 +309,13 @@ def test_missing_and_empty_manifests_are_refused(tmp_path):
     (tmp_path / "empty.json").touch()
     with pytest.raises(ValueError, match=r"empty\.json has no utterance"):
         ManifestCorpus(tmp_path / "empty.json").manifests(progress=False)
+
+
+def test_fields_that_are_no_labels_are_left_alone(tmp_path):
+    others = [{"verified": True}, {"snr": 3.5}, {"verified": "yes", "snr": 3}, {"tags": ["a"]}, {"word": 1}]
+    audio(tmp_path, len(others))
+    entries = [{"audio_filepath": f"{number}.flac", "speaker": "amy", **other} for number, other in enumerate(others)]
+    cuts = all_cuts(ManifestCorpus(nemo(tmp_path / "train.json", *entries)))
+    assert sorted(map(str, (cut.supervisions[0].custom for cut in cuts))) == sorted(
+        str({"speaker": "amy", **other}) for other in others
+    )

@@ -19,7 +19,9 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from lhotse.supervision import AlignmentItem
 
+from audiot.data import audio
 from audiot.data import prepare as module
+from audiot.data.audio import BadAudioError
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import PreparedCorpus, prepare
 
@@ -458,3 +460,45 @@ def test_arguments_out_of_range_are_refused(tmp_path, options, message):
 def test_a_worker_does_not_import_pytorch():
     code = "import sys, audiot.data.prepare; sys.exit('torch' in sys.modules or 'lhotse' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_cut_with_a_channel_that_its_source_lacks_is_bad_audio(tmp_path):
+    cut = whole(write(tmp_path / "a.wav", noise()))
+    cut.channel = 1
+    with pytest.raises(BadAudioError, match=r"not as its manifest says: utterance a\.wav has channel 1, its recording \[0\]"):
+        module.read_cut(cut)
+
+
+def test_lhotse_is_given_regular_files_within_the_budget_alone(tmp_path, monkeypatch):
+    cut = whole(write(tmp_path / "a.wav", noise())).mix(whole(write(tmp_path / "b.wav", noise())))
+    with monkeypatch.context() as patch:
+        patch.setattr(audio, "MAX_SAMPLES", 7999)
+        with pytest.raises(BadAudioError, match="too long: more than 7,999 samples"):
+            module.read_cut(cut)
+    assert len(module.read_cut(cut)) == 8000
+    (tmp_path / "b.wav").unlink()
+    os.mkfifo(tmp_path / "b.wav")
+    with pytest.raises(BadAudioError, match="not a regular file"):
+        module.read_cut(cut)
+
+
+def test_a_name_that_no_file_can_have_is_reported_with_the_others(tmp_path):
+    cuts = [whole(write(tmp_path / "a.wav", noise())), declared(tmp_path / "b.wav")]
+    cuts[1].recording.sources[0].source = str(tmp_path / "b\ud800.wav")
+    run(manifests(*cuts), tmp_path / "out")
+    assert rejected(tmp_path / "out")["b.wav"].startswith("unreadable")
+    assert r"b\ud800.wav" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_an_update_that_fails_names_its_own_report(tmp_path, capsys):
+    paths = [write(tmp_path / name, noise()) for name in ("a.flac", "b.flac")]
+    cuts = {"train": [whole(paths[0])], "test": [whole(paths[1])]}
+    run(manifests(**cuts), tmp_path / "out")
+    capsys.readouterr()
+    paths[1].write_bytes(b"")
+    with pytest.raises(ValueError, match="split 'test' has no utterance left: see ") as error:
+        run(manifests(**cuts), tmp_path / "out")
+    report = tmp_path / "out" / "update" / "rejected.csv"
+    assert str(report) in str(error.value)
+    assert "b.flac" in report.read_text()
+    assert "rejected.csv" not in capsys.readouterr().out

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
 
 from audiot.commands import common
 from audiot.data import prepare as module
 from audiot.data.corpora.folder import FolderCorpus
+from audiot.data.corpora.fsdd import FsddCorpus
 from audiot.data.corpora.librispeech import LibriSpeechCorpus
 from audiot.data.corpora.manifest import ManifestCorpus
 from audiot.data.manifests import Manifests
@@ -227,10 +228,10 @@ def test_a_file_that_changes_while_it_is_prepared_is_prepared_again(project, dec
 
 def test_a_table_that_changes_while_it_is_read_is_read_again(project):
     def edited_too_late():
-        corpus = project.corpus()
+        manifests = project.corpus().manifests(False)
         project.labels["3.wav"] = "other"
         project.write_table()
-        return corpus.manifests(False)
+        return manifests
 
     first = prepare(edited_too_late, project.prepared, sources=lambda: project.corpus().sources(), num_jobs=1, progress=False)
     assert keywords(first)["3"] == "word0"
@@ -612,3 +613,86 @@ def test_a_corpus_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="FolderCorpus has no method sources"):
         common.open_corpus(config(Project(tmp_path), tmp_path / "data"))
+
+
+def test_files_that_preparation_did_not_write_stay_where_they_are(project):
+    own = [
+        project.prepared / "audio" / name
+        for name in (".DS_Store", "session-0123456789.wav", "2024/a.wav", "ab/take.wav", "ab/notes-0123456789.txt", "cd")
+    ]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    (project.prepared / "audio" / "ab" / "x-0123456789.wav").mkdir()
+    (stale := project.prepared / "audio" / "ab" / ".y-0123456789.wav").write_bytes(b"half")
+    project.open(copy=True)
+    assert not stale.exists()
+    write(project.root / "2.flac", seed=20)
+    later(project.root / "2.flac")
+    project.open(copy=True)
+    assert [path.read_bytes() for path in own] == [b"mine"] * len(own)
+
+
+def test_what_cannot_be_tidied_does_not_cost_the_corpus(project, monkeypatch):
+    project.open(copy=True)
+    later(project.root / "2.flac")
+    keep_only = module._keep_only
+
+    def refuse(folder, used):
+        if folder == project.prepared / "audio":
+            raise PermissionError("no")
+        keep_only(folder, used)
+
+    monkeypatch.setattr(module, "_keep_only", refuse)
+    with pytest.raises(PermissionError):
+        project.open(copy=True)
+    assert sum(project.open("check", copy=True).counts.values()) == 8
+
+
+def test_an_update_tries_again_what_could_not_be_read(project, decoded, monkeypatch):
+    open_file = module.AudioFile
+
+    def refuse(path):
+        if str(path).endswith("2.flac"):
+            raise module.BadAudioError("unreadable: Permission denied")
+        return open_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "AudioFile", refuse)
+        assert project.open().rejected == 1
+    decoded.clear()
+    later(project.root / "4.flac")
+    assert project.open().rejected == 0
+    assert sorted(decoded) == ["2", "4"]
+
+
+def test_a_prepared_folder_is_no_source_of_a_published_corpus_around_it(tmp_path):
+    takes = [write(tmp_path / f"{digit}_theo_{take}.wav", digit + take) for digit in (1, 2) for take in range(20)]
+
+    def open_corpus(when):
+        corpus = FsddCorpus(tmp_path, partial=True)
+        out = tmp_path / "data" / "fsdd"
+        options = {"when": when, "num_jobs": 1, "progress": False, "sample_rate": 8000}
+        return prepare(lambda: corpus.manifests(False), out, sources=corpus.sources, **options)
+
+    assert open_corpus("update").utterances == len(takes)
+    assert (tmp_path / "data" / "fsdd" / "audio").is_dir()
+    assert open_corpus("check").utterances == len(takes)
+    assert files_below(tmp_path, ".wav") == sorted(map(str, takes))
+    assert len(files_below(tmp_path / "data" / "fsdd", ".wav")) == len(takes)  # who names it, means it
+
+
+@pytest.mark.parametrize("root", [None, "audio"])
+def test_a_manifest_belongs_to_the_current_folder_only_where_it_has_no_root(tmp_path, monkeypatch, root):
+    (tmp_path / "train.jsonl").write_text("")
+    given = [] if root is None else [f"data.root={tmp_path / root}"]
+    folders, roots = set(), set()
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        options = ["data=manifest", f"data.train={tmp_path / 'train.jsonl'}", f"data_dir={tmp_path}", *given]
+        cfg = common.compose_command("prepare", options)
+        folders.add(common.corpus_folder(cfg)[0])
+        roots.add(instantiate(cfg.data.corpus).root)
+    assert len(folders) == (2 if root is None else 1)
+    assert roots == {root and tmp_path / root}

@@ -234,6 +234,9 @@ def test_arrays_with_a_rate_give_what_their_files_give(runs, speech, tmp_path):
         ((np.full(16000, 5000), 16000), "found int64"),
         (np.zeros(16000), r"a path or a pair \(samples, sample_rate\), found ndarray"),
         (None, "found NoneType"),
+        (([[0.1, 0.2], [0.3]], 16000), "samples are no array: "),
+        ((torch.full((16000,), 0.1, dtype=torch.bfloat16), 16000), "samples are no array: .*BFloat16"),
+        ((torch.full((16000,), 0.1).to_sparse(), 16000), "samples are no array: "),
     ],
 )
 def test_an_array_that_cannot_be_used_says_why(runs, speech, item, reason):

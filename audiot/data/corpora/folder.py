@@ -301,19 +301,23 @@ class FolderCorpus:
             raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
         self.pattern = PathPattern(pattern) if pattern else None
         self.texts = [Path(labels)] if labels else []
-        self.table = read_labels(labels) if labels else None
+        self.named = {"test": test, "valid": valid, "train": train}  # in the order in which they take
+        self._read_table()
+        self.valid_fraction, self.seed, self.channel = valid_fraction, seed, channel
+        self.extensions = {text.lower().lstrip(".") for text in extensions} if extensions else {*READABLE, *UNREADABLE}
+
+    def _read_table(self) -> None:
+        """The table, and the expressions over its columns."""
+        self.table = read_labels(self.texts[0]) if self.texts else None
         columns = list(next(iter(self.table.values()), {})) if self.table else []
         fields = self.pattern.fields if self.pattern else []
         if both := set(fields) & set(columns):
             raise ValueError(f"{min(both)} is a field of data.pattern and a column of data.labels: rename one of them")
-        named = {"test": test, "valid": valid, "train": train}  # in the order in which they take
         self.splits = {
             role: SplitExpression(f"data.{role}", text, ["path", *fields, *columns])
-            for role, text in named.items()
+            for role, text in self.named.items()
             if text is not None
         }
-        self.valid_fraction, self.seed, self.channel = valid_fraction, seed, channel
-        self.extensions = {text.lower().lstrip(".") for text in extensions} if extensions else {*READABLE, *UNREADABLE}
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Find the files, read their headers, label and split them.
@@ -322,6 +326,7 @@ class FolderCorpus:
             FileNotFoundError: there is no audio.
             ValueError: two files differ in suffix only, or a split gets no utterance.
         """
+        self._read_table()  # as it is now: an edit since would count as seen
         paths = find_audio(self.root, self.extensions)
         rejected: list[tuple[str, str]] = []
         labels_of: dict[str, dict[str, str]] = {}
@@ -367,7 +372,7 @@ class FolderCorpus:
     def _labels(self, path: str, utterance: str) -> dict[str, str]:
         if any("\ud800" <= character <= "\udfff" for character in utterance):  # see `name_text`
             raise BadAudioError("its name is not UTF-8: rename it")
-        labels = self.pattern.match(utterance) if self.pattern else {}
+        labels = {field: value.strip() for field, value in self.pattern.match(utterance).items()} if self.pattern else {}
         if self.table is not None:
             if path not in self.table:
                 raise BadAudioError("not listed in data.labels")
@@ -403,7 +408,7 @@ class FolderCorpus:
 
 def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
     """The cut with its labels; a blank one is none."""
-    labels = {name: value.strip() for name, value in labels.items() if name != "path" and value.strip()}
+    labels = {name: value for name, value in labels.items() if name != "path" and value}
     cut.supervisions = [
         SupervisionSegment(
             cut.id,

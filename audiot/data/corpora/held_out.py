@@ -12,10 +12,19 @@ SPEAKER_TASKS = ("speaker", "speaker_identification")  # which can only be asked
 Split = dict[str, list[str]]  # role or name of a split → ids of its utterances
 
 
-def hold_out(utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str]) -> Split:
+def hold_out(
+    utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str], speaker_of: Mapping[str, str] | None = None
+) -> Split:
     """Take a share of the utterances for each of ``roles`` (at least one each) and leave the rest to ``train``.
 
     Which ones is a hash of seed and utterance, so that it depends neither on order nor on platform.
+
+    Args:
+        utterances: Their ids.
+        fraction: Share of them for each role.
+        seed: Of the choice.
+        roles: ``valid``, ``test`` or both.
+        speaker_of: Utterance → its speaker, of whom training keeps at least one utterance; None: speakers don't count.
 
     Raises:
         ValueError: the fraction is out of range, or too few utterances are there.
@@ -23,13 +32,16 @@ def hold_out(utterances: Sequence[str], fraction: float, seed: int, roles: Seque
     if not 0 < fraction < 0.5:
         raise ValueError(f"data.valid_fraction must be above 0 and below 0.5, found {fraction}")
     size = max(1, round(fraction * len(utterances)))
-    if len(utterances) <= size * len(roles):
+    by_hash = sorted(utterances, key=lambda name: _hash(seed, name))
+    last = {"" if speaker_of is None else speaker_of[name]: name for name in by_hash}  # what training keeps of each speaker
+    kept = set(last.values())
+    free = [name for name in by_hash if name not in kept]
+    if len(free) < size * len(roles):
         raise ValueError(
             f"{len(utterances)} utterances are too few to take {size} each for {' and '.join(roles)}: "
             "add some, or name the splits yourself"
         )
-    by_hash = sorted(utterances, key=lambda name: _hash(seed, name))
-    role_of = {name: role for at, role in enumerate(roles) for name in by_hash[at * size : (at + 1) * size]}
+    role_of = {name: role for at, role in enumerate(roles) for name in free[at * size : (at + 1) * size]}
     split: Split = {role: [] for role in ("train", *roles)}
     for name in utterances:
         split[role_of.get(name, "train")].append(name)
@@ -88,8 +100,9 @@ def divide(
     """Splits, and the splits of each task, where ``valid``, ``test`` or both are held out of ``train``.
 
     With a speaker to every utterance, whole speakers are held out: what is said of new utterances is then true of new speakers.
-    Tasks about known speakers, and pre-training, which is to hear no test of either kind, have splits of their own. A split that
-    is given counts as an example: where it shares speakers with training, so does what is held out.
+    Tasks about known speakers, and pre-training, which is to hear no test of either kind, have splits of their own, unless too
+    few speakers have a second utterance. A split that is given counts as an example: where it shares speakers with training, so
+    does what is held out.
 
     Args:
         given: Role → utterances of the splits that are named, ``train`` among them.
@@ -117,11 +130,16 @@ def divide(
         few = "1 speaker is" if len(speakers["train"]) == 1 else f"{len(speakers['train'])} speakers are"
         print(f"{few} too few to hold some out: {what} will hear speakers of training", flush=True)
         return known, {}
-    splits |= new
     if len(roles) < 2:
-        return splits, {}
-    splits |= {f"speaker_{role}": names for role, names in known.items()}
-    splits["pretrain"] = [name for name in new["train"] if name in set(known["train"])]
+        return splits | new, {}
+    try:
+        known = hold_out(splits["train"], fraction, seed, roles, {name: labels_of[name]["speaker"] for name in splits["train"]})
+    except ValueError:  # too few: all else was looked at above
+        print("too few speakers have a second utterance: there are no splits for tasks about known speakers", flush=True)
+        return splits | new, {}
+    splits |= new | {f"speaker_{role}": names for role, names in known.items()}
+    heard = set(known["train"])
+    splits["pretrain"] = [name for name in new["train"] if name in heard]
     same = {role: f"speaker_{role}" for role in ("train", *roles)}
     return splits, {"pretrain": {"train": "pretrain", "valid": "valid"}, **dict.fromkeys(SPEAKER_TASKS, same)}
 

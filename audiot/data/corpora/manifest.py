@@ -42,7 +42,7 @@ class ManifestCorpus:
         valid_fraction: Share of the training utterances to hold out, at least one.
         seed: Of that choice.
         root: What relative audio paths are relative to; None: ``folder`` for Lhotse's, the manifest's folder for NeMo's.
-        folder: The current folder.
+        folder: The current folder, which a corpus belongs to that has no root; None: the same. The config gives it the root.
 
     Raises:
         FileNotFoundError: a manifest is missing.
@@ -56,7 +56,7 @@ class ManifestCorpus:
         valid_fraction: float = 0.05,
         seed: int = 0,
         root: str | Path | None = None,
-        folder: str | Path = ".",
+        folder: str | Path | None = ".",
     ) -> None:
         named = {"train": train, "valid": valid, "test": test}
         self.paths = {role: Path(path) for role, path in named.items() if path is not None}
@@ -65,7 +65,7 @@ class ManifestCorpus:
                 raise FileNotFoundError(f"data.{role}: there is no manifest {path}")
         self.valid_fraction, self.seed = valid_fraction, seed
         self.root = None if root is None else Path(root)
-        self.folder = Path(folder)
+        self.folder = Path("." if folder is None else folder)
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Read the manifests, and of NeMo's also the headers of the audio, which give the sampling rate.
@@ -182,9 +182,11 @@ class ManifestCorpus:
 
 
 def _labels(cut: Cut) -> dict[str, str]:
-    """The labels of a cut that are texts or whole numbers and the same in all of its supervisions, its speaker among them."""
+    """The fields of a cut with texts or whole numbers alone, the same in all of its supervisions, its speaker among them."""
     customs = [supervision.custom or {} for supervision in cut.supervisions]
-    fields = {name for custom in customs for name, value in custom.items() if isinstance(value, str | int) and name != "speaker"}
+    others = {name for custom in customs for name, value in custom.items() if not isinstance(value, str | int | None)}
+    others |= {name for custom in customs for name, value in custom.items() if isinstance(value, bool)}
+    fields = {name for custom in customs for name in custom} - others - {"speaker"}
     values = {name: values_of(cut, name) for name in ("speaker", *sorted(fields))}
     return {name: found[0] for name, found in values.items() if len(found) == 1}
 
