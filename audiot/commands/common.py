@@ -93,10 +93,15 @@ def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]
         options.pop(name, None)
     here = places(get_object(written["_target_"]), written)
     folder, former = (_prepared_folder(cfg, settings, options) for settings in (written | here, written))
-    absolute = all(os.path.isabs(written[name]) for name in here.keys() & written.keys())  # else it may be of another project
+    absolute = all(_is_absolute(written[name]) for name in here.keys() & written.keys())  # else it may be of another project
     if absolute and cfg.data.prepare.get("when") == "keep" and _is_left_over(former, folder):
         return former, written, options
     return folder, written | here, options
+
+
+def _is_absolute(place: Any) -> bool:
+    """Whether a place, or each of several, is the same from any folder; null, which stands for the current one, is not."""
+    return all(map(_is_absolute, place)) if isinstance(place, list) else isinstance(place, str) and os.path.isabs(place)
 
 
 def _is_left_over(former: Path, folder: Path) -> bool:
