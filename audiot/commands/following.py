@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from audiot.commands.common import compose_command, corpus_folder
 from audiot.data.labels import survey
 from audiot.data.prepare import ROLES, PreparedCorpus
+from audiot.overrides import flat
 from audiot.quoting import Value, argument, path, quoted
 from audiot.runs import CONFIG, run_config, run_overrides
 
@@ -79,10 +80,12 @@ def same_data(run: Path) -> list[str]:
         composed = compose_command("finetune", given)
     except (HydraException, OmegaConfBaseException):  # a run of another version, whose keys are not today's
         return arguments
-    written = dict(_leaves(OmegaConf.to_container(settings.data), "data.")) if "data" in settings else {}
-    for name, raw in _leaves(OmegaConf.to_container(composed.data), "data."):
+    written = flat(settings)
+    for name, raw in flat(composed).items():
         follows = str(raw).startswith("${data") and written.get(name) == raw  # another key of the data
-        if name in written and name.split(".")[1] not in _loading() and not follows:
+        if not name.startswith("data.") or isinstance(raw, dict) or isinstance(written.get(name, {}), dict):
+            continue
+        if name.split(".")[1] not in _loading() and not follows:
             before, after = _plain(composed, name), _plain(settings, name)
             if before != after:
                 arguments.append(argument(name, after))
@@ -134,15 +137,6 @@ def _loading() -> frozenset[str]:
     """Keys of a corpus's config that say how batches are made of it, and not what it holds."""
     with (files("audiot.conf") / "data" / "_loading.yaml").open(encoding="utf-8") as stream:
         return frozenset(map(str, OmegaConf.load(stream))) - {"prepare"}
-
-
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Full name and value of everything below that is no dict."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _plain(cfg: DictConfig, name: str) -> Any:

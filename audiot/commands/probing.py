@@ -22,8 +22,7 @@ from tqdm import tqdm
 from audiot.commands.common import compose_command, log, plain, say
 from audiot.commands.finetune import finetune
 from audiot.commands.following import same_data
-from audiot.data.datamodule import usable_cores
-from audiot.data.prepare import ROLES, PreparedCorpus, start_worker
+from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
 from audiot.files import read_json
 from audiot.quoting import override, quoted
 from audiot.runs import Interrupted

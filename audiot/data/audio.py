@@ -79,7 +79,7 @@ def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADAB
 
     Args:
         root: The folder.
-        suffixes: Of audio, lower case, without dot.
+        suffixes: Suffixes of audio files, lower case, without dot.
 
     Raises:
         FileNotFoundError: there is none.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, first_batches, make_loader, to_device
 from audiot.data.labels import Labels, survey
-from audiot.data.prepare import PreparedCorpus
+from audiot.data.prepare import PreparedCorpus, usable_cores
 from audiot.data.shared_memory import check_room
 from audiot.random import key
 
@@ -66,11 +66,6 @@ def open_pieces(directory: Path, split: str, content: str | None = None) -> Iter
     """Like `open_cuts`, for those who want audio alone."""
     pieces = PreparedPieces(directory, split)
     return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
-
-
-def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def useful_workers(processes: int, on_gpu: bool) -> int:

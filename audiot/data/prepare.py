@@ -371,7 +371,7 @@ class PreparedCorpus:
         scaled: Utterances whose level was lowered to fit 16 bits.
         task_splits: Task → role → split, as in :class:`~audiot.data.manifests.Manifests`.
         utterances: How many there are in all, each counted once; None in a folder of an earlier version.
-        total_hours: Of all of them.
+        total_hours: Hours of audio in all of them.
         content: Digest of ids, labels and audio of all splits, wherever they lie; None: prepared by a version without one.
     """
 
@@ -677,10 +677,15 @@ def _finish_update(directory: Path) -> None:
     _keep_only(directory / "audio", {directory / line["path"] for line in read_lines(directory / RESULTS)})
 
 
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cores(jobs: Sequence[_Job]) -> int:
     if sum(job.num_samples / job.sample_rate for job in jobs) < ALONE_S:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def _check_manifests(corpus: Manifests) -> None:

@@ -47,7 +47,7 @@ def rows(path: str | Path, columns: Sequence[str], delimiter: str = ",") -> Iter
     Rows of blanks, and columns whose name is blank, are left out.
 
     Args:
-        path: See `read_text`.
+        path: The file, plain or gzipped, as `read_text` takes it.
         columns: Names that must be among those of the columns.
         delimiter: What stands between columns.
 

@@ -238,18 +238,23 @@ def test_a_table_that_changes_while_it_is_read_is_read_again(project):
     assert keywords(project.open())["3"] == "other"
 
 
-def test_an_interrupted_preparation_does_not_go_on_with_audio_that_was_changed(project, tmp_path, monkeypatch):
+def open_until(project: Project, interrupted: str, monkeypatch) -> None:
+    """Open the corpus, and press Ctrl-C when an utterance is to be decoded."""
     process = module._process
 
-    def three(job, options):
-        if job.id == "3":
+    def until(job, options):
+        if job.id == interrupted:
             raise KeyboardInterrupt
         return process(job, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_process", three)
+        patch.setattr(module, "_process", until)
         with pytest.raises(KeyboardInterrupt):
             project.open()
+
+
+def test_an_interrupted_preparation_does_not_go_on_with_audio_that_was_changed(project, tmp_path, monkeypatch):
+    open_until(project, "3", monkeypatch)
     soundfile.write(project.root / "2.flac", np.zeros(4002) + 0.25, 16000)
     later(project.root / "2.flac")
     heard = {cut.id: cut.load_audio()[0] for cut in project.open().cuts("train")}
@@ -269,17 +274,7 @@ def change(project: Project) -> None:
 def test_an_interrupted_update_leaves_the_old_corpus_and_goes_on(project, decoded, tmp_path, monkeypatch):
     before = project.open()
     change(project)
-    process = module._process
-
-    def one(job, options):
-        if job.id == "4":
-            raise KeyboardInterrupt
-        return process(job, options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_process", one)
-        with pytest.raises(KeyboardInterrupt):
-            project.open()
+    open_until(project, "4", monkeypatch)
     assert PreparedCorpus.load(project.prepared) == before == project.open("keep")
     assert len([cut.load_audio() for split in before.counts for cut in before.cuts(split)]) == 8
     decoded.clear()

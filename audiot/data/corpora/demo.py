@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from audiot.data.corpora.espeak import SAMPLE_RATE, write_atomically
 from audiot.data.manifests import Manifests
+from audiot.data.prepare import usable_cores
 from audiot.data.sources import Sources
 
 # eSpeak's voice → accent.
@@ -119,7 +120,7 @@ class DemoCorpus:
         if num_jobs is not None and num_jobs < 1:
             raise ValueError(f"demo corpus: num_jobs must be positive or null (one a core), found {num_jobs}")
         self.parameters |= {"seed": seed, "recipe": _RECIPE}
-        self.num_jobs = num_jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.num_jobs = num_jobs or usable_cores()
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Cuts of all splits; speaks whatever is missing of the corpus first.

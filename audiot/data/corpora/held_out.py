@@ -22,7 +22,7 @@ def hold_out(
     Args:
         utterances: Their ids.
         fraction: Share of them for each role.
-        seed: Of the choice.
+        seed: Seed of the choice.
         roles: ``valid``, ``test`` or both.
         speaker_of: Utterance → its speaker, of whom training keeps at least one utterance; None: speakers don't count.
 
@@ -60,7 +60,7 @@ def hold_out_speakers(
     Args:
         labels_of: Utterance → its labels, the ``speaker`` among them.
         fraction: Share of the utterances for each role.
-        seed: Of the choice.
+        seed: Seed of the choice.
         roles: ``valid``, ``test`` or both.
     """
     of_speaker: dict[str, list[str]] = defaultdict(list)
@@ -108,7 +108,7 @@ def divide(
         given: Role → utterances of the splits that are named, ``train`` among them.
         labels_of: Utterance → its labels.
         fraction: Share of ``train`` for each split that is not given.
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Raises:
         ValueError: the fraction is out of range, or too few utterances are there.
