@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from audiot.checkpoint import AudioEncoder as AudioEncoder
     from audiot.downstream.classifier import Classifier as Classifier
-    from audiot.states import States as States
+    from audiot.extraction.states import States as States
 
 __version__ = version("audiot")
 
@@ -28,7 +28,7 @@ def load_classifier(run: str, **options: Any) -> Classifier:
 
 
 def read_states(folder: str) -> States:
-    """The hidden states that ``audiot extract`` wrote, utterance → tensor; see :class:`audiot.states.States`."""
-    from audiot.states import States
+    """The hidden states that ``audiot extract`` wrote, utterance → tensor; see :class:`audiot.extraction.states.States`."""
+    from audiot.extraction.states import States
 
     return States(folder)

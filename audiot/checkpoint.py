@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from audiot.devices import find_device
+from audiot.base.devices import find_device
+from audiot.base.files import read_json, replacing, write_json
 from audiot.features import Features
-from audiot.files import read_json, replacing, write_json
 from audiot.model import Encoder, length_mask
 
 FORMAT_VERSION = 1

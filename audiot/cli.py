@@ -5,12 +5,12 @@ Light on purpose: worker processes import it again, and ``--help`` should not wa
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib.metadata import version
-from importlib.resources import files
 from io import TextIOWrapper
+
+from audiot.base.groups import described, groups, nearest
 
 COMMANDS = {
     "pretrain": "pre-train a masked acoustic model, probe it, draw it",
@@ -73,11 +73,11 @@ def _main(arguments: list[str] | None) -> None:
         # Threads that wait for each other spin a little and then sleep. Endless spinning (the default) is ruinous on cores that
         # data workers or other programs share; sleeping at once costs 40% where they don't. Read when torch loads its OpenMP.
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-        from audiot.launch import run
+        from audiot.commands.launch import run
 
         run(command, rest)
     elif command in TOOLS:
-        from audiot.launch import run_tool
+        from audiot.commands.launch import run_tool
 
         run_tool(command, rest)
     else:
@@ -89,7 +89,7 @@ def complete(arguments: list[str]) -> None:
     """Completion for a shell: ``install=bash`` prints the script, which asks with ``query=bash`` for the words that fit."""
     if not arguments:
         sys.exit("audiot: error: -sc install=bash prints the script with which a shell completes words")
-    from audiot.launch import run
+    from audiot.commands.launch import run
 
     line = os.environ.get("COMP_LINE", "")
     words = line.split(" ")
@@ -104,34 +104,6 @@ def complete(arguments: list[str]) -> None:
 def _lines(known: dict[str, str]) -> str:
     width = max(12, *map(len, known))
     return "\n".join(f"  {name:{width}} {what}".rstrip() for name, what in known.items())
-
-
-def groups() -> list[str]:
-    """Names of the config groups."""
-    return sorted(folder.name for folder in files("audiot.conf").iterdir() if folder.is_dir() and folder.name[0] != "_")
-
-
-def options(group: str) -> list[str]:
-    """Options of a config group."""
-    if group not in groups():
-        raise ValueError(f"no config group {group!r}{nearest(group, groups())}; groups: {', '.join(groups())}")
-    names = sorted(entry.name for entry in (files("audiot.conf") / group).iterdir())
-    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name[0] != "_"]  # _… is a part of others
-
-
-def described(group: str) -> dict[str, str]:
-    """Option of a config group → the first line of its file, which says what it is."""
-    found = {}
-    for name in options(group):
-        lines = (files("audiot.conf") / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        found[name] = next((line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line), "")
-    return found
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """What was probably meant, in words that follow an error; nothing where no name is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 if __name__ == "__main__":

@@ -11,57 +11,8 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from audiot.attention import SelfAttention
-from audiot.feed_forward import FeedForward
+from audiot.layers import LAYER_NORM_EPS, EncoderLayer, norm_dropout
 from audiot.positions import Positions
-from audiot.residual import norm_dropout, residual_norm
-
-LAYER_NORM_EPS = 1e-12  # as in BERT and Mockingjay
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each with a residual connection.
-
-    Args:
-        attention: (B, T, d) → (B, T, d).
-        embed_dim: d.
-        ffn_dim: Width of the feed-forward network.
-        dropout: Probability, on the output of both blocks.
-        norm: ``post`` normalises after the residual sum (Vaswani et al. 2017), ``pre`` before the block (Xiong et al. 2020).
-        norm_eps: Added to the variance in the LayerNorms.
-    """
-
-    def __init__(
-        self,
-        attention: SelfAttention,
-        embed_dim: int,
-        ffn_dim: int,
-        dropout: float,
-        norm: str,
-        norm_eps: float = LAYER_NORM_EPS,
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self.attention_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.ffn = FeedForward(embed_dim, ffn_dim)
-        self.ffn_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        self.pre_norm = norm == "pre"
-
-    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Map (B, T, d) to (B, T, d); ``valid`` is bool (B, T) or None where nothing is padded."""
-        if self.pre_norm:
-            hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
-            return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
-        dropout = self.dropout.p if self.training else 0.0
-        # As rows (B·T, d), as which products see them: what a product adds to the residual's gradient, it can add by itself.
-        rows = hidden.flatten(0, 1)
-        attended = self.attention(rows.view(hidden.shape), valid)
-        rows = residual_norm(rows, attended.flatten(0, 1), self.attention_norm, dropout)
-        return residual_norm(rows, self.ffn(rows), self.ffn_norm, dropout).view(hidden.shape)
-
-    def attention_input(self, hidden: Tensor) -> Tensor:
-        """What the attention sees of the layer's input (B, T, d)."""
-        return self.attention_norm(hidden) if self.pre_norm else hidden
 
 
 class Encoder(nn.Module):
@@ -225,21 +176,6 @@ class Encoder(nn.Module):
     def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
         """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""
         return [attention.weights(hidden, valid) for attention, hidden in self.attention_inputs(features, valid)]
-
-
-class ReconstructionHead(nn.Module):
-    """Mockingjay's prediction head: Linear → GELU → LayerNorm → Linear, (…, d) → (…, C)."""
-
-    def __init__(self, embed_dim: int, output_dim: int, init_std: float = 0.02) -> None:
-        super().__init__()
-        self.dense = nn.Linear(embed_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.output = nn.Linear(embed_dim, output_dim)
-        initialise_linear(self, init_std)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Predict feature frames (…, C) from hidden states (…, d)."""
-        return self.output(self.norm(nn.functional.gelu(self.dense(hidden))))
 
 
 def initialise_linear(module: nn.Module, std: float) -> None:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from audiot.accumulation import Mean, WeightedSteps
-from audiot.checkpoint import AudioEncoder
-from audiot.data.batches import Batch
-from audiot.devices import at_least_float32, attention_of_any_shape
-from audiot.masking import Corruption, interpolate_masked
-from audiot.model import ReconstructionHead, length_mask
-from audiot.optimization import configure
-from audiot.private import compile_ddp_whole
-from audiot.random import key, seed_torch
-from audiot.sharding import gather, is_sharded, release, shard, whole
-
-
-def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Mean:
-    """Mean absolute error over the scored elements; ``weight`` is 0 or 1 and broadcasts to the others' shape."""
-    weight = weight.expand_as(target)
-    count = weight.sum()
-    error = (at_least_float32(prediction) - at_least_float32(target)).abs()
-    return Mean((error * weight).sum() / count.clamp(min=1), count)
+from audiot.base.config import plain
+from audiot.base.console import say
+from audiot.base.devices import attention_of_any_shape
+from audiot.base.private import compile_ddp_whole
+from audiot.base.streams import key, seed_torch
+from audiot.checkpoint import AudioEncoder, load_encoder
+from audiot.data.batches import Batch, crop_lengths
+from audiot.data.datamodule import SpeechDataModule
+from audiot.data.opening import data_options
+from audiot.data.prepare import PreparedCorpus
+from audiot.model import length_mask
+from audiot.objectives.corruption import Corruption
+from audiot.objectives.reconstruction import ReconstructionHead, interpolate_masked, masked_l1
+from audiot.training.accumulation import Mean, WeightedSteps
+from audiot.training.fsdp import gather, is_sharded, release, shard, whole
+from audiot.training.optimization import configure
 
 
 class MaskedAcousticModel(WeightedSteps):
@@ -141,7 +142,7 @@ class MaskedAcousticModel(WeightedSteps):
         """
         self._graphs = graphs
         compile_ddp_whole()
-        from audiot.compilation import compiled  # imports the compiler
+        from audiot.training.compilation import compiled  # imports the compiler
 
         self._loss = compiled(self.loss, graphs)
 
@@ -209,7 +210,7 @@ class MaskedAcousticModel(WeightedSteps):
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def configure_model(self) -> None:
-        """Share the parameters out among the processes, with `audiot.sharding.ShardedStrategy`."""
+        """Share the parameters out among the processes, with `audiot.training.fsdp.ShardedStrategy`."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self.model.encoder, self.head, self.device_mesh["data_parallel"])
 
@@ -230,3 +231,30 @@ class MaskedAcousticModel(WeightedSteps):
             self.hparams["optimizer"].get("weight_decay", 0.0),
             self.trainer.estimated_stepping_batches,
         )
+
+
+def build(cfg: DictConfig) -> MaskedAcousticModel:
+    """The module of a config: new, or going on from the exported encoder ``cfg.init``, with its features and model."""
+    options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
+    if not cfg.init:
+        return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
+    start = load_encoder(cfg.init)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in given:
+        if re.match("(features|model|attention|positions)[.=]", override):
+            raise ValueError(f"{override} has no effect: init={cfg.init} brings its own features and model; drop one of them")
+    module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
+    start = load_encoder(cfg.init, head=module.head)
+    module.model.load_state_dict(start.state_dict())
+    say(f"init    {cfg.init}, with its features and model")
+    return module
+
+
+def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
+    """Batches for pre-training; fits the global statistics of the features, where they have some and none yet."""
+    features = module.model.features
+    lengths = crop_lengths(features, cfg.data.crop_s, cfg.data.num_lengths)
+    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
+    if features.cmvn == "global" and not cfg.init:
+        features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
+    return data

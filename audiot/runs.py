@@ -17,10 +17,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from audiot.cli import groups, nearest
-from audiot.files import read_json, replacing_text
-from audiot.overrides import check_type, flat, parse
-from audiot.quoting import argument
+from audiot.base.config import check_type, flat, parse
+from audiot.base.files import read_json, replacing_text
+from audiot.base.groups import groups, nearest
+from audiot.base.quoting import argument
 
 CONFIG, OVERRIDES, RESUMES = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
 CHANGEABLE = re.compile(

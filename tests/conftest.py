@@ -39,9 +39,9 @@ TINY = {
         "positions": {"_target_": "audiot.positions.Rotary"},
         "dropout": 0.1,
     },
-    "objective": {"_target_": "audiot.masking.Corruption", "span": 3},
+    "objective": {"_target_": "audiot.objectives.corruption.Corruption", "span": 3},
     "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 2e-3, "weight_decay": 0.01},
-    "scheduler": {"_target_": "audiot.optimization.linear_warmup_decay", "_partial_": True},
+    "scheduler": {"_target_": "audiot.training.optimization.linear_warmup_decay", "_partial_": True},
 }
 
 
@@ -54,7 +54,7 @@ def tiny():
 @pytest.fixture(scope="session", autouse=True)
 def defaults_are_composed_once():
     """Commands check their overrides against the composed defaults, which take longest: nothing changes these here."""
-    from audiot import launch
+    from audiot.commands import launch
 
     compose = launch.compose
     known = functools.lru_cache(maxsize=32)(lambda command, overrides: compose(command, list(overrides)))
@@ -129,9 +129,9 @@ def pretraining(demo_corpus):
     import pytorch_lightning as pl
     import torch
 
-    from audiot.callbacks import ConsumedBatches
     from audiot.data.datamodule import SpeechDataModule
     from audiot.pretraining import MaskedAcousticModel
+    from audiot.training.callbacks import ConsumedBatches
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 

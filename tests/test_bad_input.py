@@ -163,7 +163,7 @@ def test_a_value_that_has_to_be_given(arguments, key, tmp_path, monkeypatch):
 @pytest.mark.parametrize("environment", [{}, {"HYDRA_FULL_ERROR": "1"}])
 def test_debugging_shows_the_traceback_above_the_line(made, environment):
     debug = ["debug=true"] if not environment else []
-    for wrong, innermost in (("model.norm=mid", "audiot/model.py"), ("model.nrm=pre", "audiot/launch.py")):
+    for wrong, innermost in (("model.norm=mid", "audiot/model.py"), ("model.nrm=pre", "audiot/commands/launch.py")):
         result = run("pretrain", *TINY, *debug, wrong, **environment)
         assert result.code == 1
         assert "Traceback (most recent call last)" in result.err

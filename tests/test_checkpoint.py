@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import audiot
+from audiot.base.files import read_json, replacing, write_json
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
-from audiot.files import read_json, replacing, write_json
-from audiot.model import ReconstructionHead
+from audiot.objectives.reconstruction import ReconstructionHead
 
 LENGTHS = torch.tensor([16000, 9000, 4000])
 
@@ -174,9 +174,9 @@ def test_another_format_version_is_refused(saved):
         "os.system",
         "torch.nn.Linear",
         "audiots.model.Encoder",
-        "audiot.files.os.system",
-        "audiot.files.write_json",
-        "audiot.masking.Corruption",
+        "audiot.base.files.os.system",
+        "audiot.base.files.write_json",
+        "audiot.objectives.corruption.Corruption",
         "audiot.model",
     ],
 )

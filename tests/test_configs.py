@@ -13,9 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import audiot.cli
-import audiot.launch
-from audiot.commands.common import plain
-from audiot.commands.pretrain import build
+import audiot.commands.launch
+from audiot.base.config import plain
+from audiot.pretraining import build
 
 CONF = Path(__file__).parent.parent / "conf"
 CHOICES = sorted(
@@ -165,13 +165,13 @@ def test_every_argument_of_lightnings_trainer_is_a_key():
 def test_keys_that_a_logger_or_callback_takes_need_no_plus(hydra_started):
     given = ["logger.tensorboard.log_graph=true", "callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
     GlobalHydra.instance().clear()
-    checked = audiot.launch._check_overrides("pretrain", given, sweep=False)
+    checked = audiot.commands.launch._check_overrides("pretrain", given, sweep=False)
     assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
     with pytest.raises(ValueError, match=r"no argument 'save_lats' of callbacks.checkpoint .* \(did you mean save_last\?\)"):
-        audiot.launch._check_overrides("pretrain", ["callbacks.checkpoint.save_lats=true"], sweep=False)
+        audiot.commands.launch._check_overrides("pretrain", ["callbacks.checkpoint.save_lats=true"], sweep=False)
 
 
 def test_what_goes_on_to_another_function_is_taken_too(hydra_started):
     GlobalHydra.instance().clear()
     given = ["logger=wandb", "logger.wandb.tags=[a]"]
-    assert audiot.launch._check_overrides("pretrain", given, sweep=False) == ["logger=wandb", "+logger.wandb.tags=[a]"]
+    assert audiot.commands.launch._check_overrides("pretrain", given, sweep=False) == ["logger=wandb", "+logger.wandb.tags=[a]"]

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from test_cli import last_line, run, succeed
 
-from audiot.commands.common import open_corpus
-from audiot.commands.following import finetune_command
-from audiot.quoting import argument, override
+from audiot.base.quoting import argument, override
+from audiot.data.opening import open_corpus
+from audiot.following import finetune_command
 
 RATE = 16000
 MODEL = ["model.num_layers=1", "model.embed_dim=16", "model.num_heads=2", "model.ffn_dim=32"]

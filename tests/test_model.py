@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from audiot.attention import names
-from audiot.model import Encoder, ReconstructionHead, length_mask
+from audiot.model import Encoder, length_mask
+from audiot.objectives.reconstruction import ReconstructionHead
 
 QUERY_KEY = {"_target_": "audiot.attention.query_key.QueryKey"}
 NO_POSITIONS = {"_target_": "audiot.positions.NoPositions"}

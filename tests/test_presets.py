@@ -14,8 +14,9 @@ from lhotse.testing.dummies import dummy_cut
 from mini_librispeech import demo_speech, make_mini_librispeech
 from omegaconf import OmegaConf
 
-import audiot.launch  # noqa: F401 (its resolvers)
-from audiot.cli import main, options
+import audiot.commands.launch  # noqa: F401 (its resolvers)
+from audiot.base.groups import options
+from audiot.cli import main
 from audiot.data.batches import BatchStream
 
 PRETRAINING = [name for name in options("experiment") if "librispeech" in name]
@@ -108,7 +109,7 @@ def test_a_pretraining_preset_takes_every_attention_and_strategy(name):
         cfg = composed("pretrain", f"experiment={name}", f"attention={attention}", "trainer=ddp")
         assert cfg["attention"]["dropout"] == 0.1
         assert cfg["model"]["attention"] == cfg["attention"]
-        assert cfg["trainer"]["strategy"]["_target_"] == "audiot.replication.ReplicatedStrategy"
+        assert cfg["trainer"]["strategy"]["_target_"] == "audiot.training.ddp.ReplicatedStrategy"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_probing_preset_is_the_references(name, lr, steps, every, batch, accum
     # S3PRL's own AdamW has no decay and ε = 1e-7; SUPERB takes PyTorch's optimisers as they come.
     decay, epsilon = (0.0, 1e-7) if name.startswith("s3prl") else (0.01 if optimizer == "AdamW" else 0.0, 1e-8)
     assert (cfg["optimizer"]["weight_decay"], cfg["optimizer"]["eps"]) == (decay, epsilon)
-    assert cfg["scheduler"]["_target_"] == "audiot.optimization.constant"
+    assert cfg["scheduler"]["_target_"] == "audiot.training.optimization.constant"
     assert (trainer["max_steps"], trainer["val_check_interval"]) == (steps, every * accumulate)
     assert (cfg["data"]["max_utterances"], trainer["accumulate_grad_batches"]) == (batch, accumulate)
     assert trainer["gradient_clip_val"] == clip

@@ -7,11 +7,12 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from audiot.base.streams import key
 from audiot.checkpoint import save_encoder
 from audiot.data.batches import to_device
-from audiot.masking import Corruption
-from audiot.pretraining import MaskedAcousticModel, masked_l1
-from audiot.random import key
+from audiot.objectives.corruption import Corruption
+from audiot.objectives.reconstruction import masked_l1
+from audiot.pretraining import MaskedAcousticModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 TERA = {"band_width": 8, "noise_probability": 0.5}

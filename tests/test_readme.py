@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.cli import main
-from audiot.s3prl import export_s3prl
+from audiot.interop.s3prl import export_s3prl
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from test_cli import blank, copy_run, made, read, run, succeed
 
 import audiot.runs
-from audiot.callbacks import GracefulInterrupt
 from audiot.commands.pretrain import announce, go_on
 from audiot.runs import (
     check_fresh,
@@ -31,6 +30,7 @@ from audiot.runs import (
     run_overrides,
     step_of,
 )
+from audiot.training.interrupt import GracefulInterrupt
 
 __all__ = ["made"]
 GIVEN = ["data=fsdd", "attention=local", "model.num_layers=2", "optimizer.lr=1e-3", "trainer.max_steps=12", "data.num_workers=2"]
@@ -161,7 +161,7 @@ REFUSED = {
     "init=RUN/encoder": f"init=RUN/encoder can't change on resume: the run has None; {NEW}",
     "optimizer.fused=false": f"optimizer.fused=false can't change on resume: the run has True; {NEW}",
     "optimizer._target_=torch.optim.SGD": f"can't change on resume: the run has torch.optim.AdamW; {NEW}",
-    "scheduler._target_=audiot.optimization.constant": "the run has audiot.optimization.linear_warmup_decay",
+    "scheduler._target_=audiot.training.optimization.constant": "the run has audiot.training.optimization.linear_warmup_decay",
     "trainer.accumulate_grad_batches=2": f"trainer.accumulate_grad_batches=2 can't change on resume: the run has 1; {NEW}",
     "trainer.max_epochs=2": f"trainer.max_epochs=2 can't change on resume: the run has -1; {NEW}",
     "attention=lsh_simple": f"attention=lsh_simple can't change on resume: {NEW}",

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from audiot.files import replacing
+from audiot.base.files import replacing
 
 BLUE, ORANGE, GREY, GREEN = "#2266aa", "#dd7722", "#888888", "#338855"
 LINE_COLOURS = (BLUE, ORANGE, GREEN, "#aa3377", "#66bbdd", "#bbaa22", "#884400", "#7755bb")

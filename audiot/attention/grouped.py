@@ -2,7 +2,7 @@
 
 A mechanism says which frames form a group as queries and which as keys, as lists of frame numbers; `grouped_attention`
 computes softmax attention inside each group. The plain form gathers the frames of every group; on CUDA devices, in
-half precision, kernels read them in place (`audiot.attention.grouped_kernels`).
+half precision, kernels read them in place (`audiot.kernels.grouped`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from audiot.attention.mechanism import fused_attention
-from audiot.devices import HALF
+from audiot.base.devices import HALF
 from audiot.positions import NO_POSITIONS, Positions
 
 try:
-    from audiot.attention import grouped_kernels
+    from audiot.kernels import grouped as grouped_kernels
 except ImportError:  # Triton comes with PyTorch's builds for CUDA only
     grouped_kernels = None  # type: ignore[assignment]
 

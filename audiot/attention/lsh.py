@@ -22,8 +22,8 @@ from audiot.attention.mechanism import (
     masked_softmax,
     position_bias,
 )
+from audiot.kernels.sorting import stable_sort
 from audiot.positions import NO_POSITIONS, Positions
-from audiot.sorting import stable_sort
 
 SEARCHES = ("topk", "chunked")
 NUM_CELLS = 4096

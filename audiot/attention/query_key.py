@@ -13,7 +13,7 @@ from audiot.attention.mechanism import (
     offsets,
     position_bias,
 )
-from audiot.devices import HALF
+from audiot.base.devices import HALF
 from audiot.positions import Positions
 
 SHORT = 256  # frames

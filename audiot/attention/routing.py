@@ -15,7 +15,7 @@ from audiot.attention.mechanism import QueryKeyMechanism, at_least_one, check_ty
 from audiot.positions import Positions
 
 try:
-    from audiot.attention import routing_kernels
+    from audiot.kernels import routing as routing_kernels
 except ImportError:  # Triton comes with PyTorch's builds for CUDA only
     routing_kernels = None  # type: ignore[assignment]
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
-from audiot.devices import autocast_dtype, in_half_precision
+from audiot.base.devices import autocast_dtype, in_half_precision
 from audiot.positions import Positions, Rotary
 
 try:
-    from audiot.attention import projection_kernels
+    from audiot.kernels import projection as projection_kernels
 except ImportError:  # no Triton
     projection_kernels = None  # type: ignore[assignment]
 

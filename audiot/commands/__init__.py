@@ -1,1 +1,1 @@
-"""The commands, one module each; ``audiot.launch`` runs them."""
+"""The commands, one module each; ``audiot.commands.launch`` runs them."""

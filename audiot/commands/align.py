@@ -14,15 +14,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from audiot.alignment import Aligned, Aligner
-from audiot.commands.common import open_corpus, plain, say, table
-from audiot.commands.following import RATE
+from audiot.base.config import plain
+from audiot.base.console import say, table
+from audiot.base.files import replacing_gzip, replacing_text
+from audiot.base.quoting import argument, quoted
 from audiot.data.labels import CharacterLabels, TokenLabels
+from audiot.data.opening import open_corpus
 from audiot.data.prepare import ROLES, PreparedCorpus
+from audiot.downstream.alignment import Aligned, Aligner
 from audiot.downstream.classifier import WINDOW, Classifier, load_classifier
 from audiot.downstream.ctc import CTC
-from audiot.files import replacing_gzip, replacing_text
-from audiot.quoting import argument, quoted
+from audiot.following import RATE
 from audiot.runs import run_config, run_overrides
 
 
@@ -145,6 +147,6 @@ def next_command(run: Path, corpus: PreparedCorpus, result: Result, output: Path
 
 
 if __name__ == "__main__":
-    from audiot.launch import run as run_command
+    from audiot.commands.launch import run as run_command
 
     run_command("align", sys.argv[1:])

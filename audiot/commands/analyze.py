@@ -12,14 +12,15 @@ from torch import Tensor
 from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstruction, plot_training
 from audiot.attention.patterns import NAMES
 from audiot.attention.synthesizer_random import SynthesizerRandom
-from audiot.commands.common import data_options, open_corpus, say
+from audiot.base.console import say
+from audiot.base.files import read_json
+from audiot.base.quoting import argument
 from audiot.commands.evaluate import load_pretraining
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
-from audiot.files import read_json
+from audiot.data.opening import data_options, open_corpus
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
-from audiot.quoting import argument
 from audiot.runs import run_config
 
 
@@ -98,6 +99,6 @@ def utterance(data: SpeechDataModule, name: str | None) -> Batch:
 
 
 if __name__ == "__main__":
-    from audiot.launch import run as run_command
+    from audiot.commands.launch import run as run_command
 
     run_command("analyze", sys.argv[1:])

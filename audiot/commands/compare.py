@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from audiot.files import read_json, replacing, replacing_text
+from audiot.base.files import read_json, replacing, replacing_text
+from audiot.base.tables import aligned, markdown
 from audiot.runs import run_overrides
-from audiot.tables import aligned, markdown
 
 RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
 

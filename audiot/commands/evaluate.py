@@ -10,21 +10,17 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
-from audiot.callbacks import ProgressBar
-from audiot.commands.common import (
-    data_options,
-    known_precision,
-    open_corpus,
-    say,
-    table,
-)
+from audiot.base.console import say, table
+from audiot.base.files import read_json, write_json
 from audiot.commands.finetune import task_data
-from audiot.commands.following import finetune_command
 from audiot.data.datamodule import SpeechDataModule
+from audiot.data.opening import data_options, open_corpus
 from audiot.downstream.module import DownstreamModule
-from audiot.files import read_json, write_json
+from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel
 from audiot.runs import check_archive, newest_checkpoint, run_config
+from audiot.training.callbacks import ProgressBar
+from audiot.training.trainer import known_precision
 
 
 def main(cfg: DictConfig) -> None:
@@ -80,6 +76,6 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) ->
 
 
 if __name__ == "__main__":
-    from audiot.launch import run as run_command
+    from audiot.commands.launch import run as run_command
 
     run_command("evaluate", sys.argv[1:])

@@ -13,18 +13,18 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from audiot.base.files import read_json
+from audiot.base.quoting import path, quoted
 from audiot.checkpoint import AudioEncoder, load_encoder
-from audiot.commands.following import demo_command, finetune_command
-from audiot.files import read_json
-from audiot.huggingface import AudiotFeatureExtractor, AudiotModel, quiet
+from audiot.following import demo_command, finetune_command
+from audiot.interop.hf_model import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
-from audiot.quoting import path, quoted
 from audiot.runs import CONFIG, run_config
 
-from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.huggingface, which says how to install it
+from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.interop.hf_model, which says how to install it
 
 USAGE = """import torch, transformers
-import audiot.huggingface  # pip install 'audiot[hf]': makes the model type known to transformers
+import audiot.interop.hf_model  # pip install 'audiot[hf]': makes the model type known to transformers
 
 model = transformers.AutoModel.from_pretrained({literal}).eval()  # a folder, or USER/{name} on the hub
 extractor = transformers.AutoFeatureExtractor.from_pretrained({literal})

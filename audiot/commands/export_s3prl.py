@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from audiot.quoting import path
-from audiot.s3prl import export_s3prl
+from audiot.base.quoting import path
+from audiot.interop.s3prl import export_s3prl
 
 
 def main(options: argparse.Namespace) -> None:

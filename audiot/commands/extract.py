@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from audiot.base.devices import find_device
+from audiot.base.files import name_text, printable
+from audiot.base.private import compile_error
 from audiot.checkpoint import DTYPES
 from audiot.data.audio import AudioFile, BadAudioError, audio_files
 from audiot.data.corpora.manifest import ManifestCorpus
 from audiot.data.datamodule import PreparedPieces
 from audiot.data.prepare import PreparedCorpus
-from audiot.devices import find_device
 from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
-from audiot.extraction import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
-from audiot.files import name_text, printable
-from audiot.private import compile_error
-from audiot.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
+from audiot.extraction.extract import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
+from audiot.extraction.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
 
 def main(options: argparse.Namespace) -> None:
@@ -186,11 +186,11 @@ def _header(path: str) -> tuple[int, int] | str:
 def open_upstream(kind: str, path: str, trusted: tuple[str, ...]) -> Upstream:
     """An upstream of a kind: ``checkpoint`` (a run's folder will do), ``s3prl`` or ``hf``, on the CPU."""
     if kind == "s3prl":
-        from audiot.s3prl import upstream
+        from audiot.interop.s3prl import upstream
 
         return upstream(path)
     if kind == "hf":
-        from audiot.downstream.hf_upstream import hf  # needs transformers
+        from audiot.interop.hf_upstream import hf  # needs transformers
 
         return hf(path)
     inside = Path(path) / "encoder"

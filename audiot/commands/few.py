@@ -6,7 +6,7 @@ from math import ceil, sqrt
 
 from omegaconf import DictConfig
 
-from audiot.commands.common import say
+from audiot.base.console import say
 from audiot.data.prepare import PreparedCorpus
 
 ENOUGH = 20  # utterances

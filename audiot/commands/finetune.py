@@ -12,19 +12,22 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
-from audiot.commands.common import corpus_folder, data_options, make_trainer, note_data, open_corpus, plain, say, table
+from audiot.base.config import plain
+from audiot.base.console import say, table
+from audiot.base.files import write_json
+from audiot.base.quoting import path
 from audiot.commands.compare import is_rate, write_comparison
 from audiot.commands.few import say_few
-from audiot.commands.following import example_files
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing
+from audiot.data.opening import corpus_folder, data_options, note_data, open_corpus
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
-from audiot.files import write_json
-from audiot.quoting import path
-from audiot.sharding import ShardedStrategy
+from audiot.following import example_files
+from audiot.training.fsdp import ShardedStrategy
+from audiot.training.trainer import make_trainer
 
 BEST = Path("checkpoints") / "best.ckpt"
 
@@ -208,6 +211,6 @@ def _control_config(cfg: DictConfig, control: Upstream, folder: Path) -> DictCon
 
 
 if __name__ == "__main__":
-    from audiot.launch import run as run_command
+    from audiot.commands.launch import run as run_command
 
     run_command("finetune", sys.argv[1:])

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from audiot.checkpoint import save_encoder
-from audiot.commands.following import demo_command
-from audiot.s3prl import import_s3prl
+from audiot.following import demo_command
+from audiot.interop.s3prl import import_s3prl
 
 
 def main(options: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from audiot.base.files import printable
 from audiot.data.audio import audio_files
 from audiot.downstream.classifier import load_classifier
 from audiot.downstream.objectives import Row
 from audiot.downstream.verification import Verification
-from audiot.files import printable
 
 
 def main(options: argparse.Namespace) -> None:

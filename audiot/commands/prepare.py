@@ -5,8 +5,9 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from audiot.commands.common import open_corpus, say
-from audiot.quoting import quoted
+from audiot.base.console import say
+from audiot.base.quoting import quoted
+from audiot.data.opening import open_corpus
 
 
 def main(cfg: DictConfig) -> None:
@@ -20,6 +21,6 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     import sys
 
-    from audiot.launch import run
+    from audiot.commands.launch import run
 
     run("prepare", sys.argv[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import sys
 import time
@@ -14,39 +13,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LambdaCallback
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
-from audiot.callbacks import Throughput
-from audiot.checkpoint import load_encoder, save_encoder
-from audiot.commands.common import (
-    data_options,
-    make_trainer,
-    note_data,
-    open_corpus,
-    plain,
-    say,
-    table,
-)
+from audiot.base.console import say, table
+from audiot.base.files import read_json, write_json
+from audiot.checkpoint import save_encoder
 from audiot.commands.few import say_few
-from audiot.commands.following import finetune_command
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
-from audiot.data.batches import crop_lengths
 from audiot.data.datamodule import SpeechDataModule
-from audiot.data.prepare import PreparedCorpus
-from audiot.files import read_json, write_json
-from audiot.optimization import Schedule
-from audiot.pretraining import MaskedAcousticModel
+from audiot.data.opening import note_data, open_corpus
+from audiot.following import finetune_command
+from audiot.pretraining import MaskedAcousticModel, build, open_data
 from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of
-from audiot.sharding import ShardedStrategy, is_sharded
-
-# From so many steps on a run is no short one, for which everything is ready at its first step: a compiled step of a GPU saves
-# some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
-LONG_RUN = 5000
+from audiot.training.callbacks import Throughput
+from audiot.training.fsdp import is_sharded
+from audiot.training.optimization import Schedule, schedule
+from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 
 
 def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
@@ -152,13 +136,6 @@ def announce(resumed: Resumed) -> None:
             raise ValueError(f"{change} can't change on resume: {kind} keeps its rates in the checkpoint; a new run can have it")
 
 
-def schedule(cfg: DictConfig) -> Any:
-    """The schedule of a config, of an optimiser without a model."""
-    return instantiate(cfg.scheduler)(
-        instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))]), total_steps=cfg.trainer.max_steps
-    )
-
-
 def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed) -> None:
     """Train on from a checkpoint. Once it is loaded, the run's changes are its own, and probes of the encoder as it was go away.
 
@@ -184,60 +161,6 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
         raise ValueError(f"{resumed.run} can't go on from {resumed.checkpoint}: {error}") from error
     if not accepted:  # nothing was left to train
         accept()
-
-
-def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
-    """Batches for pre-training; fits the global statistics of the features, where they have some and none yet."""
-    features = module.model.features
-    lengths = crop_lengths(features, cfg.data.crop_s, cfg.data.num_lengths)
-    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
-    if features.cmvn == "global" and not cfg.init:
-        features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
-    return data
-
-
-def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
-    """Whether ``compile`` of the config means to compile the training step.
-
-    Raises:
-        ValueError: it is none of auto, true, false; or true with parameters that are shared out.
-    """
-    if cfg.compile not in ("auto", True, False):
-        raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
-    sharded = isinstance(trainer.strategy, ShardedStrategy)
-    if sharded and cfg.compile is True:
-        raise ValueError("compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto")
-    if cfg.compile != "auto":
-        return bool(cfg.compile)
-    return not is_short(trainer) and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
-
-
-def is_short(trainer: pl.Trainer) -> bool:
-    """Whether a run has so few steps that it does not pay to compile them."""
-    return 0 <= trainer.max_steps < LONG_RUN  # below 0: as many as its epochs have
-
-
-def wants_graphs(trainer: pl.Trainer) -> bool:
-    """Whether a compiled step may be a CUDA graph: on one GPU or with DDP, where no batch adds to another's gradients."""
-    on_gpu = trainer.strategy.root_device.type == "cuda"
-    return on_gpu and trainer.accumulate_grad_batches == 1 and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-
-
-def build(cfg: DictConfig) -> MaskedAcousticModel:
-    """The module of a config: new, or going on from the exported encoder ``cfg.init``, with its features and model."""
-    options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
-    if not cfg.init:
-        return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
-    start = load_encoder(cfg.init)
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for override in given:
-        if re.match("(features|model|attention|positions)[.=]", override):
-            raise ValueError(f"{override} has no effect: init={cfg.init} brings its own features and model; drop one of them")
-    module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
-    start = load_encoder(cfg.init, head=module.head)
-    module.model.load_state_dict(start.state_dict())
-    say(f"init    {cfg.init}, with its features and model")
-    return module
 
 
 def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
@@ -303,6 +226,6 @@ def report(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    from audiot.launch import run as run_command
+    from audiot.commands.launch import run as run_command
 
     run_command("pretrain", sys.argv[1:])

@@ -19,12 +19,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from audiot.commands.common import compose_command, log, plain, say
+from audiot.base.config import compose_command, plain
+from audiot.base.console import log, say
+from audiot.base.files import read_json
+from audiot.base.quoting import override, quoted
 from audiot.commands.finetune import finetune
-from audiot.commands.following import same_data
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
-from audiot.files import read_json
-from audiot.quoting import override, quoted
+from audiot.following import same_data
 from audiot.runs import Interrupted
 
 MOST_ON_GPU = 8  # probes at a time
@@ -158,7 +159,7 @@ def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], j
 
 def _start(threads: int, start_method: str) -> None:
     """Begin a process of `_run_together`: with its share of the threads, and loaders that start as they do elsewhere."""
-    from audiot.launch import quieten_libraries
+    from audiot.commands.launch import quieten_libraries
 
     start_worker()
     multiprocessing.set_start_method(start_method, force=True)  # else that of `_context`

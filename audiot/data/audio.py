@@ -24,8 +24,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from audiot.base.files import name_bytes, name_text
 from audiot.data.sources import is_prepared
-from audiot.files import name_bytes, name_text
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
 # Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.

@@ -22,13 +22,13 @@ from lhotse.utils import compute_num_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from audiot.base.files import name_bytes
+from audiot.base.private import shared_storage
+from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, values_of
 from audiot.data.shared_memory import REMEDY, room_told
 from audiot.features import Features
-from audiot.files import name_bytes
-from audiot.private import shared_storage
-from audiot.random import bits, key
 
 WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
 AHEAD = 4  # batches that a loader process makes before they are wanted

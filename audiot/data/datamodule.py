@@ -18,11 +18,11 @@ from lhotse import CutSet
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from audiot.base.streams import key
 from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, first_batches, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus, usable_cores
 from audiot.data.shared_memory import check_room
-from audiot.random import key
 
 log = logging.getLogger("audiot")
 EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes

@@ -28,6 +28,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from audiot.base.files import name_text, printable, read_json, replacing_gzip, replacing_text, write_json
 from audiot.data.audio import (
     MIN_DURATION_S,
     SHORTFALL_S,
@@ -53,7 +54,6 @@ from audiot.data.sources import (
     snapshot,
     write_record,
 )
-from audiot.files import name_text, printable, read_json, replacing_gzip, replacing_text, write_json
 
 if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
     from lhotse import CutSet

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from audiot.files import name_bytes, printable, replacing_gzip
+from audiot.base.files import name_bytes, printable, replacing_gzip
 
 if TYPE_CHECKING:
     from audiot.data.manifests import Manifests

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
+from audiot.base.devices import attention_of_any_shape
+from audiot.base.streams import key
 from audiot.data.batches import Batch, first_batches, to_device
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Labels
-from audiot.devices import attention_of_any_shape
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.upstream import Upstream
-from audiot.random import key
 
 MAX_GIB = 16.0  # more hidden states than this are refused
 

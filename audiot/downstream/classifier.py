@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from audiot.base.devices import find_device
 from audiot.checkpoint import check_targets, check_waveforms
-from audiot.commands.following import finetune_command
 from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio, reason
 from audiot.data.labels import Framing
-from audiot.devices import find_device
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
+from audiot.following import finetune_command
 from audiot.runs import check_archive
 
 WINDOW = 256  # files looked at together, to find those of similar length

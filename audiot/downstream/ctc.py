@@ -12,15 +12,15 @@ import jiwer
 import torch
 from torch import Tensor, nn
 
-from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_confusion
+from audiot.base.devices import at_least_float32
+from audiot.base.files import write_csv
+from audiot.base.pairing import torchaudio
 from audiot.data.batches import Batch
 from audiot.data.labels import BLANK_TOKEN, IGNORED, NOTHING, SPACE
 from audiot.data.text import lines
-from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
-from audiot.files import write_csv
-from audiot.pairing import torchaudio
+from audiot.training.accumulation import Mean
 
 BLANK = 0  # output 0; class k is output k + 1
 KINDS = {"substituted": "substitute", "deleted": "delete", "inserted": "insert"}  # ours, jiwer's

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from audiot.devices import autocast_dtype
+from audiot.base.devices import autocast_dtype
 from audiot.model import length_mask
 
 

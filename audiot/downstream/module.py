@@ -9,14 +9,14 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from audiot.accumulation import WeightedSteps
+from audiot.base.devices import attention_of_any_shape
+from audiot.base.streams import key, seed_torch
 from audiot.data.batches import Batch
-from audiot.devices import attention_of_any_shape
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
-from audiot.optimization import configure
-from audiot.random import key, seed_torch
+from audiot.training.accumulation import WeightedSteps
+from audiot.training.optimization import configure
 
 
 class DownstreamModule(WeightedSteps):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_confusion
+from audiot.base.devices import at_least_float32
+from audiot.base.files import write_csv
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
-from audiot.devices import at_least_float32
-from audiot.files import write_csv
 from audiot.model import length_mask
+from audiot.training.accumulation import Mean
 
 Row = dict[str, Any]
 

@@ -162,7 +162,7 @@ def rebuild(config: Mapping[str, Any]) -> Upstream:
     if config["kind"] == "encoder":
         return EncoderUpstream(AudioEncoder(config["features"], config["model"]))
     if config["kind"] == "hf":
-        from audiot.downstream.hf_upstream import from_config  # needs transformers
+        from audiot.interop.hf_upstream import from_config  # needs transformers
 
         return from_config(config)
     return FeaturesUpstream(config["features"], config["context"], config["cmvn"])

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from audiot.accumulation import Mean
 from audiot.analysis.plots import plot_scores
+from audiot.base.devices import at_least_float32
+from audiot.base.files import write_csv
+from audiot.base.streams import key
 from audiot.data.batches import Batch
 from audiot.data.text import lines
-from audiot.devices import at_least_float32
 from audiot.downstream.objectives import Objective, Row
-from audiot.files import write_csv
-from audiot.random import key
+from audiot.training.accumulation import Mean
 
 Trial = tuple[bool, str, str]  # same speaker, utterance, utterance
 

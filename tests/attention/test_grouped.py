@@ -112,7 +112,7 @@ def test_dropout_keeps_the_mean(partition):
 KERNELS = """
 import torch
 from test_grouped import CASES, inputs, randn
-from audiot.attention import grouped_kernels
+from audiot.kernels import grouped as grouped_kernels
 from audiot.attention.grouped import grouped_attention
 
 def compare(frames, queries, keys, options, by_key):

@@ -228,7 +228,7 @@ def test_few_frames_are_in_no_cluster_once_centroids_sit_in_the_data(load, clust
 
 KERNEL = """
 import torch
-from audiot.attention.routing_kernels import centroid_scores, largest
+from audiot.kernels.routing import centroid_scores, largest
 
 generator = torch.Generator().manual_seed(0)
 for num_frames, size in ((1, 1), (37, 5), (37, 37), (64, 9)):

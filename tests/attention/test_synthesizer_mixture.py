@@ -8,8 +8,8 @@ from torch.nn.functional import mse_loss
 
 from audiot.attention import SelfAttention, build, patterns
 from audiot.attention.synthesizer_mixture import SynthesizerMixture
-from audiot.optimization import parameter_groups
 from audiot.positions import ALiBi, Rotary
+from audiot.training.optimization import parameter_groups
 
 HEADS, HEAD_DIM, FRAMES = 3, 6, 11
 DIM = HEADS * HEAD_DIM

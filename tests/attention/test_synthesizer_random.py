@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from audiot.attention import build, patterns
 from audiot.attention.patterns import legacy_patterns, offset_patterns
 from audiot.attention.synthesizer_random import SynthesizerRandom
-from audiot.optimization import parameter_groups
+from audiot.training.optimization import parameter_groups
 
 RHO = 0.1
 FORMS = [{}, {"anchor": "length"}, {"form": "relative"}, {"form": "factorized", "init": "normal"}]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_f1_score
 
+from audiot.base.files import write_csv
 from audiot.data.labels import IGNORED
 from audiot.downstream.objectives import Classification, Slots, per_class
-from audiot.files import write_csv
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")  # of nothing measured
 CLASSES = ["ah", "b", "sil", "zh"]

@@ -18,13 +18,13 @@ from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut, MultiCut
 from tqdm import tqdm
 
+from audiot.base.files import name_bytes, name_text
+from audiot.base.quoting import argument
 from audiot.data.audio import READABLE, UNREADABLE, AudioFile, BadAudioError, find_audio
 from audiot.data.corpora.held_out import divide
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources
 from audiot.data.text import rows
-from audiot.files import name_bytes, name_text
-from audiot.quoting import argument
 
 ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,

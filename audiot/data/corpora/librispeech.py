@@ -18,12 +18,12 @@ from lhotse.cut import Cut
 from lhotse.lazy import LazyMapper
 from lhotse.utils import resumable_download
 
+from audiot.base.streams import key
 from audiot.data.corpora.phone_labels import Tier, aligned, phone_label_files, read_phone_labels
 from audiot.data.corpora.published import Utterance, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
-from audiot.random import key
 
 MIRROR = "https://www.openslr.org/resources"
 

@@ -14,6 +14,7 @@ from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 from tqdm import tqdm
 
+from audiot.base.files import name_text
 from audiot.data.audio import BadAudioError
 from audiot.data.corpora.folder import audio_cut
 from audiot.data.corpora.held_out import divide
@@ -21,7 +22,6 @@ from audiot.data.labels import values_of
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources
 from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
-from audiot.files import name_text
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lhotse.utils import resumable_download
 
+from audiot.base.streams import key
 from audiot.data.audio import AudioFile, BadAudioError
 from audiot.data.corpora.published import ROLES, Utterance, check_complete, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
-from audiot.random import key
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from audiot.base.streams import key
 from audiot.data.corpora.published import Utterance, check_complete, labelled_manifests
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources, files_below
 from audiot.data.text import lines
-from audiot.random import key
 
 PARTS = {"1": "train", "2": "valid", "3": "test"}
 COUNTS = {"train": 138361, "valid": 6904, "test": 8251}

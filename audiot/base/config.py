@@ -1,0 +1,85 @@
+"""A command's config: composed, its overrides read in Hydra's grammar and compared with it, and as plain dicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from audiot.base.quoting import argument
+
+# A number, a list or auto; a truth value or a number; a number or a share.
+OF_SEVERAL_TYPES = ("trainer.devices", "trainer.fast_dev_run", "trainer.limit_val_batches", "trainer.overfit_batches")
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Overrides as Hydra reads them.
+
+    Raises:
+        ValueError: one is not in Hydra's grammar.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override!r} is not key=value, or its value needs quotes: {_remedy(error)}") from error
+
+
+def _remedy(error: OverrideParseException) -> str:
+    """How to write what Hydra refuses, if it is a text whose quotes the shell took away; else Hydra's own words."""
+    key, equals, value = error.override.partition("=")
+    value = value.strip("'\"")  # one that is not closed
+    if equals and value and not value.startswith("["):
+        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==x was speaker=='x' in the shell
+            value = re.sub(r"([=!]=\s*)([^\W\d]\w*)", r"\1'\2'", value)
+        return f"write {argument(key, value)}"
+    return [line for line in error.message.splitlines() if line.strip(" ^") and not line.startswith("See ")][-1]
+
+
+def check_type(name: str, before: object, after: object) -> None:
+    """Refuse a word in place of a number or a truth value; whoever uses the value says what else is wrong with it."""
+    wanted: dict[type | tuple[type, ...], str] = {
+        bool: "true or false",
+        int: f"a whole number, such as {before}",
+        (int, float): f"a number, such as {before}",
+        ListConfig: f"a list, such as {before}",
+        DictConfig: f"its single keys, as in {name}.key=value",
+    }
+    for kind, what in wanted.items():
+        if isinstance(before, kind):
+            fits = isinstance(after, kind) and (kind is bool or not isinstance(after, bool))
+            if not fits and after is not None and name not in OF_SEVERAL_TYPES:
+                raise ValueError(f"{name}={after}: expected {what}")
+            return
+
+
+def flat(cfg: DictConfig) -> dict[str, object]:
+    """Full names of all keys with what they hold, interpolations as they are written."""
+
+    def walk(node: object, prefix: str) -> Iterator[tuple[str, object]]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{name}", value
+            yield from walk(value, f"{prefix}{name}.")
+
+    return dict(walk(OmegaConf.to_container(cfg), ""))
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config as plain dicts and lists, interpolations resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
+
+
+def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
+    """The config of a command, also inside another one."""
+    if GlobalHydra.instance().is_initialized():
+        return compose(command, list(overrides))
+    with initialize_config_module("audiot.conf", version_base="1.3"):  # a tool, or a resumed run
+        return compose(command, list(overrides))

@@ -1,0 +1,1 @@
+"""What mechanisms, training, data and features cost: measured, told and drawn."""

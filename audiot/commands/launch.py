@@ -1,0 +1,356 @@
+"""Running a command: its config composed and checked, its errors told in one line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from audiot.base import quoting
+from audiot.base.config import check_type, flat, parse
+from audiot.base.groups import groups, nearest, options
+from audiot.commands.arguments import parse as parse_arguments
+from audiot.commands.sweep import failure_noted
+from audiot.runs import Interrupted, check_fresh, resume, resume_command
+
+SWEEP_FLAGS = ("-m", "--multirun")
+PLACES = ("hydra.run.dir", "hydra.sweep.dir")
+# Flags of Hydra with which the config comes from elsewhere too, and one that has no overrides.
+ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
+
+
+def frames(duration_s: float | None, features: DictConfig) -> int:
+    """Encoder frames of so many seconds, at least one; what is wrong with the features is for them to say."""
+    if duration_s is None:
+        raise ValueError("data.crop_s=null leaves the longest input open: set model.max_frames")
+    if "hop_length" in features:
+        window, hop = features.win_length, features.hop_length
+    else:  # Kaldi's
+        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    if features.get("center"):  # each utterance is reflected by a window in all
+        window = 0
+    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
+
+
+OmegaConf.register_new_resolver("frames", frames, replace=True)
+
+
+def run(command: str, arguments: list[str], program: str | None = None) -> None:
+    """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead.
+
+    Args:
+        command: One of `audiot.cli.COMMANDS`.
+        arguments: What follows it on the command line.
+        program: What a shell that is to complete words knows the program by; None: the command's own module.
+    """
+    module = f"audiot.commands.{command}"  # imported when nothing is wrong with the config: it takes seconds
+    debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
+    overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
+    # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
+    program = program or str(Path(__file__).parent / "commands" / f"{command}.py")
+    sys.argv = [program, *sweep, *overrides]
+    with one_line_errors(debug):
+        folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
+        if folder.lower() != "null":
+            if command != "pretrain":
+                raise ValueError(f"resume={folder}: only pretrain resumes a run; {command} starts anew")
+            resumed = resume(folder, [*sweep, *(override for override in overrides if not override.startswith("resume="))])
+            log_to(resumed.run)
+            with one_line_errors(debug or resumed.config.debug):
+                _main(module)(resumed.config, resumed)
+            return
+        if "--help" in overrides or "-h" in overrides:
+            print(help_text(command, [override for override in overrides if not override.startswith("-")], bool(sweep)))
+            return
+        places = {name: quoting.parsed(override) for override in overrides for name in PLACES if override.startswith(f"{name}=")}
+        given = places.get("hydra.run.dir")
+        is_new = given is None or not Path(str(given)).exists()
+        if command == "pretrain":  # here, before Hydra writes its config there
+            if given is not None:
+                check_fresh(Path(str(given)))
+            if sweep and places.get("hydra.sweep.dir") is not None:
+                for one in Path(str(places["hydra.sweep.dir"])).glob("*"):
+                    check_fresh(one)
+        if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
+            flags = [override for override in overrides if override.startswith("-")]  # which ask Hydra for something itself
+            overrides = _check_overrides(command, [each for each in overrides if each not in flags], bool(sweep))
+            sys.argv[1:] = [*sweep, *flags, *overrides]
+
+    def guarded(cfg: DictConfig) -> object:
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        noted = failure_noted() if in_sweep else no_failed_start(folder, command) if is_new else nullcontext()
+        with noted, one_line_errors(debug), finished_wandb():
+            return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
+        return None  # the failure was noted
+
+    hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
+
+
+def help_text(command: str, overrides: list[str], sweep: bool) -> str:
+    """What ``audiot COMMAND --help`` says: the config groups with their options, and every key with its value."""
+    overrides = _check_overrides(command, overrides, sweep, complete=False)
+    overrides = [values[0] for values in map(_choices, parse(overrides)) if values]
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        cfg = compose(command, overrides)
+    chosen = [group for group in groups() if group in cfg or group == "experiment"]
+    width = max(map(len, chosen))
+    lists = [fill(f"{group:{width}}  {', '.join(options(group))}", 120, subsequent_indent=" " * (width + 2)) for group in chosen]
+    return "\n".join(
+        [
+            f"usage: audiot {command} [group=option …] [key=value …]",
+            f"\nGroups (group=option chooses one; audiot list GROUP says what each is):\n\n{chr(10).join(lists)}",
+            f"\nKeys (key=value sets one, +key=value adds one):\n\n{OmegaConf.to_yaml(cfg)}",
+            f"audiot {command} -m key=value,value … runs them all; --cfg job, --resolve, --info and more: --hydra-help",
+        ]
+    )
+
+
+@contextmanager
+def no_failed_start(folder: Path, command: str) -> Iterator[None]:
+    """Take a run's folder away again where its command ends before it has made anything.
+
+    Args:
+        folder: What the command's start has made, with the folders above it where Hydra chose the place.
+        command: Its name, that of the folder above.
+    """
+    try:
+        yield
+    except BaseException:
+        begun = {".hydra", "train.log", "data.json"}
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+            for name in ("train.log", "data.json"):
+                (folder / name).unlink(missing_ok=True)
+            above = [folder.parent, folder.parent.parent]  # outputs/pretrain/DATE
+            for empty in (folder, *(above if [path.name for path in above] == [command, "outputs"] else [])):
+                with suppress(OSError):  # something else is in it
+                    empty.rmdir()
+        raise
+
+
+def run_tool(tool: str, arguments: list[str]) -> None:
+    """Run a command that takes plain arguments; its errors are told in one line too."""
+    with one_line_errors(os.environ.get("HYDRA_FULL_ERROR") == "1"):
+        given = parse_arguments(tool, arguments)
+        _main(f"audiot.commands.{tool.replace('-', '_')}")(given)
+
+
+def _main(module: str) -> Callable[..., Any]:
+    """A command's function; its libraries, which set their loggers when they are imported, are quietened then."""
+    main: Callable[..., Any] = importlib.import_module(module).main
+    quieten_libraries()
+    return main
+
+
+def log_to(run: Path) -> None:
+    """Go on with the log of a run, as Hydra began it."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(run / "train.log", encoding="utf-8")],
+        force=True,
+    )
+
+
+def _check_overrides(command: str, overrides: list[str], sweep: bool, complete: bool = True) -> list[str]:
+    """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts.
+
+    Returns:
+        The overrides as Hydra wants them: with a ``+`` before keys that a logger or callback takes and its file doesn't have.
+    """
+    given = parse(overrides)
+    for override in given:
+        if override.is_sweep_override() and not sweep:
+            key, value = str(override.input_line).split("=", 1)
+            text = f"; a text with a comma: {quoting.argument(key, value)}" if re.search("[A-Za-z]", value) else ""
+            several = "names several values: add -m to run them all, or [brackets] for a list"
+            raise ValueError(f"{override.input_line} {several}{text}")
+    choices = [values for values in map(_choices, given) if values]
+    first = [values[0] for values in choices]
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        added = _added(command, first)
+    if added:
+        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete)
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        _check_run(command, first, complete)
+        for place, values in enumerate(choices):
+            for value in values[1:]:
+                _check_run(command, [*first[:place], value, *first[place + 1 :]], complete)
+    return overrides
+
+
+def _plus(override: str, added: set[str]) -> str:
+    return f"+{override}" if override.split("=", 1)[0] in added else override
+
+
+def _added(command: str, overrides: list[str]) -> set[str]:
+    """Keys of loggers and callbacks that their files don't have, though their classes take them.
+
+    Only for such a key is its class imported.
+    """
+    names = [name for override in overrides if re.match(r"(logger|callbacks)\.\w+\.\w+$", name := override.split("=", 1)[0])]
+    if not names:
+        return set()
+    try:
+        cfg = compose(command, _chosen(overrides))
+    except MissingConfigException:  # told by `_check_run`
+        return set()
+    added = set()
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        node = OmegaConf.select(cfg, owner)
+        if not isinstance(node, DictConfig) or key in node or "_target_" not in node:
+            continue
+        parameters = inspect.signature(get_class(node._target_)).parameters.values()
+        taken = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        if key not in taken and all(each.kind != each.VAR_KEYWORD for each in parameters):
+            raise ValueError(f"no argument {key!r} of {owner} ({node._target_}){nearest(key, taken)}")
+        added.add(name)
+    return added
+
+
+def _chosen(overrides: list[str]) -> list[str]:
+    """The overrides that choose options of groups, and where these are looked for."""
+    return [each for each in overrides if each.split("=", 1)[0].split("@")[0] in {*groups(), "hydra.searchpath"}]
+
+
+def _choices(override: Override) -> list[str]:
+    """The single overrides that a sweep over ``override`` stands for; none of an interval or a glob."""
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    if override.is_interval_sweep() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _check_run(command: str, overrides: list[str], complete: bool) -> None:
+    """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
+    names = [override.split("=", 1)[0] for override in overrides]
+    try:
+        before = compose(command, _chosen(overrides))  # what the other overrides change
+        keys = flat(before)
+        known = [*keys, *groups()]
+        for name in names:
+            if name.split("@")[0] not in known and not name.startswith(("+", "~", "hydra.", "hydra/")):
+                raise ValueError(f"no config key {name!r}{nearest(name, known) or f'; +{name}=… adds it'}")
+        after = compose(command, overrides)
+    except MissingConfigException as error:
+        group, _, found = (error.missing_cfg_file or "").rpartition("/")
+        there = [name for name in error.options or [] if name[0] != "_"]  # _… is a part of others
+        raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
+    for name in names:
+        if name in keys:
+            check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))
+    for name, value in flat(after).items():
+        if complete and value == "???":
+            raise ValueError(f"{name} has no value: set {name}=…")
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn what a user can cause into one line and exit code 1; ``debug`` shows the traceback."""
+    try:
+        yield
+    except Interrupted as stop:
+        GlobalHydra.instance().clear()
+        sys.stderr.write(f"\naudiot: {stop}")
+        if stop.checkpoint is not None:
+            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(stop.checkpoint.parent.parent)}")
+        sys.stderr.write("\n")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.stderr.write("\naudiot: interrupted\n")
+        sys.exit(130)
+    except _user_errors() as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(f"audiot: error: {describe(error)}")
+
+
+@contextmanager
+def finished_wandb() -> Iterator[None]:
+    """End a run's W&B run with it: the next run of a sweep would go on in it."""
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """What a user can cause; of libraries that nothing has imported yet, nothing can be raised."""
+    theirs = {
+        "lhotse.audio.utils": "AudioLoadingError",
+        "pytorch_lightning.utilities.exceptions": "MisconfigurationException",
+        "torch": "OutOfMemoryError",
+    }
+    imported = [getattr(sys.modules[module], name) for module, name in theirs.items() if module in sys.modules]
+    return (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException, *imported)
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error: the first cause's own words."""
+    key = ""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        place = re.search("full_key: (.+)", str(error)) or re.search(r"target '(?:.*\.)?(\w+)'", str(error))
+        key = place[1] if place else key
+        error = error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: set {error.full_key}=…"
+    words = str(error)
+    if " in DataLoader worker process " in words:  # the worker's traceback follows, its error's words at the end
+        words = re.split(rf"\n[\w.]*{type(error).__name__}: ", words)[-1]
+    if type(error).__name__ == "AudioLoadingError":
+        words = f"{words.split(' failed. Details:')[0]} failed: was it moved? Put it back, or delete the prepared corpus"
+    if isinstance(error, OmegaConfBaseException):
+        words = re.sub(r"^\w+ raised while resolving interpolation: ", "", words.split("\n")[0])
+    words = " ".join(words.split()) or type(error).__name__
+    return f"{key}: {words}" if key and not isinstance(error, (ValueError, OSError)) else words
+
+
+def quieten_libraries() -> None:
+    """Keep notices that call for nothing out of a user's sight; errors and unknown warnings stay."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*This DataLoader will create .* worker processes.*",  # `audiot.data.datamodule.warn_of_many` says it once
+        ".*Experiment logs directory.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*Consider setting `persistent_workers=True`.*",
+        ".*GPU available but not used.*",
+        ".*Your `IterableDataset` has `__len__` defined.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*The dirpath has changed from.*",  # a run that was moved is resumed where it is
+        ".*callbacks used to create the checkpoint need to be provided.*",  # they are, with settings changed at resume
+        ".*Support for mismatched key_padding_mask and attn_mask is deprecated.*",  # inside WavLM
+        ".*Found .* module\\(s\\) in eval mode at the start of training.*",  # a frozen encoder
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)  # the report that trainer.profiler asks for

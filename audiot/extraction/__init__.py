@@ -1,0 +1,1 @@
+"""Hidden states of a corpus in files."""

@@ -1,0 +1,369 @@
+"""Waveform → features, on the device, as the first module of a model: whoever has the checkpoint has its front end.
+
+Shapes: B utterances, N samples, F frames, C channels of a frame (deltas included), T tokens of `stack` frames each.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+SelfFeatures = TypeVar("SelfFeatures", bound="Features")
+
+
+class Features(nn.Module, ABC):
+    """Base of the front ends: framing, deltas, mean and variance normalisation (CMVN), stacking and exact lengths.
+
+    Nothing is padded at the ends: frame t covers the samples [t·hop_length, t·hop_length + win_length), and samples
+    that do not fill a frame are left out; with `center`, each utterance is first reflected at its own ends. So lengths
+    are exact, and what lies behind the end of an utterance in a padded batch reaches none of its frames.
+
+    The order is level → frames → deltas → CMVN → stacking. Deltas repeat the utterance's own first and last frame. CMVN
+    subtracts the mean and divides by the unbiased (n - 1) standard deviation, floored at `eps`, so that a constant
+    channel comes out as zero. Padded tokens are zero.
+
+    Features are computed without gradients, in float32 (float64 for a float64 waveform) whatever autocast or the
+    model's dtype says; the buffers stay float32 in a half-precision model.
+
+    Args:
+        frame_channels: Channels that `frames` returns, before deltas.
+        win_length: Samples in a frame.
+        hop_length: Samples from one frame to the next.
+        sample_rate: In Hz; waveforms must have it already.
+        cmvn: ``"utterance"`` (over each utterance's own frames), ``"global"`` (over a corpus, see `fit`) or ``"none"``.
+        stack: Consecutive frames in a token; an utterance's remaining frames are dropped.
+        eps: Smallest standard deviation that CMVN divides by.
+        delta_order: 0, 1 (add first differences in time) or 2 (and differences of those).
+        delta_window: Frames that a delta looks at, odd.
+        center: Centre frame t on sample t·hop_length and reflect each utterance at its own ends, as torch.stft does by
+            default: N // hop_length + 1 frames of N samples.
+        level_db: Level, in dB of full scale (root mean square), that each utterance is brought to first; None leaves it.
+
+    Attributes:
+        num_channels: C, channels of a frame: frame_channels · (delta_order + 1).
+        output_dim: Size of a token: num_channels · stack.
+    """
+
+    def __init__(
+        self,
+        *,
+        frame_channels: int,
+        win_length: int,
+        hop_length: int,
+        sample_rate: int = 16000,
+        cmvn: str = "utterance",
+        stack: int = 1,
+        eps: float = 1e-3,
+        delta_order: int = 0,
+        delta_window: int = 5,
+        center: bool = False,
+        level_db: float | None = None,
+    ) -> None:
+        super().__init__()
+        if cmvn not in ("utterance", "global", "none"):
+            raise ValueError(f"features.cmvn must be utterance, global or none, found {cmvn!r}")
+        if delta_order not in (0, 1, 2):
+            raise ValueError(f"features.delta_order must be 0, 1 or 2, found {delta_order}")
+        if delta_window < 3 or delta_window % 2 == 0:
+            raise ValueError(f"features.delta_window must be odd and at least 3, found {delta_window}")
+        sizes = {"sample_rate": sample_rate, "win_length": win_length, "hop_length": hop_length, "stack": stack}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"features.{name} must be at least 1, found {size}")
+        if eps <= 0:
+            raise ValueError(f"features.eps must be positive, found {eps}")
+        self.sample_rate = sample_rate
+        self.win_length = win_length
+        self.hop_length = hop_length
+        self.cmvn = cmvn
+        self.stack = stack
+        self.eps = eps
+        self.delta_order = delta_order
+        self.delta_window = delta_window
+        self.center = center
+        self.level_db = level_db
+        self.reflected = (win_length - win_length // 2, win_length // 2) if center else (0, 0)  # samples before and behind
+        self.num_channels = frame_channels * (delta_order + 1)
+        self.output_dim = self.num_channels * stack
+        self.cmvn_mean: Tensor
+        self.cmvn_std: Tensor
+        if cmvn == "global":  # NaN until fitted: a forgotten fit cannot pass for a result
+            self.register_buffer("cmvn_mean", torch.full((self.num_channels,), math.nan))
+            self.register_buffer("cmvn_std", torch.full((self.num_channels,), math.nan))
+        self._fitted = False  # only spares the device a look at the statistics in every step
+
+    @abstractmethod
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """Features of every full frame, before deltas: (B, N) → (B, F, frame_channels).
+
+        The waveforms are float32 or float64, and so is the result; they are at their level and reflected already.
+        """
+
+    @torch.no_grad()
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute tokens and how many of them each utterance has.
+
+        Args:
+            waveforms: (B, N) float in [-1, 1], padded at the end with anything.
+            lengths: (B,) integers, the samples of each utterance; None when nothing is padded. Best kept on the CPU,
+                as the data module gives them: they are checked only there, because a check on a GPU would wait for it.
+                On a GPU an utterance that is too short gets no tokens.
+
+        Returns:
+            (B, T, output_dim) tokens with T = num_tokens(N), and (B,) lengths in tokens, where `lengths` was (or
+            beside the waveforms).
+
+        Raises:
+            ValueError: an utterance is shorter than one token, a length exceeds N, the shapes or types are wrong, or
+                ``cmvn="global"`` has no statistics yet.
+        """
+        self._check(waveforms, lengths)
+        frame_lengths = None if lengths is None else self._frame_lengths(lengths, waveforms)
+        with torch.autocast(waveforms.device.type, enabled=False):
+            channels = self._channels(self._prepared(waveforms, lengths), frame_lengths)
+            tokens = self._stack(self._normalize(channels, frame_lengths))
+        if lengths is None:
+            return tokens, waveforms.new_full((len(waveforms),), tokens.shape[1], dtype=torch.long)
+        if frame_lengths is not None:
+            tokens = tokens.masked_fill(_padding(frame_lengths // self.stack, tokens.shape[1]), 0.0)
+        return tokens, self.num_tokens(lengths)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Set the global CMVN statistics from (waveforms, lengths) batches, as `forward` takes them, in float64.
+
+        Call it before training, on every rank with the same batches; the statistics are part of the state dict.
+
+        Raises:
+            ValueError: ``cmvn`` is not ``"global"``, or the batches hold fewer than two frames.
+        """
+        if self.cmvn != "global":
+            raise ValueError(f"features.fit needs features.cmvn=global, found {self.cmvn}")
+        device = self.cmvn_mean.device
+        count = 0
+        total = torch.zeros(self.num_channels, dtype=torch.float64)
+        squares = torch.zeros(self.num_channels, dtype=torch.float64)
+        for waveforms, lengths in batches:
+            self._check(waveforms, lengths)
+            if lengths is None:
+                lengths = torch.full((len(waveforms),), waveforms.shape[1])
+            waveforms = waveforms.to(device)
+            frame_lengths = self.num_frames(lengths).to(device)
+            with torch.autocast(device.type, enabled=False):
+                channels = self._channels(self._prepared(waveforms, lengths), frame_lengths)
+            valid = ~_padding(frame_lengths, channels.shape[1]).squeeze(-1)
+            frames = channels[valid].cpu().double()  # some devices lack float64
+            count += len(frames)
+            total += frames.sum(0)
+            squares += frames.square().sum(0)
+        if count < 2:
+            raise ValueError(f"features.fit needs at least two frames, found {count}: give it more audio")
+        mean = total / count
+        variance = ((squares - count * mean.square()) / (count - 1)).clamp(min=0.0)
+        self.cmvn_mean.copy_(mean)
+        self.cmvn_std.copy_(variance.sqrt().clamp(min=self.eps))
+        self._fitted = True
+
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+    @overload
+    def num_frames(self, num_samples: Tensor) -> Tensor: ...
+    def num_frames(self, num_samples: int | Tensor) -> int | Tensor:
+        """Frames, before stacking, in so many samples."""
+        before, behind = self.reflected
+        enough = num_samples > before  # to be reflected
+        count = (num_samples + before + behind - self.win_length) // self.hop_length + 1
+        return count.clamp(min=0) * enough if isinstance(count, Tensor) else max(count, 0) * enough
+
+    @overload
+    def num_tokens(self, num_samples: int) -> int: ...
+    @overload
+    def num_tokens(self, num_samples: Tensor) -> Tensor: ...
+    def num_tokens(self, num_samples: int | Tensor) -> int | Tensor:
+        """Tokens that `forward` makes of so many samples."""
+        return self.num_frames(num_samples) // self.stack
+
+    def num_samples(self, num_tokens: int) -> int:
+        """Fewest samples that give so many tokens: the length of a crop."""
+        before, behind = self.reflected
+        return max((num_tokens * self.stack - 1) * self.hop_length + self.win_length - before - behind, before + 1)
+
+    def frame_centers(self, num_frames: int) -> Tensor:
+        """Middle of each frame in samples (num_frames,), to look up labels: t·hop_length, half a window on unless `center`."""
+        return torch.arange(num_frames) * self.hop_length + (0 if self.center else self.win_length // 2)
+
+    def unstack(self, tokens: Tensor) -> Tensor:
+        """Undo stacking: (B, T, C·stack) → (B, T·stack, C), for any C."""
+        if tokens.shape[-1] % self.stack:
+            raise ValueError(f"tokens have {tokens.shape[-1]} channels, expected a multiple of stack = {self.stack}")
+        return tokens.reshape(tokens.shape[0], tokens.shape[1] * self.stack, tokens.shape[2] // self.stack)
+
+    def extra_repr(self) -> str:
+        """What print(features) shows."""
+        return (
+            f"output_dim={self.output_dim}, sample_rate={self.sample_rate}, win_length={self.win_length}, "
+            f"hop_length={self.hop_length}, delta_order={self.delta_order}, cmvn={self.cmvn}, stack={self.stack}"
+        )
+
+    def _framed(self, waveforms: Tensor) -> Tensor:
+        """View of the waveforms as frames: (B, N) → (B, F, win_length)."""
+        return waveforms.unfold(-1, self.win_length, self.hop_length)
+
+    def _frame_lengths(self, lengths: Tensor, waveforms: Tensor) -> Tensor | None:
+        """Frames of each utterance (B,), beside the waveforms; None where it can be seen that no frame is padding."""
+        frame_lengths = self.num_frames(lengths)
+        if lengths.device.type == "cpu" and bool((frame_lengths == self.num_frames(waveforms.shape[1])).all()):
+            return None
+        return frame_lengths.to(waveforms.device, non_blocking=True)
+
+    def _prepared(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+        """Waveforms in single precision or better, at their level, reflected: (B, N) → (B, N + samples before and behind)."""
+        waveforms = waveforms if waveforms.dtype == torch.float64 else waveforms.float()
+        if self.level_db is None and not self.center:
+            return waveforms
+        if lengths is None:
+            lengths = waveforms.new_full((len(waveforms),), waveforms.shape[1], dtype=torch.long)
+        ends = lengths.to(waveforms.device, non_blocking=True)[:, None]
+        if self.level_db is not None:
+            padded = torch.arange(waveforms.shape[1], device=waveforms.device) >= ends
+            level = (waveforms.masked_fill(padded, 0.0).square().sum(1, keepdim=True) / ends.clamp(min=1)).sqrt()
+            waveforms = waveforms * (10 ** (self.level_db / 20) / (level + 1e-10))  # silence stays silent
+        if not self.center:
+            return waveforms
+        before, behind = self.reflected
+        extended = nn.functional.pad(waveforms, (before, behind))
+        extended[:, :before] = waveforms[:, 1 : before + 1].flip(1)
+        beyond = torch.arange(behind, device=waveforms.device)
+        mirrored = waveforms.gather(1, (ends - 2 - beyond).clamp(min=0))
+        return extended.scatter_(1, before + ends + beyond, mirrored)
+
+    def _channels(self, waveforms: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        """Frames with their deltas, before CMVN, of prepared waveforms (B, N) → (B, F, C)."""
+        channels = [self.frames(waveforms)]
+        for _ in range(self.delta_order):
+            channels.append(_deltas(channels[-1], frame_lengths, self.delta_window))
+        return torch.cat(channels, dim=-1) if self.delta_order else channels[0]
+
+    def _normalize(self, channels: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        if self.cmvn == "none":
+            return channels
+        if self.cmvn == "global":
+            self._check_fitted()
+            return (channels - self.cmvn_mean) / self.cmvn_std
+        if frame_lengths is None:
+            count = torch.tensor(channels.shape[1])
+            centred = channels - channels.sum(1, keepdim=True) / count
+        else:
+            count = frame_lengths[:, None, None]
+            padded = _padding(frame_lengths, channels.shape[1])
+            channels = channels.masked_fill(padded, 0.0)
+            centred = (channels - channels.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill_(padded, 0.0)
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # one frame deviates by zero, not NaN
+        return centred.div_(variance.sqrt().clamp(min=self.eps))
+
+    def _stack(self, frames: Tensor) -> Tensor:
+        num_tokens = frames.shape[1] // self.stack
+        return frames[:, : num_tokens * self.stack].reshape(len(frames), num_tokens, self.output_dim)
+
+    def _check(self, waveforms: Tensor, lengths: Tensor | None) -> None:
+        if waveforms.dim() != 2 or not waveforms.is_floating_point():
+            raise ValueError(
+                f"waveforms must be (batch, samples) of floats in [-1, 1], found {tuple(waveforms.shape)} "
+                f"{waveforms.dtype}: use mono audio and divide 16-bit samples by 32768"
+            )
+        longest = waveforms.shape[1]
+        if longest < self.num_samples(1):
+            raise ValueError(f"every item of the batch is too short, at {longest} samples: {self._too_short}")
+        if lengths is None:
+            return
+        if lengths.shape != waveforms.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be ({len(waveforms)},) integers, one for each waveform, "
+                f"found {tuple(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device.type != "cpu":  # looking at them would wait for the device
+            return
+        shortest = int(lengths.argmin())
+        if int(lengths[shortest]) < self.num_samples(1):
+            raise ValueError(f"item {shortest} of the batch has {int(lengths[shortest])} samples: {self._too_short}")
+        if int(lengths.max()) > longest:
+            raise ValueError(
+                f"item {int(lengths.argmax())} of the batch has length {int(lengths.max())} but the waveforms have "
+                f"{longest} samples: lengths count samples of the padded waveforms"
+            )
+
+    @property
+    def _too_short(self) -> str:
+        needed = self.num_samples(1)
+        return f"one token needs {needed}, so leave out recordings shorter than {needed / self.sample_rate:.4g} s"
+
+    def _check_fitted(self) -> None:
+        if not self._fitted:
+            self._fitted = not bool(self.cmvn_mean.isnan().any())
+        if not self._fitted:
+            raise ValueError(
+                "features.cmvn=global has no statistics yet: call features.fit(batches) before training, load a "
+                "checkpoint, or set features.cmvn=utterance"
+            )
+
+    def _apply(self: SelfFeatures, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfFeatures:
+        # A model in bfloat16 would round the filters to three digits: follow its device and keep the dtype.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+def power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
+    """(..., win_length) → (..., n_fft / 2 + 1)."""
+    spectrum = torch.fft.rfft(windowed, n=n_fft)
+    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+
+
+def log_power(power: Tensor, floor: float, add_floor: bool) -> Tensor:
+    """Natural logarithm of powers, of which small ones are raised to a floor, or all get it added."""
+    return (power + floor if add_floor else power.clamp(min=floor)).log()
+
+
+def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor:
+    """Regression deltas, Σ n·(c[t+n] - c[t-n]) / (2·Σ n²), repeating each utterance's own first and last frame."""
+    reach = (window - 1) // 2
+    num_frames = frames.shape[1]
+    final = frames[:, -1:]
+    if frame_lengths is not None:
+        last = (frame_lengths - 1).clamp(min=0)
+        final = frames[torch.arange(len(frames), device=frames.device), last].unsqueeze(1)
+        frames = torch.where(_padding(frame_lengths, num_frames), final, frames)
+    extended = torch.cat([frames[:, :1].expand(-1, reach, -1), frames, final.expand(-1, reach, -1)], dim=1)
+    deltas = torch.zeros_like(frames)
+    for n in range(1, reach + 1):
+        later = extended[:, reach + n : reach + n + num_frames]
+        earlier = extended[:, reach - n : reach - n + num_frames]
+        deltas.add_(later - earlier, alpha=n)
+    return deltas.div_(2 * sum(n * n for n in range(1, reach + 1)))
+
+
+def _padding(lengths: Tensor, longest: int) -> Tensor:
+    """(B,) → (B, longest, 1) bool, True behind the end."""
+    return (torch.arange(longest, device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
+
+
+def check_n_fft(n_fft: int, win_length: int) -> None:
+    """Refuse a Fourier transform of fewer points than a frame has."""
+    if n_fft < win_length:
+        raise ValueError(f"features.n_fft must be at least win_length = {win_length}, found {n_fft}")
+
+
+def check_band(low_name: str, low: float, high_name: str, high: float, sample_rate: int) -> None:
+    """Refuse frequencies, in Hz, that are no band below half the sample rate."""
+    if not 0 <= low < high <= sample_rate / 2:
+        raise ValueError(
+            f"features.{low_name} = {low:g} and {high_name} = {high:g} Hz must be a band within 0 to "
+            f"{sample_rate / 2:g} Hz, half of sample_rate"
+        )

@@ -1,0 +1,109 @@
+"""Kaldi's log mel filter bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from audiot.base.pairing import torchaudio
+from audiot.features.base import Features, check_band, power_spectrum
+
+
+class Kaldi(Features):
+    """What Kaldi's compute-fbank-feats and compute-mfcc-feats share: a batch of log mel filter banks.
+
+    Kaldi's defaults without dither: mean removed from each frame, pre-emphasis 0.97 within the frame, Povey window,
+    Fourier transform of the next power of two, no energy channel, snip_edges. Waveforms stay in [-1, 1] as in
+    torchaudio, where Kaldi's own programs read 16-bit integers: that moves every log channel by 2·ln(32768).
+    """
+
+    PRE_EMPHASIS = 0.97
+    FLOOR = torch.finfo(torch.float32).eps  # Kaldi's own
+
+    def __init__(
+        self,
+        *,
+        num_mel_bins: int,
+        frame_length_ms: float,
+        frame_shift_ms: float,
+        low_freq: float,
+        high_freq: float,
+        sample_rate: int = 16000,
+        **options: Any,
+    ) -> None:
+        win_length = int(sample_rate * frame_length_ms * 0.001)  # rounded down, as Kaldi does
+        hop_length = int(sample_rate * frame_shift_ms * 0.001)
+        super().__init__(win_length=win_length, hop_length=hop_length, sample_rate=sample_rate, **options)
+        high_freq = high_freq if high_freq > 0 else sample_rate / 2 + high_freq
+        check_band("low_freq", low_freq, "high_freq", high_freq, sample_rate)
+        self.n_fft = 1 << (win_length - 1).bit_length()
+        self.window: Tensor
+        self.filters: Tensor
+        window = torch.hann_window(win_length, periodic=False).pow(0.85)
+        # Triangles that are straight on the mel scale; the bin at half the sample rate belongs to none of them.
+        filters, _ = torchaudio("compliance.kaldi").get_mel_banks(
+            num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0
+        )
+        filters = nn.functional.pad(filters, (0, 1)).T.contiguous()
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, num_mel_bins
+
+    def log_mel(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, num_mel_bins)."""
+        # A CPU has a cache for some 30 s of audio; a GPU wants the whole batch at once.
+        rows = max(1, 2**19 // waveforms.shape[1]) if waveforms.device.type == "cpu" else len(waveforms)
+        return torch.cat([self._log_mel_of(part) for part in waveforms.split(rows)])
+
+    def _log_mel_of(self, waveforms: Tensor) -> Tensor:
+        # torchaudio's steps in torchaudio's order: weak bins beside strong ones are mostly rounding, which is then the same.
+        frames = self._framed(waveforms)
+        frames = frames - frames.mean(-1, keepdim=True)
+        # The first sample of a frame has no previous one, but the Povey window begins with a zero.
+        frames[..., 1:].sub_(self.PRE_EMPHASIS * frames[..., :-1])
+        power = power_spectrum(frames.mul_(self.window), self.n_fft)
+        return (power @ self.filters.to(power.dtype)).clamp_(min=self.FLOOR).log_()
+
+
+class KaldiFbank(Kaldi):
+    """Kaldi's log mel filter bank (compute-fbank-feats without dither), with deltas: 240 channels by default.
+
+    The computation of a whole batch at once of what torchaudio.compliance.kaldi.fbank gives for one utterance;
+    with the default deltas and CMVN, the features of S3PRL's Mockingjay. Waveforms are in [-1, 1].
+
+    Args:
+        num_mel_bins: Mel filters.
+        frame_length_ms: Length of a frame, in ms, rounded down to samples.
+        frame_shift_ms: From one frame to the next, in ms, rounded down to samples.
+        low_freq: Lowest frequency of the filters, in Hz.
+        high_freq: Highest frequency, in Hz; zero or less counts from half the sample rate.
+        delta_order: Orders of deltas.
+        options: The options of every front end, `Features`: ``sample_rate``, ``cmvn``, ``stack``, …
+    """
+
+    def __init__(
+        self,
+        *,
+        num_mel_bins: int = 80,
+        frame_length_ms: float = 25.0,
+        frame_shift_ms: float = 10.0,
+        low_freq: float = 20.0,
+        high_freq: float = 0.0,
+        delta_order: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            frame_channels=num_mel_bins,
+            num_mel_bins=num_mel_bins,
+            frame_length_ms=frame_length_ms,
+            frame_shift_ms=frame_shift_ms,
+            low_freq=low_freq,
+            high_freq=high_freq,
+            delta_order=delta_order,
+            **options,
+        )
+
+    def frames(self, waveforms: Tensor) -> Tensor:
+        """(B, N) → (B, F, num_mel_bins)."""
+        return self.log_mel(waveforms)

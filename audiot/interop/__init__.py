@@ -1,0 +1,1 @@
+"""S3PRL and Hugging Face, both ways."""

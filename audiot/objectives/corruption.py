@@ -1,0 +1,197 @@
+"""Corruption of spectrogram frames for masked acoustic modelling.
+
+Mockingjay (Liu et al. 2020, arXiv:1910.12638) masks spans of frames; TERA (Liu et al. 2021, arXiv:2007.06028) adds a masked
+band of channels and noise on the magnitudes; AudioALBERT (Chi et al. 2021, arXiv:2005.08575) corrupts as Mockingjay does.
+Everything is vectorised over the batch and drawn from one key an utterance, so that an utterance is corrupted alike in every
+batch and on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from audiot.base import streams
+
+_SPANS, _POLICY, _SOURCES, _BAND, _NOISE, _NOISE_CHOICE = range(6)
+
+
+def num_spans(lengths: Tensor, proportion: float, span: int) -> Tensor:
+    """Spans an utterance gets: proportion · length / span, rounded, at least one and at most one a start position."""
+    return (lengths * proportion / span).round().long().clamp(min=1).minimum((lengths - span + 1).clamp(min=1))
+
+
+def max_spans(num_frames: int, proportion: float, span: int) -> int:
+    """Most spans that `num_spans` gives an utterance of up to ``num_frames``; a Python number, so no device is asked."""
+    return max(1, math.ceil(num_frames * proportion / span))
+
+
+def span_starts(keys: Tensor, lengths: Tensor, num_frames: int, proportion: float, span: int) -> Tensor:
+    """Start frames of the masked spans, drawn without replacement; the spans may overlap.
+
+    Args:
+        keys: (B,) random keys.
+        lengths: (B,) valid frames, on the keys' device.
+        num_frames: T, frames of the batch.
+
+    Returns:
+        bool (B, T).
+    """
+    position = torch.arange(num_frames, device=keys.device)
+    allowed = position <= (lengths[:, None] - span).clamp(min=0)
+    score = streams.bits(keys, num_frames, _SPANS).masked_fill(~allowed, torch.iinfo(torch.int64).max)
+    # topk, not sort: Inductor leaves it to PyTorch's own kernels, and of a sort it writes code that takes minutes to compile.
+    lowest = score.topk(min(max_spans(num_frames, proportion, span), num_frames), dim=1, largest=False, sorted=True).values
+    threshold = lowest.gather(1, num_spans(lengths, proportion, span)[:, None] - 1)
+    return allowed & (score <= threshold)
+
+
+def cover(starts: Tensor, lengths: Tensor, span: int) -> Tensor:
+    """Frames covered by spans of ``span`` frames that begin at ``starts`` (B, T), within ``lengths``: bool (B, T)."""
+    position = torch.arange(starts.shape[1], device=starts.device)
+    return _latest(starts, span).any(-1) & (position < lengths[:, None])
+
+
+def _latest(starts: Tensor, span: int) -> Tensor:
+    """``starts`` at each frame and the ``span`` - 1 before it, the latest first: bool (B, T, span).
+
+    A look back of so many frames is compiled as a plain reduction; of a running sum or maximum Inductor would write a scan.
+    """
+    span = min(span, starts.shape[1])
+    return torch.nn.functional.pad(starts, (span - 1, 0)).unfold(1, span, 1).flip(-1)
+
+
+def frames_from_elsewhere(features: Tensor, starts: Tensor, keys: Tensor, lengths: Tensor, span: int) -> Tensor:
+    """Every span's frames taken from a span of the same utterance that starts at random: (B, T, C).
+
+    What the result holds outside the spans means nothing.
+    """
+    num_frames = features.shape[1]
+    position = torch.arange(num_frames, device=features.device).expand_as(starts)
+    begin = (position - _latest(starts, span).byte().argmax(-1)).clamp(min=0)  # of the latest span that covers each frame
+    choices = (lengths[:, None] - span).clamp(min=0) + 1
+    drawn = (streams.uniform(keys, num_frames, _SOURCES) * choices).long()
+    source = (drawn.gather(1, begin) + position - begin).clamp(max=num_frames - 1)
+    return features.gather(1, source[..., None].expand_as(features))
+
+
+def band(keys: Tensor, num_channels: int, max_width: int) -> Tensor:
+    """A band of channels an utterance, its width uniform in 0…max_width: bool (B, num_channels)."""
+    if max_width > num_channels:
+        raise ValueError(f"objective.band_width is {max_width} but a frame has {num_channels} channels: lower it")
+    width, start = streams.uniform(keys, 2, _BAND).unbind(1)
+    width = (width * (max_width + 1)).long()
+    start = (start * (num_channels - width + 1)).long()
+    channel = torch.arange(num_channels, device=keys.device)
+    return (channel >= start[:, None]) & (channel < (start + width)[:, None])
+
+
+class Corrupted(NamedTuple):
+    """What the encoder sees and what the loss scores.
+
+    Args:
+        features: (B, T, C), what the encoder sees.
+        frames: bool (B, T), frames with something to reconstruct.
+        elements: bool (B, T, C), what is scored in those frames; None: all of it.
+    """
+
+    features: Tensor
+    frames: Tensor
+    elements: Tensor | None
+
+
+class Corruption:
+    """Time, channel and magnitude alteration; each preset of the ``objective`` group is one setting of it.
+
+    Departures from the published code: the noise is drawn an utterance, not once a batch, and an utterance has at least one span.
+
+    Args:
+        mask_proportion: Share of the frames that spans are drawn for; overlaps make the share that is masked smaller.
+        span: Frames of a span (encoder frames: with ``features.stack`` > 1, stacked ones).
+        zero_probability: Probability that an utterance's spans are set to zero.
+        replace_probability: Probability that they are taken from elsewhere in the utterance; else they are left as they are.
+        band_width: Widest band of channels set to zero; 0 for none.
+        noise_std: Standard deviation of the noise added to all magnitudes.
+        noise_probability: Probability that an utterance gets noise.
+    """
+
+    def __init__(
+        self,
+        mask_proportion: float = 0.15,
+        span: int = 7,
+        zero_probability: float = 0.8,
+        replace_probability: float = 0.1,
+        band_width: int = 0,
+        noise_std: float = 0.2,
+        noise_probability: float = 0.0,
+    ) -> None:
+        if not 0 < mask_proportion <= 1:
+            raise ValueError(f"objective.mask_proportion must be in (0, 1], found {mask_proportion}")
+        if span < 1:
+            raise ValueError(f"objective.span must be at least 1 frame, found {span}")
+        if zero_probability < 0 or replace_probability < 0 or zero_probability + replace_probability > 1:
+            raise ValueError(
+                "objective.zero_probability and objective.replace_probability must be probabilities that add to at most 1, "
+                f"found {zero_probability} and {replace_probability}"
+            )
+        self.mask_proportion = mask_proportion
+        self.span = span
+        self.zero_probability = zero_probability
+        self.replace_probability = replace_probability
+        self.band_width = band_width
+        self.noise_std = noise_std
+        self.noise_probability = noise_probability
+
+    def max_masked(self, num_frames: int) -> int:
+        """Most frames that spans can cover in an utterance of up to ``num_frames``; a Python number, so no device is asked."""
+        return min(max_spans(num_frames, self.mask_proportion, self.span) * self.span, num_frames)
+
+    def mask(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
+        """Frames under a span: bool (B, T)."""
+        starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
+        return cover(starts, lengths, self.span)
+
+    def zero_out(self, features: Tensor, lengths: Tensor, keys: Tensor) -> Corrupted:
+        """Corruption for validation: every span is zeroed and nothing else is altered.
+
+        Args:
+            features: (B, T, C).
+            lengths: (B,) valid frames.
+            keys: (B,) random keys.
+        """
+        frames = self.mask(keys, lengths, features.shape[1])
+        return Corrupted(features.masked_fill(frames[..., None], 0), frames, None)
+
+    def __call__(self, features: Tensor, lengths: Tensor, keys: Tensor, stack: int = 1) -> Corrupted:
+        """Corrupt a batch for training.
+
+        Args:
+            features: (B, T, C).
+            lengths: (B,) valid frames, on the features' device.
+            keys: (B,) random keys, on the features' device.
+            stack: Spectrogram frames in one encoder frame; a band covers the same channels of each.
+        """
+        num_frames = features.shape[1]
+        starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
+        frames = cover(starts, lengths, self.span)
+        policy = streams.uniform(keys, 1, _POLICY)[..., None]
+        zeroed = features.masked_fill(frames[..., None], 0)
+        replaced = torch.where(frames[..., None], frames_from_elsewhere(features, starts, keys, lengths, self.span), features)
+        altered = torch.where(policy < self.zero_probability + self.replace_probability, replaced, features)
+        altered = torch.where(policy < self.zero_probability, zeroed, altered)
+
+        elements = None
+        if self.band_width:
+            channels = band(keys, features.shape[2] // stack, self.band_width).repeat(1, stack)[:, None]
+            altered = altered.masked_fill(channels, 0)
+            valid = torch.arange(num_frames, device=keys.device) < lengths[:, None]
+            elements = (frames[..., None] | channels) & valid[..., None]
+            frames = valid
+        if self.noise_probability:
+            noisy = streams.uniform(keys, 1, _NOISE_CHOICE)[..., None] < self.noise_probability
+            noise = streams.normal(keys, features[0].numel(), _NOISE).view_as(features) * self.noise_std
+            altered = torch.where(noisy, altered + noise, altered)
+        return Corrupted(altered, frames, elements)

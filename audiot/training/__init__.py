@@ -1,0 +1,1 @@
+"""What surrounds the training loop: optimisation, callbacks, interrupts, compilation, several processes."""

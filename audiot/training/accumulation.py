@@ -1,0 +1,91 @@
+"""One step of the optimiser from several batches, of one process or of many, as from one big batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from audiot.base.private import scale
+from audiot.training.fsdp import own_part
+
+
+class Mean(NamedTuple):
+    """The loss of a batch.
+
+    Args:
+        value: Mean over what is scored, ().
+        scored: Number of elements, frames or utterances that it is the mean of, () on the same device.
+    """
+
+    value: Tensor
+    scored: Tensor
+
+
+class WeightedSteps(pl.LightningModule):
+    """LightningModule each of whose steps has the loss and the gradient of one big batch: the sum over all that is scored,
+    divided by its number.
+
+    A step adds up the gradients of k batches (``trainer.accumulate_grad_batches``) of N processes. Lightning divides each by k
+    and the strategy by N, as if all batches scored as much. So `weighted` multiplies the mean of each batch by its count over a
+    unit, and before gradients are clipped they are divided by the mean count of all kN batches over that unit. The unit is the
+    mean count of the first batch of each process: it keeps numbers in the range of float16, and with k = 1 nothing is left to
+    divide. Counts stay on the device, so that no process waits for it.
+    """
+
+    latest_loss: Tensor | None = None  # of the latest step, on the device
+
+    _unit: Tensor
+    _sums: Tensor
+
+    @abstractmethod
+    def log_loss(self, loss: Tensor) -> None:
+        """Log the loss of a step."""
+
+    def weighted(self, mean: Mean, batch_idx: int) -> Tensor:
+        """What a training step returns for the loss of its batch; the mean itself, where a step is one batch."""
+        if self._batches_per_step == 1:
+            self._note(mean.value.detach())
+            return mean.value
+        count = mean.scored.to(mean.value.dtype)
+        sums = torch.stack([mean.value.detach() * count, count])
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._sums = sums
+            total = self._of_all_processes(sums)
+            self._unit = total[1].clamp(min=1) / self.trainer.world_size
+            if self.trainer.accumulate_grad_batches == 1:
+                self._note(total[0] / total[1].clamp(min=1))
+        else:
+            self._sums = self._sums + sums
+        return mean.value * (count / self._unit)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradients those of the mean over all batches of the step."""
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
+            return
+        total = self._of_all_processes(self._sums)
+        count = total[1].clamp(min=1)
+        self._note(total[0] / count)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        scale(gradients, self._unit * self._batches_per_step / count)
+
+    @property
+    def _batches_per_step(self) -> int:
+        return 1 if self._trainer is None else self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _of_all_processes(self, sums: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        return sums
+
+    def _note(self, loss: Tensor) -> None:
+        self.latest_loss = loss
+        self.log_loss(loss)

@@ -1,0 +1,246 @@
+"""Lightning callbacks: progress, throughput, which data was used, and pictures."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from audiot.analysis.plots import plot_reconstruction
+from audiot.base.devices import synchronise, to_host
+from audiot.base.files import replacing
+from audiot.data.batches import Batch, to_device
+from audiot.training.accumulation import WeightedSteps
+
+MAX_WAIT = 0.05  # share of the time that a GPU may wait for data before it is told
+PATIENCE = 50  # steps before that
+
+
+class Latest:
+    """The latest value of a number that lives on the device, read without waiting for the device: as soon as it is there."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._copy: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Send for a value; one that is still on its way stays the next to be read."""
+        if not value.is_cuda:
+            self.value = float(value)
+        elif self._copy is None:
+            (self._copy,), self._arrived = to_host(value.detach())
+
+    def get(self) -> float | None:
+        """The latest value that has arrived."""
+        if self._copy is not None and self._arrived is not None and self._arrived.query():
+            self.value, self._copy = float(self._copy), None
+        return self.value
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar over all ``max_steps`` of a training that is one endless epoch.
+
+    Loss and throughput are read as they arrive: what Lightning shows of ``log(prog_bar=True)`` waits for the device.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+        self.loss = Latest()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the loss, and draw."""
+        assert isinstance(pl_module, WeightedSteps)
+        if pl_module.latest_loss is not None:  # the first step may still lack batches
+            self.loss.put(pl_module.latest_loss)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Metrics to show, under their short names."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        rates = [each.rate for each in trainer.callbacks if isinstance(each, Throughput)]  # type: ignore[attr-defined]
+        latest = {"loss": self.loss.get(), "frames_per_s": next(iter(rates), None)}
+        shown = {name: value for name, value in latest.items() if value is not None}
+        return shown | {name.split("/")[-1]: value for name, value in metrics.items()}
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of the whole training."""
+        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return steps if steps > 0 else super().total_train_batches
+
+
+class Throughput(Callback):
+    """Log real (unpadded) spectrogram frames a second, over all processes, and the share of the time that waits for data.
+
+    Validation, and the first step of a process, which compiles, are left out. Data is waited for where the device has nothing
+    to do when a batch arrives: on a GPU by its own events, whose times are read once they are there.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.waited_s = 0.0
+        self.total_frames = 0
+        self.total_s = 0.0
+        self.total_waited_s = 0.0
+        self.first_step_s = 0.0
+        self.rate: float | None = None  # the latest that was logged
+        self.since = self.last = 0.0
+        self.warned = False
+        self._ended: torch.cuda.Event | float | None = None
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._start()
+
+    def _start(self) -> None:
+        self.frames, self.waited_s, self.since = 0, 0.0, time.monotonic()
+        self.last = self.since
+        self._ended, self._gaps = None, []
+
+    def _now(self, pl_module: pl.LightningModule) -> torch.cuda.Event | float:
+        if pl_module.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Note for how long the device had nothing to do."""
+        begun, ended = self._now(pl_module), self._ended
+        if isinstance(begun, float) and isinstance(ended, float):
+            self.waited_s += begun - ended
+        elif isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+            self._gaps.append((ended, begun))
+        while self._gaps and self._gaps[0][1].query():
+            first, second = self._gaps.pop(0)
+            self.waited_s += first.elapsed_time(second) / 1000
+
+    def _count(self, until: float | None = None) -> tuple[float, float]:
+        """Frames a second and the share that waited for data, since the last count."""
+        elapsed = max((time.monotonic() if until is None else until) - self.since, 1e-9)
+        rate, share = self.frames / elapsed, self.waited_s / elapsed
+        self.total_frames += self.frames
+        self.total_s += elapsed
+        self.total_waited_s += self.waited_s
+        self.frames, self.waited_s, self.since = 0, 0.0, time.monotonic()
+        return rate, share
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the batch's frames; log the rate at the logging interval."""
+        if not self.first_step_s:
+            synchronise(pl_module.device)
+            self.first_step_s = time.monotonic() - self.since
+            self._start()
+            return
+        features = pl_module.model.features  # type: ignore[union-attr]
+        tokens = features.num_tokens(batch["lengths"]).sum()  # type: ignore[union-attr, operator]
+        self.frames += int(tokens * features.stack) * trainer.world_size  # type: ignore[union-attr, operator]
+        self._ended, self.last = self._now(pl_module), time.monotonic()
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            rate, waited = self._count()
+            self.rate = rate
+            pl_module.log("frames_per_s", rate)
+            pl_module.log("data_wait", waited)
+            self._warn(trainer, waited)
+
+    def _warn(self, trainer: pl.Trainer, waited: float) -> None:
+        """Tell, once, that training could be faster: on a GPU, beyond the first batches, which find the loaders starting."""
+        if (
+            waited > MAX_WAIT
+            and not self.warned
+            and trainer.global_step >= PATIENCE
+            and trainer.strategy.root_device.type == "cuda"
+        ):
+            self.warned = True
+            remedy = trainer.datamodule.faster_loading()  # type: ignore[attr-defined]
+            rank_zero_warn(f"the GPU waits for data {waited:.0%} of the time: {remedy}")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock, where the last batch ended: what starts the validation's loaders is no training."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._count(self.last)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock again."""
+        self._start()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the last batches."""
+        self._count()
+
+    def state_dict(self) -> dict[str, float]:
+        """Totals, for a resumed run to go on with."""
+        return {"frames": self.total_frames, "seconds": self.total_s, "waited": self.total_waited_s}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on with the totals of an earlier part of the run."""
+        self.total_frames, self.total_s = int(state_dict["frames"]), state_dict["seconds"]
+        self.total_waited_s = state_dict.get("waited", 0.0)
+
+    @property
+    def average(self) -> float:
+        """Frames a second over the whole training."""
+        return self.total_frames / max(self.total_s, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the whole training that waited for data."""
+        return self.total_waited_s / max(self.total_s, 1e-9)
+
+
+class ConsumedBatches(Callback):
+    """Tell the data module which batches training has used; before the checkpoints, which come last among callbacks."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the batch."""
+        trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+
+
+class ReconstructionPictures(Callback):
+    """Draw one validation utterance, corrupted and reconstructed, after every validation.
+
+    Args:
+        folder: Where ``reconstruction.png`` and one picture a validation go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.batch: Batch | None = None
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first batch."""
+        if batch_idx == 0:
+            self.batch = batch
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw its longest utterance."""
+        path = self.folder / f"reconstruction-step{trainer.global_step:06d}.png"
+        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or path.is_file():
+            return
+        number = int(self.batch["lengths"].argmax())
+        one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
+        view = pl_module.reconstruct(to_device(one, pl_module.device))  # type: ignore[operator]
+        title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
+        plot_reconstruction(view, title, path)
+        with replacing(self.folder / "reconstruction.png") as latest:
+            shutil.copyfile(path, latest)
+        self.batch = None

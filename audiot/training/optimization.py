@@ -1,0 +1,139 @@
+"""Learning-rate schedule and weight-decay groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from audiot.attention import after_step
+from audiot.base.private import clips_unscaled
+
+
+class Schedule(LambdaLR):
+    """Learning rates that are functions of the step alone.
+
+    A checkpoint brings back the step and nothing else: a resumed training has the rates of its own settings, whatever they were
+    before, from its first step on.
+
+    Args:
+        factor: Step, counted from 0 → factor of the learning rate.
+        description: The same in words, after "the learning rate goes …", for a user.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], description: str) -> None:
+        self.description = description
+        super().__init__(optimizer, factor)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 1, in the first group."""
+        return float(self.base_lrs[0] * self.lr_lambdas[0](step - 1))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of a checkpoint; the optimiser's state has to be loaded before."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+
+
+def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportion: float = 0.07) -> Schedule:
+    """Linear warm-up, then linear decay (Devlin et al. 2019, as in Mockingjay).
+
+    With T = ``total_steps``, W = T · ``warmup_proportion`` rounded, and the optimiser's rate r, step s = 1, …, T has the rate
+
+        r · s / W                      in the warm-up, s ≤ W
+        r · (T − s + 1) / (T − W)      after it.
+
+    So steps W and W + 1 have the full rate, the first and the last step have one above 0, and a step T + 1 would have 0.
+
+    Raises:
+        ValueError: ``warmup_proportion`` isn't in [0, 1).
+    """
+    if not 0 <= warmup_proportion < 1:
+        raise ValueError(f"scheduler.warmup_proportion must be in [0, 1), found {warmup_proportion}")
+    warmup_steps = round(total_steps * warmup_proportion)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    description = f"linearly to 0 after step {total_steps:,}"
+    if warmup_steps:
+        description = f"linearly up to step {warmup_steps:,}, then {description}"
+    return Schedule(optimizer, factor, description)
+
+
+def constant(optimizer: Optimizer, total_steps: int) -> Schedule:
+    """The learning rate as it is, from the first step to the last."""
+    return Schedule(optimizer, lambda step: 1.0, f"on as it is to step {total_steps:,}")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; biases, norms and what a mechanism names in ``no_weight_decay`` without.
+
+    Parameters that need no gradient are left out.
+    """
+    decays: dict[nn.Parameter, bool] = {}  # a parameter that two modules share counts once
+    for part in module.modules():
+        exempt: frozenset[str] = getattr(part, "no_weight_decay", frozenset())
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                decays[parameter] = decays.get(parameter, True) and parameter.ndim >= 2 and name not in exempt
+    decayed = [parameter for parameter, decay in decays.items() if decay]
+    plain = [parameter for parameter, decay in decays.items() if not decay]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def configure(
+    module: nn.Module,
+    optimizer: Callable[..., Optimizer],
+    scheduler: Callable[..., LambdaLR],
+    weight_decay: float,
+    total_steps: float,
+) -> dict[str, Any]:
+    """Optimiser and schedule as Lightning's ``configure_optimizers`` returns them.
+
+    A checkpoint brings back what the optimiser has learnt, such as its moments. Its settings stay those that it is made with.
+    The learning rate is the scheduler's: a `Schedule` computes it anew, any other one goes on with the rate of the checkpoint.
+
+    Args:
+        optimizer: Makes an optimiser of parameter groups.
+        scheduler: Makes a schedule of an optimiser and ``total_steps``.
+        total_steps: Optimiser steps of the whole training.
+
+    Raises:
+        ValueError: the training has no fixed number of steps.
+    """
+    if total_steps in (-1, float("inf")):
+        raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
+    built = optimizer(parameter_groups(module, weight_decay))
+    clips_unscaled(built)
+    settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in built.param_groups]
+
+    def with_settings(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        saved = state["param_groups"]
+        if len(saved) != len(settings):  # PyTorch says so
+            return state
+        return state | {"param_groups": [group | own for group, own in zip(saved, settings, strict=True)]}
+
+    built.register_load_state_dict_pre_hook(with_settings)
+    # State of attention mechanisms that no gradient trains, such as centroids.
+    built.register_step_post_hook(lambda *_: after_step(module))
+    schedule = scheduler(built, total_steps=int(total_steps))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def schedule(cfg: DictConfig) -> Any:
+    """The schedule of a config, of an optimiser without a model."""
+    return instantiate(cfg.scheduler)(
+        instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))]), total_steps=cfg.trainer.max_steps
+    )

@@ -1,0 +1,114 @@
+"""Lightning's Trainer as a config asks for it, and whether its steps are compiled."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from audiot.base.devices import fast_precision
+from audiot.training.ddp import warn_of_slow_strategy
+from audiot.training.fsdp import ShardedStrategy
+
+# From so many steps on a run is no short one, for which everything is ready at its first step: a compiled step of a GPU saves
+# some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
+LONG_RUN = 5000
+
+
+def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
+    """Lightning's Trainer with the callbacks and loggers of the config.
+
+    Raises:
+        ValueError: the devices asked for are not there.
+    """
+    asked = f"trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices}"
+    for name in ("val_check_interval", "log_every_n_steps"):
+        if not isinstance(cfg.trainer[name], int | float) or cfg.trainer[name] < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, found {cfg.trainer[name]}")
+    count = cfg.trainer.get("overfit_batches", 0)  # runs of earlier versions have no such key
+    if not isinstance(count, int | float) or count != int(count):
+        raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+        if cfg.trainer.get(name) == 0:
+            raise ValueError(f"trainer.{name}=0 leaves nothing to measure: set at least 1, or null for all")
+    if cfg.trainer.get("barebones"):
+        raise ValueError("trainer.barebones=true switches off metrics and checkpoints: audiot benchmark measures instead")
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if not loggers:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it insists on one
+    for name, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        if cfg.trainer.get(name) is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            start_wandb(logger)
+    options = {"precision": known_precision(cfg.trainer.precision, cfg.trainer.accelerator)} | options
+    try:
+        trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException):
+            raise ValueError(f"{asked}: {error.__cause__}") from error
+        raise
+    if cfg.trainer.accelerator == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+        raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
+    warn_of_slow_strategy(trainer.strategy)
+    return trainer
+
+
+def known_precision(precision: Any, accelerator: str) -> Any:
+    """What Lightning calls a precision; ``auto``: the one that is fast on this machine."""
+    return fast_precision(accelerator) if precision == "auto" else precision
+
+
+def start_wandb(logger: WandbLogger) -> None:
+    """Start a W&B run before anything is computed, and without asking for a key: in a batch job nobody answers.
+
+    Raises:
+        ValueError: W&B refuses, most often because nobody has logged in.
+    """
+    from wandb.errors import Error
+
+    terminal, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        _ = logger.experiment
+    except Error as error:
+        raise ValueError(f"logger=wandb: {error} WANDB_MODE=offline keeps the run on this machine.") from error
+    finally:
+        sys.stdin = terminal
+
+
+def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
+    """Whether ``compile`` of the config means to compile the training step.
+
+    Raises:
+        ValueError: it is none of auto, true, false; or true with parameters that are shared out.
+    """
+    if cfg.compile not in ("auto", True, False):
+        raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
+    sharded = isinstance(trainer.strategy, ShardedStrategy)
+    if sharded and cfg.compile is True:
+        raise ValueError("compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto")
+    if cfg.compile != "auto":
+        return bool(cfg.compile)
+    return not is_short(trainer) and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
+
+
+def is_short(trainer: pl.Trainer) -> bool:
+    """Whether a run has so few steps that it does not pay to compile them."""
+    return 0 <= trainer.max_steps < LONG_RUN  # below 0: as many as its epochs have
+
+
+def wants_graphs(trainer: pl.Trainer) -> bool:
+    """Whether a compiled step may be a CUDA graph: on one GPU or with DDP, where no batch adds to another's gradients."""
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return on_gpu and trainer.accumulate_grad_batches == 1 and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
