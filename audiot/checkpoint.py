@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object, instantiate
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from audiot.base.devices import find_device
 from audiot.base.files import read_json, replacing, write_json
+from audiot.base.parts import FORMAT_VERSION, check_version, make, named, resolved
 from audiot.features import Features
 from audiot.model import Encoder, length_mask
 
-FORMAT_VERSION = 1
+SPARE_BYTES = 2**28  # of tables that a model makes of its config, such as the angles of rotary positions
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,8 +54,8 @@ class AudioEncoder(nn.Module):
     def __init__(self, features: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = {"features": dict(features), "model": dict(model)}
-        self.features: Features = instantiate(features)
-        self.encoder: Encoder = instantiate(model, input_dim=self.features.output_dim, _recursive_=False, _convert_="all")
+        self.features: Features = make(features)
+        self.encoder: Encoder = make(model, input_dim=self.features.output_dim, inside=False)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of every layer. A waveform gives the same ones alone and in a batch.
@@ -105,12 +107,12 @@ def save_encoder(path: str | Path, encoder: AudioEncoder, head: nn.Module | None
         state |= {f"head.{name}": value for name, value in head.state_dict().items()}
     with replacing(path / "model.safetensors") as temporary:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
-    write_json(path / "config.json", {"format_version": FORMAT_VERSION, **encoder.config})
+    write_json(path / "config.json", {"format_version": FORMAT_VERSION, **named(encoder.config)})
 
 
 def load_encoder(
     path: str | Path,
-    trusted: tuple[str, ...] = ("audiot",),
+    trusted: Collection[str] = (),
     head: nn.Module | None = None,
     *,
     compile: bool = False,
@@ -121,7 +123,7 @@ def load_encoder(
 
     Args:
         path: Its folder (``RUN/encoder``).
-        trusted: Packages whose classes the config may name; add your own for your own mechanisms.
+        trusted: Packages from outside audiot whose classes the config may name: those of your own mechanisms.
         head: A reconstruction head to fill with the one that was saved.
         compile: Generate faster code on first use; see `AudioEncoder.compile`.
         dtype: Of the weights and hidden states, float32, bfloat16 or float16, or their names; None: as they were saved. Features
@@ -143,20 +145,16 @@ def load_encoder(
         raise FileNotFoundError(f"no encoder folder at {path}: expected RUN/encoder of a pre-training run")
     if not (path / "config.json").is_file() and (path / "encoder" / "config.json").is_file():
         raise ValueError(f"{path} is a run's folder: its encoder is {path / 'encoder'}")
-    config = read_json(path / "config.json", "encoder config")
-    if not isinstance(config, dict) or not {"format_version", "features", "model"} <= config.keys():
-        raise ValueError(f"{path / 'config.json'} is no audiot encoder's config: format_version, features, model expected")
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {config['format_version']}, this audiot reads {FORMAT_VERSION}: use the one that wrote it"
-        )
-    check_targets(config, trusted, path)
-    encoder = AudioEncoder(config["features"], config["model"])
-    weights = _read_weights(path / "model.safetensors")
-    head_weights = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
-    _fill(encoder, {name: value for name, value in weights.items() if not name.startswith("head.")}, path)
+    config = read_config(path, trusted)
+    weights = Weights(path / "model.safetensors")
+    own = {name: shape for name, shape in weights.shapes.items() if not name.startswith("head.")}
+    check_sizes(lambda: AudioEncoder(**config), config, own, path)
+    encoder = AudioEncoder(**config)
+    tensors = weights.read()
+    _fill(encoder, {name: tensors[name] for name in own}, path)
     if head is not None:
-        _fill(head, head_weights, path)
+        heads = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        _fill(head, heads, path)
     if compile:
         encoder.compile()
     return encoder.eval().to(device=place, dtype=precision)
@@ -174,45 +172,108 @@ def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def check_targets(config: Any, trusted: tuple[str, ...], path: Path) -> None:
-    """Refuse all but modules of trusted packages in a config, which names code to run.
-
-    Args:
-        config: Dicts and lists, at any depth.
-        trusted: Packages.
-        path: Of the config, for errors.
+def read_config(path: Path, trusted: Collection[str]) -> dict[str, Any]:
+    """Arguments of the `AudioEncoder` of a folder.
 
     Raises:
-        ValueError: naming what is refused.
+        ValueError: its ``config.json`` is not an encoder's, is of another version, or holds more than data.
     """
-    if isinstance(config, list):
-        config = dict(enumerate(config))
-    if isinstance(config, dict):
-        if "_target_" in config:
-            _check_target(str(config["_target_"]), trusted, path)
-        for value in config.values():
-            check_targets(value, trusted, path)
+    place = path / "config.json"
+    config = read_json(place, "encoder config")
+    if not {"format_version", "features", "model"} <= config.keys():
+        raise ValueError(f"{place} is no audiot encoder's config: format_version, features, model expected")
+    check_version(config["format_version"], path)
+    if unknown := config.keys() - {"format_version", "features", "model"}:
+        raise ValueError(f"{place} has the key {min(unknown)!r}: expected format_version, features, model")
+    return {name: part_of(config[name], place, trusted, name) for name in ("features", "model")}
 
 
-def _check_target(target: str, trusted: tuple[str, ...], path: Path) -> None:
-    if target.split(".")[0] not in trusted:
-        raise ValueError(f"{path} names {target}, and only {', '.join(trusted)} may be loaded: add its package to `trusted`")
+def part_of(config: Any, where: object, trusted: Collection[str], place: str) -> dict[str, Any]:
+    """`resolved`, of a config that must be a part."""
+    found = resolved(config, where, trusted, place)
+    if not isinstance(found, dict) or "_target_" not in found:
+        raise ValueError(f"{where}: {place} is no part: expected keys, the part's name among them")
+    return found
+
+
+class Weights:
+    """A safetensors file, of which only the header is read at first.
+
+    Attributes:
+        shapes: Name of each tensor → its shape.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated, or of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"no weights at {path}")
+        self.path = path
+        with self._open() as file:
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors."""
+        with self._open() as file:
+            return {name: file.get_tensor(name) for name in self.shapes}
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is truncated or not a safetensors file ({error}): export the encoder again") from error
+
+
+def check_sizes(
+    build: Callable[[], nn.Module], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object
+) -> None:
+    """Refuse a config whose model is not that of the tensors, before anything of its size is allocated.
+
+    Args:
+        build: Builds the model; called where tensors have no memory.
+        config: What it is built of.
+        shapes: Name of each tensor of its file → its shape.
+        where: The file, for errors.
+
+    Raises:
+        ValueError: they differ, or the model needs tables out of all proportion to them.
+    """
+    layers = max([0, *_numbers(config, "num_layers")])
+    if layers > max(1000, len(shapes)):  # shared ones may be more than tensors
+        raise ValueError(f"{where} has {len(shapes)} tensors, which can't be those of num_layers={layers}")
     try:
-        found = get_object(target)  # imports the trusted package alone
-    except ImportError as error:
-        raise ValueError(f"{path} names {target}, which is not there: install the version that wrote it") from error
-    # The name alone says little: a trusted module may have imported anything, `os` say.
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.split(".")[0] in trusted):
-        raise ValueError(f"{path} names {target}, which is no module of {', '.join(trusted)}: use a config that audiot wrote")
+        with torch.device("meta"):
+            model = build()
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, AssertionError) as error:
+        raise ValueError(f"{where}: nothing can be built of its config: {' '.join(str(error).split())[:300]}") from error
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if wanted != shapes:
+        differing = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+        name = differing[0]
+        raise ValueError(
+            f"the weights in {where} do not fit the model: {name} is {_size(shapes.get(name))}, by the config "
+            f"{_size(wanted.get(name))} ({len(differing)} differ): export it again"
+        )
+    spare = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in wanted)
+    limit = SPARE_BYTES + 8 * sum(4 * math.prod(shape) for shape in shapes.values())
+    if spare > limit:
+        raise ValueError(f"{where}: its config asks for tables of {spare:,} bytes, beside weights that justify {limit:,}")
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): export the encoder again") from error
+def _numbers(config: Any, key: str) -> Iterator[int]:
+    """Values of a key, at any depth, that are whole numbers."""
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        if name == key and isinstance(value, int):
+            yield value
+        yield from _numbers(value, key)
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "×".join(map(str, shape)) or "one number"
 
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -18,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiot.base.config import compose_command, flat
+from audiot.base.parts import is_plain
 from audiot.base.quoting import Value, argument, path, quoted
 from audiot.data.labels import survey
 from audiot.data.opening import corpus_folder
 from audiot.data.prepare import ROLES, PreparedCorpus
-from audiot.runs import CONFIG, run_config, run_overrides
+from audiot.runs import choices, has_config, run_config, run_overrides, written_config
 
 CARRIED = re.compile(r"[+~]*(data[=.]|data_dir=|hydra\.searchpath=)")
 RATE = 16000  # Hz, what a corpus is prepared for unless it is told another rate
@@ -43,8 +44,9 @@ def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "ch
     settings = _settings(run)
     if OmegaConf.select(settings, "data.name") in (None, "demo"):  # which is made when it is needed
         return _finetune(DEMO_TASK, encoder, upstream, same_data(run))
-    folder, _, _ = corpus_folder(settings)
-    if not (folder / "corpus.json").is_file():  # its labels are not known
+    known = "_target_" in settings.data.corpus  # else it is of a package from outside audiot
+    folder = corpus_folder(settings)[0] if known else None
+    if folder is None or not (folder / "corpus.json").is_file():  # its labels are not known
         return " ".join(["audiot prepare", *same_data(run)])
     task = fitting_task(PreparedCorpus.load(folder), settings)
     if task is None:
@@ -72,15 +74,15 @@ def same_data(run: Path) -> list[str]:
     one. Relative paths count from the folder where the run was started.
     """
     given = [override for override in run_overrides(run) if CARRIED.match(override)]
-    settings, chosen = _settings(run), _choice(run, "data")
+    settings, chosen = _settings(run), choices(run).get("data")
     if chosen not in (None, "demo") and not any(override.startswith("data=") for override in given):
         given.insert(0, f"data={chosen}")
     arguments = [quoted(override) for override in given]
     try:
-        composed = compose_command("finetune", given)
+        composed = compose_command("finetune", [override for override in given if is_plain(override)])
     except (HydraException, OmegaConfBaseException):  # a run of another version, whose keys are not today's
         return arguments
-    written = flat(settings)
+    written = flat(written_config(run, trusted=None)) if has_config(run) else {}
     for name, raw in flat(composed).items():
         follows = str(raw).startswith("${data") and written.get(name) == raw  # another key of the data
         if not name.startswith("data.") or isinstance(raw, dict) or isinstance(written.get(name, {}), dict):
@@ -123,13 +125,7 @@ def example_files(corpus: PreparedCorpus, task: str, count: int) -> list[Path]:
 
 
 def _settings(run: Path) -> DictConfig:
-    return run_config(run) if (run / CONFIG).is_file() else OmegaConf.create({})
-
-
-def _choice(run: Path, group: str) -> str | None:
-    """The option of a config group that a run was composed of; None where that is not known."""
-    record = run / ".hydra" / "hydra.yaml"
-    return OmegaConf.select(OmegaConf.load(record), f"hydra.runtime.choices.{group}") if record.is_file() else None
+    return run_config(run, trusted=None) if has_config(run) else OmegaConf.create({})
 
 
 @cache

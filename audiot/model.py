@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from audiot.attention import SelfAttention
+from audiot.base.parts import make
 from audiot.layers import LAYER_NORM_EPS, EncoderLayer, norm_dropout
 from audiot.positions import Positions
 
@@ -72,19 +72,19 @@ class Encoder(nn.Module):
         for name, size in (sizes | {"max_frames": max_frames, "chunk_frames": chunk_frames}).items():
             if size is not None and size < 1:
                 raise ValueError(f"model.{name} must be at least 1, found {size}")
-        shape = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
+        shape: dict[str, Any] = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers
         self.pre_norm = norm == "pre"
         self.max_frames = max_frames
         self.chunk_frames = chunk_frames
         self.input = nn.Linear(input_dim, embed_dim)
-        self.positions: Positions = instantiate(positions, **shape)
+        self.positions: Positions = make(positions, **shape)
         self.input_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         layers = [
             EncoderLayer(
-                SelfAttention(embed_dim, num_heads, instantiate(attention, **shape), self.positions),
+                SelfAttention(embed_dim, num_heads, make(attention, **shape), self.positions),
                 embed_dim,
                 ffn_dim,
                 dropout,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -16,6 +15,7 @@ from torchmetrics import MeanMetric
 from audiot.base.config import plain
 from audiot.base.console import say
 from audiot.base.devices import attention_of_any_shape
+from audiot.base.parts import make, named
 from audiot.base.private import compile_ddp_whole
 from audiot.base.streams import key, seed_torch
 from audiot.checkpoint import AudioEncoder, load_encoder
@@ -29,15 +29,19 @@ from audiot.objectives.reconstruction import ReconstructionHead, interpolate_mas
 from audiot.training.accumulation import Mean, WeightedSteps
 from audiot.training.fsdp import gather, is_sharded, release, shard, whole
 from audiot.training.optimization import configure
+from audiot.training.saved import Saved
 
 
-class MaskedAcousticModel(WeightedSteps):
+class MaskedAcousticModel(WeightedSteps, Saved):
     """Pre-train an encoder by reconstructing what was corrupted (Mockingjay, TERA, AudioALBERT).
 
     Args:
         features, model, objective, optimizer, scheduler: Configs, as plain dicts.
         seed: Seed of the dropout; the masks' seed comes with the batches.
     """
+
+    SETTINGS = ("features", "model", "objective")
+    COMMAND = "pretrain"
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class MaskedAcousticModel(WeightedSteps):
         self.save_hyperparameters()
         self.model = AudioEncoder(features, model)
         self.head = ReconstructionHead(self.model.encoder.embed_dim, self.model.features.output_dim)
-        self.objective: Corruption = instantiate(objective)
+        self.objective: Corruption = make(objective)
         self.stack = self.model.features.stack
         self.trained_steps = 0  # of a loaded checkpoint
         self._graphs = False
@@ -73,11 +77,11 @@ class MaskedAcousticModel(WeightedSteps):
         theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # `ShardedStrategy` has loaded its own already
         if theirs is None or {name: value.shape for name, value in theirs.items()} == {n: v.shape for n, v in ours.items()}:
             return
-        saved = checkpoint.get("hyper_parameters", {})
+        saved, ours_named = checkpoint.get("hyper_parameters", {}), named(dict(self.hparams))
         apart = [
             f"{part}.{name}={value} (the checkpoint has {saved[part].get(name)})"
             for part in ("features", "model")
-            for name, value in self.hparams[part].items()
+            for name, value in ours_named[part].items()
             if part in saved and saved[part].get(name) != value
         ]
         raise ValueError(f"the checkpoint is of another model: {', '.join(apart) or 'its parameters have other names or shapes'}")
@@ -226,8 +230,8 @@ class MaskedAcousticModel(WeightedSteps):
         """Optimiser and schedule over ``trainer.max_steps``."""
         return configure(
             self,
-            instantiate(self.hparams["optimizer"]),
-            instantiate(self.hparams["scheduler"]),
+            make(self.hparams["optimizer"]),
+            make(self.hparams["scheduler"]),
             self.hparams["optimizer"].get("weight_decay", 0.0),
             self.trainer.estimated_stepping_batches,
         )

@@ -1,28 +1,39 @@
 """What a run's folder is: its config, its checkpoints, whether it is finished, and how it goes on.
 
-A run's config is what it was started with (``.hydra/config.yaml``, ``.hydra/overrides.yaml``) and every override since: those
-of each resume are added to ``.hydra/resumes.yaml``. Whoever asks here gets all of them.
+A run's config is what it was started with (``config.yaml``; on the command line, ``.hydra/overrides.yaml``) and every override
+since: those of each resume are added to ``.hydra/resumes.yaml``. Whoever asks here gets all of them. A run's files are data,
+whoever made them: they name parts by the config groups, and nothing in them is computed or run.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import DictConfig, OmegaConf
 
 from audiot.base.config import check_type, flat, parse
-from audiot.base.files import read_json, replacing_text
+from audiot.base.files import read_json, read_yaml, replacing_text
 from audiot.base.groups import groups, nearest
+from audiot.base.parts import FORMAT_VERSION, check_version, is_plain, named, resolved
 from audiot.base.quoting import argument
 
-CONFIG, OVERRIDES, RESUMES = ".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
+CONFIG, OVERRIDES, RESUMES = "config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
+FIRST_CONFIG = ".hydra/config.yaml"  # of runs of the first format, which Hydra wrote
+HEADER = "# What this run was started with. audiot reads it again; .hydra/ holds what Hydra notes of it.\n"
+DATA_DIR = "${oc.env:AUDIOT_DATA,data}"  # where corpora are, unless a config says otherwise
+COMPUTED = (  # what audiot's config files computed in the first format
+    DATA_DIR,
+    "${frames:${data.crop_s},${features}}",
+    "${oc.select:data.trials,null}",
+    "${oc.decode:${oc.env:SLURM_JOB_NUM_NODES,1}}",
+)
 CHANGEABLE = re.compile(
     r"trainer\.(max_steps|max_time|val_check_interval|limit_val_batches|log_every_n_steps|gradient_clip_val|gradient_clip_algorithm"
     r"|enable_(checkpointing|progress_bar|model_summary)|accelerator|devices|num_nodes|precision|strategy(\..+)?|profiler|detect_anomaly|deterministic|benchmark)"
@@ -33,62 +44,149 @@ CHANGEABLE = re.compile(
 FROM_ENCODER = ("data", "objective", "seed")  # what a new run that starts from the encoder may have otherwise
 
 
-def run_config(run: Path, when: str | None = None, key: str = "run") -> DictConfig:
-    """The config that a run has now, in its folder as it is named here.
+def write_config(cfg: DictConfig, run: Path) -> None:
+    """Write the config of a run that begins: as it was composed, its parts by name.
+
+    Keys that refer to others of the config still do, so that they follow what a resume changes; what is computed, such as
+    ``model.max_frames``, is written as its value. Where the run is, and where corpora are by default, is not written.
+    """
+    tree = _literal(cfg)
+    for name in ("run_dir", "trusted"):
+        tree.pop(name, None)
+    if OmegaConf.to_container(cfg).get("data_dir") == DATA_DIR:  # type: ignore[union-attr]
+        del tree["data_dir"]
+    with replacing_text(run / CONFIG) as stream:
+        stream.write(HEADER)
+        yaml.safe_dump({"format_version": FORMAT_VERSION, **named(tree)}, stream, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _literal(node: Any) -> Any:
+    """A config as plain dicts and lists, without the texts that are computed."""
+    found: Any = OmegaConf.to_container(node)
+    for key, value in list(enumerate(found) if isinstance(found, list) else found.items()):
+        if isinstance(value, (dict, list)):
+            found[key] = _literal(node[key])
+        elif isinstance(value, str) and not is_plain(value):
+            found[key] = OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
+    return found
+
+
+def run_config(run: Path, when: str | None = None, key: str = "run", trusted: Collection[str] | None = ()) -> DictConfig:
+    """The config that a run has now, in its folder as it is named here: plain values, nothing of which is computed any more.
 
     Args:
         run: The run's folder.
         when: ``data.prepare.when`` instead of the run's, for a command that uses its data as they were: ``check`` or ``keep``.
         key: The argument that named it, for errors.
+        trusted: Packages from outside audiot whose parts it may name; None: such parts are not to be built.
 
     Raises:
         FileNotFoundError: no run is there.
-        ValueError: a file is damaged, or ``when`` is another word.
+        ValueError: a file is damaged or holds more than data, or ``when`` is another word.
     """
     if when not in (None, "check", "keep"):
         raise ValueError(f"data.prepare.when must be check or keep here, as a run's figures are of its own data, found {when!r}")
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(f"{key}={run}: no run there ({run / CONFIG} is missing)")
-    cfg = _read(run / CONFIG, DictConfig)
-    for override in parse(_added(_resumes(run))):
-        OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
-    cfg.run_dir = str(run)
+    cfg = written_config(run, key, trusted)
     if when is not None:
         OmegaConf.update(cfg, "data.prepare.when", when, force_add=True)
+    return _computed(cfg, run)
+
+
+def check_config(cfg: DictConfig, where: object, trusted: Collection[str]) -> None:
+    """Refuse a config, composed of overrides that a file has, which is more than data.
+
+    Raises:
+        ValueError: it computes something that audiot's config files don't, or names a part that may not be built.
+    """
+    tree = OmegaConf.to_container(cfg)
+    assert isinstance(tree, dict)
+    del tree["run_dir"]
+    resolved(tree, where, trusted, references=True, known=COMPUTED)
+
+
+def has_config(run: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (run / CONFIG).is_file() or (run / FIRST_CONFIG).is_file()
+
+
+def written_config(run: Path, key: str = "run", trusted: Collection[str] | None = ()) -> DictConfig:
+    """The config of a run as its files say it, with the changes of its resumes; keys may refer to other keys.
+
+    Arguments and errors are those of `run_config`.
+    """
+    if not has_config(run):
+        raise FileNotFoundError(f"{key}={run}: no run there ({run / CONFIG} is missing)")
+    first = not (run / CONFIG).is_file()
+    path = run / (FIRST_CONFIG if first else CONFIG)
+    tree = _read(path, dict)
+    if first:  # as Hydra wrote it, with what audiot's config files computed
+        tree.pop("run_dir", None)
+        tree.pop("trusted", None)
+    else:
+        check_version(tree.pop("format_version", None), path)
+    cfg = OmegaConf.create(
+        {"data_dir": DATA_DIR} | resolved(tree, path, trusted, references=True, known=COMPUTED if first else ())
+    )
+    for override in parse(_added(_resumes(run))):
+        name = override.get_key_element()
+        if not CHANGEABLE.fullmatch(name):
+            raise ValueError(f"{run / RESUMES} changes {name}, which no resume can")
+        value = override.value()
+        OmegaConf.update(cfg, name, resolved(value, run / RESUMES, trusted, name.split(".")[-1], references=True), merge=True)
+    cfg.trusted = list(trusted or ())
+    cfg.run_dir = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(run))  # a path is no reference, whatever its characters
     return cfg
+
+
+def _computed(cfg: DictConfig, run: Path) -> DictConfig:
+    """A config whose references are replaced by what they refer to; those of the probes stay, whose paths are quoted later."""
+    found = cfg.copy()
+    probes = found.pop("probes", None)
+    OmegaConf.resolve(found)
+    if "${" in OmegaConf.to_yaml(found) and "${" not in str(run):
+        raise ValueError(f"{run}: its config makes references of references: nothing that audiot wrote does")
+    if probes is not None:
+        found.probes = probes
+    return found
 
 
 def run_overrides(run: Path) -> list[str]:
     """The command line that would start a run as it is now; nothing where that is not known."""
-    started: Any = OmegaConf.to_container(_read(run / OVERRIDES, ListConfig)) if (run / OVERRIDES).is_file() else []
+    started = _read(run / OVERRIDES, list) if (run / OVERRIDES).is_file() else []
     overrides = [str(override) for override in started]
     for added in _added(_resumes(run)):
         overrides = [*(override for override in overrides if _name(override) != _name(added)), added]
     return overrides
 
 
+def choices(run: Path) -> dict[str, str]:
+    """Config group → the option that a run was composed of; nothing where that is not known."""
+    record = run / ".hydra" / "hydra.yaml"
+    found = _read(record, dict) if record.is_file() else {}
+    for key in ("hydra", "runtime", "choices"):
+        found = found.get(key) if isinstance(found, dict) else None
+    options = found.items() if isinstance(found, dict) else ()
+    return {str(group): option for group, option in options if isinstance(option, str) and re.fullmatch(r"[\w/-]+", option)}
+
+
 def _name(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+")
 
 
-def _read(path: Path, kind: type[DictConfig] | type[ListConfig]) -> Any:
+def _read(path: Path, kind: type[Any]) -> Any:
     """A YAML file of a run, which holds keys or a list."""
-    try:
-        content = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
-    if not content:  # an empty file
-        empty: Any = {} if kind is DictConfig else []
-        return OmegaConf.create(empty)
+    content = read_yaml(path)
+    if content is None:  # an empty file
+        return kind()
     if not isinstance(content, kind):
-        raise ValueError(f"{path} is not a run's: expected {'keys' if kind is DictConfig else 'a list'}")
+        raise ValueError(f"{path} is not a run's: expected {'keys' if kind is dict else 'a list'}")
     return content
 
 
 def _resumes(run: Path) -> list[dict[str, Any]]:
     """Every resume that changed something: the ``step`` from which, and the ``overrides`` of its command line."""
     path = run / RESUMES
-    resumes: Any = OmegaConf.to_container(_read(path, ListConfig)) if path.is_file() else []
+    resumes = _read(path, list) if path.is_file() else []
     for resume in resumes:
         overrides = resume.get("overrides") if isinstance(resume, dict) else None
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
@@ -190,7 +288,7 @@ class Resumed:
         if self.changes:
             resumes = [*self.earlier, {"step": step_of(self.checkpoint), "overrides": self.changes}]
             with replacing_text(self.run / RESUMES) as stream:
-                stream.write(OmegaConf.to_yaml(OmegaConf.create(resumes)))
+                yaml.safe_dump(resumes, stream, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def resume(folder: str, arguments: list[str]) -> Resumed:
@@ -205,11 +303,13 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         ValueError: an override can't be applied, or the run is finished or further than it is to go.
     """
     run = _folder(folder)
-    before = run_config(run, key="resume")
+    trusted: Any = next((override.value() for override in parse([each for each in arguments if each.startswith("trusted=")])), [])
+    written = written_config(run, "resume", trusted)
+    before = _computed(written, run)
     if "resume" not in before:
         raise ValueError(f"resume={run}: not a pre-training run; only those can be resumed")
-    before.resume = str(run)
-    config, known, given, changes = before.copy(), flat(before), run_overrides(run), []
+    known, given, changes = flat(before), run_overrides(run), []
+    arguments = [each for each in arguments if not each.startswith("trusted=")]
     for flag in arguments:
         if flag.startswith("-"):
             raise ValueError(f"resume={run}: {flag} has no effect on one run that goes on; drop it")
@@ -218,8 +318,9 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         if text in given and not _is_single(override, known):  # a group's option as it was
             continue
         name = _checked(run, override, known)
-        OmegaConf.update(config, name, override.value(), merge=True)
-        was, is_now = (OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, config))
+        was = OmegaConf.select(before, name, throw_on_resolution_failure=False)
+        OmegaConf.update(written, name, override.value(), merge=True)
+        is_now = OmegaConf.select(written, name, throw_on_resolution_failure=False)
         if was == is_now:
             continue
         if not CHANGEABLE.fullmatch(name):
@@ -228,6 +329,8 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
             raise ValueError(f"{text} can't change on resume: the run has {was}; {remedy}")
         check_type(name, was, is_now)
         changes.append(text)
+    config = _computed(written, run)
+    before.resume = config.resume = str(run)
     checkpoint = newest_checkpoint(run)
     step, last = step_of(checkpoint), config.trainer.max_steps
     if not isinstance(last, int) or last < step:

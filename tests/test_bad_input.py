@@ -81,7 +81,7 @@ PRETRAIN = {
     "no GPU": ("trainer.accelerator=gpu", "trainer.accelerator=gpu trainer.devices=1: No supported gpu backend found!"),
     "accelerator": ("trainer.accelerator=foo", "You selected an invalid accelerator name: `accelerator='foo'`."),
     "init": ("init=nowhere", "no encoder folder at nowhere: expected RUN/encoder of a pre-training run"),
-    "resume": ("resume=nowhere", "resume=nowhere: no run there (nowhere/.hydra/config.yaml is missing)"),
+    "resume": ("resume=nowhere", "resume=nowhere: no run there (nowhere/config.yaml is missing)"),
     "data folder": ("data_dir=/proc/nowhere", "[Errno 2] No such file or directory: '/proc/nowhere'"),
 }
 
@@ -211,10 +211,10 @@ def test_training_that_diverges_is_no_result(made, tmp_path):
 
 
 def test_another_run_in_the_folder_of_one_is_refused_and_leaves_it_as_it_is(made):
-    config = (made.run / ".hydra" / "config.yaml").read_bytes()
+    config = (made.run / "config.yaml").read_bytes()
     message = refusal("pretrain", *TINY, "seed=5", f"hydra.run.dir={made.run}")
     assert message.startswith(f"{made.run} holds a run already: resume={made.run} goes on with it")
-    assert (made.run / ".hydra" / "config.yaml").read_bytes() == config
+    assert (made.run / "config.yaml").read_bytes() == config
 
 
 # Runs and checkpoints
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_of_a_probe(made, tmp_path):
 @pytest.mark.parametrize("command", ["evaluate", "analyze"])
 def test_a_folder_that_is_no_run(made, command):
     for folder in ("nowhere", made.encoder):
-        assert refusal(command, f"run={folder}") == f"run={folder}: no run there ({folder}/.hydra/config.yaml is missing)"
+        assert refusal(command, f"run={folder}") == f"run={folder}: no run there ({folder}/config.yaml is missing)"
 
 
 def test_an_utterance_that_is_not_there(made):

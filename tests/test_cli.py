@@ -211,7 +211,7 @@ def test_a_shell_completes_commands_groups_and_keys():
 
 def test_pretraining_leaves_a_whole_run_behind(made):
     for name in (
-        ".hydra/config.yaml",
+        "config.yaml",
         "train.log",
         "metrics.csv",
         "summary.json",
@@ -281,9 +281,9 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
 def without_probes(made, folder, kept, missing):
     """A copy of the pre-training run with probes of these names alone, the latter not done yet."""
     copy_run(made, folder)
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    config = OmegaConf.load(folder / "config.yaml")
     config.probes = {name: config.probes[name] for name in (*kept, *missing)}
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    OmegaConf.save(config, folder / "config.yaml")
     summary = {name: value for name, value in read(folder / "summary.json").items() if not name.startswith("probe/")}
     (folder / "summary.json").write_text(json.dumps(summary))
     for name in missing:
@@ -342,8 +342,8 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp
 def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
     folder, names = tmp_path / "run", ["probe/phone/encoder", "probe/phone/random"]
     without_probes(made, folder, [], names)
-    config = (folder / ".hydra" / "config.yaml").read_text()
-    (folder / ".hydra" / "config.yaml").write_text(config.replace("trainer.max_steps=2", "trainer.max_steps=1000000"))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("trainer.max_steps=2", "trainer.max_steps=1000000"))
     process = subprocess.Popen(
         [sys.executable, "-m", "audiot.cli", "pretrain", f"resume={folder}", "probe_jobs=2"],
         stdout=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ from test_cli import last_line, run, succeed
 from audiot.base.quoting import argument, override
 from audiot.data.opening import open_corpus
 from audiot.following import finetune_command
+from audiot.runs import write_config
 
 RATE = 16000
 MODEL = ["model.num_layers=1", "model.embed_dim=16", "model.num_heads=2", "model.ffn_dim=32"]
@@ -44,7 +45,7 @@ def recorded(folder, overrides):
         cfg.pop("hydra")
         cfg.run_dir = "set by evaluate"
     (folder / ".hydra").mkdir(parents=True)
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    write_config(cfg, folder)
     OmegaConf.save(OmegaConf.create(list(overrides)), folder / ".hydra" / "overrides.yaml")
     OmegaConf.save(OmegaConf.create({"hydra": {"runtime": {"choices": choices}}}), folder / ".hydra" / "hydra.yaml")
     return cfg

@@ -247,7 +247,7 @@ def test_seed_changes_the_training(pretraining, unbroken, tmp_path):
 
 
 def test_a_checkpoint_gives_the_module_without_its_configs(pretraining, unbroken):
-    model = MaskedAcousticModel.load_from_checkpoint(unbroken[0] / "step=9.ckpt", weights_only=False)
+    model = MaskedAcousticModel.from_checkpoint(unbroken[0] / "step=9.ckpt")
     assert model.trained_steps == 9
     batch = first_batch(pretraining)
     trained = pretraining.module()

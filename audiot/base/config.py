@@ -19,6 +19,22 @@ from audiot.base.quoting import argument
 OF_SEVERAL_TYPES = ("trainer.devices", "trainer.fast_dev_run", "trainer.limit_val_batches", "trainer.overfit_batches")
 
 
+def frames(duration_s: float | None, features: DictConfig) -> int:
+    """Encoder frames of so many seconds, at least one; what is wrong with the features is for them to say."""
+    if duration_s is None:
+        raise ValueError("data.crop_s=null leaves the longest input open: set model.max_frames")
+    if "hop_length" in features:
+        window, hop = features.win_length, features.hop_length
+    else:  # Kaldi's
+        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    if features.get("center"):  # each utterance is reflected by a window in all
+        window = 0
+    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
+
+
+OmegaConf.register_new_resolver("frames", frames, replace=True)
+
+
 def parse(overrides: list[str]) -> list[Override]:
     """Overrides as Hydra reads them.
 

@@ -6,10 +6,13 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 
 def printable(name: str) -> str:
@@ -96,3 +99,52 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a readable {what}: a JSON object was expected, found {type(found).__name__}")
     return found
+
+
+MOST_YAML = 2**20  # bytes: a config has some thousand
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as Hydra reads it, of plain data alone: no tags, no aliases, no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):  # which can make a few lines as large as one likes
+            raise yaml.YAMLError(f"an alias in line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(  # numbers such as 1e-3, which YAML 1.1 takes for text
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+([eE][-+]?[0-9]+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file of plain data; None where it is empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, or holds tags, aliases, a key twice, or more than a config can.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        if path.stat().st_size > MOST_YAML:
+            raise ValueError(f"larger than {MOST_YAML:,} bytes")
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable: {' '.join(str(error).split())[:300]}") from error

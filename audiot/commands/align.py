@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.min_silence_s < 0:
         raise ValueError(f"min_silence_s must be at least 0, found {cfg.min_silence_s}")
     run = Path(cfg.run)
-    classifier = load_classifier(run, cfg.device, tuple(cfg.trusted))
+    classifier = load_classifier(run, cfg.device, cfg.trusted)
     labels = token_labels(run, classifier, cfg.lexicon)
     corpus = open_corpus(cfg)
     if corpus.sample_rate != classifier.sample_rate:

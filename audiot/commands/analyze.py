@@ -15,23 +15,22 @@ from audiot.attention.synthesizer_random import SynthesizerRandom
 from audiot.base.console import say
 from audiot.base.files import read_json
 from audiot.base.quoting import argument
-from audiot.commands.evaluate import load_pretraining
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options, open_corpus
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
-from audiot.runs import run_config
+from audiot.runs import newest_checkpoint, run_config
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Draw curves, probes, an utterance's reconstruction, its attention, keys and tables beside the untrained model's."""
     run = Path(cfg.run)
-    settings = run_config(run, cfg.data.prepare.when)
+    settings = run_config(run, cfg.data.prepare.when, trusted=cfg.trusted)
     if "downstream" in settings:
         raise ValueError(f"run={run} is a run of finetune, analyze draws runs of pretrain: see {run / 'confusion.png'}")
-    module = load_pretraining(run).eval()
+    module = MaskedAcousticModel.from_checkpoint(newest_checkpoint(run), cfg.trusted)
     data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     batch = utterance(data, cfg.utterance)
     plots = run / "plots"

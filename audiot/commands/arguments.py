@@ -102,6 +102,12 @@ def extract(arguments: list[str]) -> argparse.Namespace:
         help="shards K, K + N, … only: N processes, on any GPUs and machines, share the work",
     )
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
+    parser.add_argument(
+        "--sources",
+        default="file,memory",
+        metavar="KIND,…",
+        help="audio sources that a manifest may name; url and command (run in a shell) for manifests that you trust",
+    )
     options = parser.parse_args(arguments)
     for name, size in {"batch-s": options.batch_s, "shard-mb": options.shard_mb}.items():
         if size is not None and not size > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from audiot.data.opening import data_options, open_corpus
 from audiot.downstream.module import DownstreamModule
 from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel
-from audiot.runs import check_archive, newest_checkpoint, run_config
+from audiot.runs import newest_checkpoint, run_config
 from audiot.training.callbacks import ProgressBar
 from audiot.training.trainer import known_precision
 
@@ -26,7 +27,7 @@ from audiot.training.trainer import known_precision
 def main(cfg: DictConfig) -> None:
     """Print what was measured then and now; now's figures go to ``evaluation.json`` in the run's folder."""
     run = Path(cfg.run)
-    settings = run_config(run, cfg.data.prepare.when)
+    settings = run_config(run, cfg.data.prepare.when, trusted=cfg.trusted)
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         precision=known_precision(cfg.precision or settings.trainer.precision, cfg.accelerator),
@@ -37,10 +38,10 @@ def main(cfg: DictConfig) -> None:
         enable_model_summary=False,
     )
     if (run / "metrics.json").is_file():
-        then, now = read_json(run / "metrics.json", "metrics"), evaluate_downstream(trainer, settings, run)
+        then, now = read_json(run / "metrics.json", "metrics"), evaluate_downstream(trainer, settings, run, cfg.trusted)
     else:
         then = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
-        now = evaluate_pretraining(trainer, settings, run)
+        now = evaluate_pretraining(trainer, settings, run, cfg.trusted)
     for folder in dict.fromkeys((run, Path(cfg.run_dir))):  # there, a sweep over runs finds it
         write_json(folder / "evaluation.json", now)
     rows = {name: f"{value:.4f}   (then {then[name]:.4f})" if name in then else f"{value:.4f}" for name, value in now.items()}
@@ -50,23 +51,17 @@ def main(cfg: DictConfig) -> None:
         say(f"next:   {finetune_command(run)}")
 
 
-def load_pretraining(run: Path) -> MaskedAcousticModel:
-    """The module of a pre-training run's latest checkpoint."""
-    return MaskedAcousticModel.load_from_checkpoint(newest_checkpoint(run), map_location="cpu", weights_only=False)
-
-
-def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, float]:
+def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path, trusted: Collection[str]) -> dict[str, float]:
     """Validation L1 beside both baselines."""
-    module = load_pretraining(run)
+    module = MaskedAcousticModel.from_checkpoint(newest_checkpoint(run), trusted)
     data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
     (metrics,) = trainer.validate(module, data, verbose=False)
     return {name: value for name, value in metrics.items() if name.startswith("pretrain/")}
 
 
-def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path) -> dict[str, Any]:
+def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path, trusted: Collection[str]) -> dict[str, Any]:
     """Test metrics of the best checkpoint."""
-    path = check_archive(run / "checkpoints" / "best.ckpt")
-    module = DownstreamModule.load_from_checkpoint(path, map_location="cpu", weights_only=False)
+    module = DownstreamModule.from_checkpoint(run / "checkpoints" / "best.ckpt", trusted)
     data = task_data(settings, open_corpus(settings, run), module.upstream.features)
     if data.classes != module.hparams["classes"]:
         raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")

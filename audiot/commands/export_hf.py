@@ -19,12 +19,12 @@ from audiot.checkpoint import AudioEncoder, load_encoder
 from audiot.following import demo_command, finetune_command
 from audiot.interop.hf_model import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
-from audiot.runs import CONFIG, run_config
+from audiot.runs import choices, has_config, run_config
 
 from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.interop.hf_model, which says how to install it
 
 USAGE = """import torch, transformers
-import audiot.interop.hf_model  # pip install 'audiot[hf]': makes the model type known to transformers
+import audiot.huggingface  # pip install 'audiot[hf]': makes the model type known to transformers
 
 model = transformers.AutoModel.from_pretrained({literal}).eval()  # a folder, or USER/{name} on the hub
 extractor = transformers.AutoFeatureExtractor.from_pretrained({literal})
@@ -68,7 +68,7 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> tuple[
         encoder = encoder / "encoder"
     loaded = load_encoder(encoder)
     parent = encoder.absolute().parent
-    run = parent if any((parent / name).is_file() for name in (CONFIG, "summary.json")) else None
+    run = parent if has_config(parent) or (parent / "summary.json").is_file() else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -91,7 +91,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         run: The run's folder; what it does not hold is left out.
         license_id: The licence of the weights, or None.
     """
-    settings = run_config(run) if run and (run / CONFIG).is_file() else None
+    settings = run_config(run, trusted=None) if run and has_config(run) else None
     summary = read_json(run / "summary.json", "summary") if run and (run / "summary.json").is_file() else {}
     corpus = _select(settings, "data.name") or "its corpus"
     lines, results = _figures(run, summary, corpus)
@@ -115,9 +115,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
     usage = USAGE.format(
         name=name, literal=literal, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
     )
-    hydra = run / ".hydra" / "hydra.yaml" if run else None
-    choices = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.choices") if hydra and hydra.is_file() else None
-    training = _training(settings, choices or {}, summary)
+    training = _training(settings, choices(run) if run else {}, summary)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from audiot.base.files import name_text, printable
 from audiot.base.private import compile_error
 from audiot.checkpoint import DTYPES
 from audiot.data.audio import AudioFile, BadAudioError, audio_files
-from audiot.data.corpora.manifest import ManifestCorpus
+from audiot.data.corpora.manifest import SAFE_SOURCES, ManifestCorpus
 from audiot.data.datamodule import PreparedPieces
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
@@ -33,13 +33,13 @@ def main(options: argparse.Namespace) -> None:
     """Extract; what can't be used is listed at the end, and the exit code is then 1."""
     device = find_device(options.device, f"no device {options.device!r} here")
     on_gpu = device.type == "cuda"
-    upstream = open_upstream(options.upstream, options.encoder, ("audiot", *options.trust))
+    upstream = open_upstream(options.upstream, options.encoder, options.trust)
     if options.compile and not isinstance(upstream, EncoderUpstream):
         raise ValueError(f"--compile is for audiot's own encoders, not --upstream {options.upstream}: leave it out")
     compute_dtype = options.compute_dtype or ("bfloat16" if on_gpu else "float32")
     layers = chosen_layers(options.layers, upstream.num_states)
     failures: Failures = {}
-    utterances = usable(find_utterances(options.data, failures), upstream.features, failures)
+    utterances = usable(find_utterances(options.data, failures, options.sources.split(",")), upstream.features, failures)
     if not utterances:
         raise ValueError(f"no utterance can be used, the first because: {next(iter(failures.values()))}")
     frame_bytes = len(layers) * upstream.state_dim * DTYPES[options.dtype].itemsize
@@ -112,7 +112,7 @@ def _report(
         print(f"        states[{name!r}]  # ({shape}), a frame every {settings['frame_shift_ms']:g} ms")
 
 
-def find_utterances(names: Sequence[str], failures: Failures) -> list[Utterance]:
+def find_utterances(names: Sequence[str], failures: Failures, sources: Sequence[str] = SAFE_SOURCES) -> list[Utterance]:
     """The utterances of files, folders, manifests and prepared corpora, in order; what can't be opened goes to ``failures``.
 
     The id of a file is its path below the folder that was named, without suffix; of a file that was named itself, its name.
@@ -134,7 +134,7 @@ def find_utterances(names: Sequence[str], failures: Failures) -> list[Utterance]
             prepared = (path.parent / "corpus.json").is_file() and split in PreparedCorpus.load(path.parent).counts
             if prepared:
                 PreparedCorpus.load(path.parent).check_audio()
-            own = list(_prepared(path.parent, split) if prepared else _listed(path, failures))
+            own = list(_prepared(path.parent, split) if prepared else _listed(path, failures, sources))
         else:
             own = _files(name, failures)
         for utterance in own:
@@ -150,9 +150,9 @@ def _prepared(directory: Path, split: str) -> Iterator[Utterance]:
         yield Utterance(piece.id, piece.path, piece.num_samples, piece.sampling_rate, prepared=True)
 
 
-def _listed(path: Path, failures: Failures) -> Iterator[Utterance]:
+def _listed(path: Path, failures: Failures, sources: Sequence[str]) -> Iterator[Utterance]:
     rejected: list[tuple[str, str]] = []
-    cuts = ManifestCorpus(path)._read(path, rejected, progress=True)
+    cuts = ManifestCorpus(path, sources=sources)._read(path, rejected, progress=True)
     failures.update(rejected)
     for cut in cuts.values():
         if not cut.has_recording:
@@ -183,7 +183,7 @@ def _header(path: str) -> tuple[int, int] | str:
         return str(reason)
 
 
-def open_upstream(kind: str, path: str, trusted: tuple[str, ...]) -> Upstream:
+def open_upstream(kind: str, path: str, trusted: Collection[str]) -> Upstream:
     """An upstream of a kind: ``checkpoint`` (a run's folder will do), ``s3prl`` or ``hf``, on the CPU."""
     if kind == "s3prl":
         from audiot.interop.s3prl import upstream

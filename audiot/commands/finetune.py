@@ -26,6 +26,7 @@ from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
 from audiot.following import example_files
+from audiot.runs import write_config
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.trainer import make_trainer
 
@@ -34,6 +35,7 @@ BEST = Path("checkpoints") / "best.ckpt"
 
 def main(cfg: DictConfig) -> float:
     """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
+    write_config(cfg, Path(cfg.run_dir))
     metrics = finetune(cfg)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
@@ -150,7 +152,7 @@ def test(
     trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path | None
 ) -> dict[str, Any]:
     """Test metrics of a checkpoint; None: of the module as it is."""
-    (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=False, verbose=False)
+    (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return dict(metrics)
 
 
@@ -199,14 +201,16 @@ def _control_config(cfg: DictConfig, control: Upstream, folder: Path) -> DictCon
     with open_dict(changed):
         changed.run_dir, changed.compare, changed.logger = str(folder), False, {}
         if isinstance(control, FeaturesUpstream):
-            changed.upstream = {"_target_": "audiot.downstream.upstream.FeaturesUpstream", **control.config}
-            del changed.upstream["kind"]
+            changed.upstream = control.config
             changed.downstream.head = OmegaConf.merge(cfg.downstream.head, cfg.downstream.features_control.head)
             changed.downstream.update({"layers": "last", "train_encoder": False, "top_layers": None, "cache": False})
         else:
-            changed.upstream = {"_target_": "audiot.downstream.upstream.untrained", "upstream": cfg.upstream, "seed": cfg.seed}
-    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(changed, folder / ".hydra" / "config.yaml")
+            changed.upstream = {
+                "_target_": "audiot.downstream.upstream.untrained_upstream",
+                "upstream": cfg.upstream,
+                "seed": cfg.seed,
+            }
+    write_config(changed, folder)
     return changed
 
 

@@ -41,22 +41,6 @@ PLACES = ("hydra.run.dir", "hydra.sweep.dir")
 ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
 
 
-def frames(duration_s: float | None, features: DictConfig) -> int:
-    """Encoder frames of so many seconds, at least one; what is wrong with the features is for them to say."""
-    if duration_s is None:
-        raise ValueError("data.crop_s=null leaves the longest input open: set model.max_frames")
-    if "hop_length" in features:
-        window, hop = features.win_length, features.hop_length
-    else:  # Kaldi's
-        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
-    if features.get("center"):  # each utterance is reflected by a window in all
-        window = 0
-    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
-
-
-OmegaConf.register_new_resolver("frames", frames, replace=True)
-
-
 def run(command: str, arguments: list[str], program: str | None = None) -> None:
     """Compose a command's config and run it; ``resume=RUN`` takes the run's own config instead.
 
@@ -140,10 +124,10 @@ def no_failed_start(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        begun = {".hydra", "train.log", "data.json"}
+        begun = {".hydra", "train.log", "data.json", "config.yaml"}
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            for name in ("train.log", "data.json"):
+            for name in begun - {".hydra"}:
                 (folder / name).unlink(missing_ok=True)
             above = [folder.parent, folder.parent.parent]  # outputs/pretrain/DATE
             for empty in (folder, *(above if [path.name for path in above] == [command, "outputs"] else [])):

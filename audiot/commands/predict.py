@@ -19,7 +19,7 @@ from audiot.downstream.verification import Verification
 
 def main(options: argparse.Namespace) -> None:
     """Print a prediction a file, in the order given; files that can't be used are listed at the end, and the exit code is 1."""
-    classifier = load_classifier(options.run, options.device, ("audiot", *options.trust))
+    classifier = load_classifier(options.run, options.device, options.trust)
     paths = [path for name in options.files for path in audio_files(name)]
     pairs = isinstance(classifier.objective, Verification) and not options.json
     if pairs and len(paths) < 2:

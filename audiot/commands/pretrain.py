@@ -26,7 +26,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import note_data, open_corpus
 from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel, build, open_data
-from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of
+from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of, write_config
 from audiot.training.callbacks import Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
@@ -52,9 +52,11 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     corpus = open_corpus(cfg, None if resumed is None else run)
     if resumed is None:
         note_data(cfg, corpus)
+        if trainer.is_global_zero:
+            write_config(cfg, run)
     say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
-    probes = probe_configs(cfg, run) if cfg.probe else {}
+    probes = probe_configs(cfg, run, trusted=None if resumed is None else cfg.trusted) if cfg.probe else {}
     check_probes(probes, corpus)
     if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
         warm_up()
@@ -154,7 +156,7 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
 
     trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
     try:
-        trainer.fit(module, data, ckpt_path=resumed.checkpoint, weights_only=False)
+        trainer.fit(module, data, ckpt_path=resumed.checkpoint, weights_only=True)
     except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
         if accepted or isinstance(error, torch.OutOfMemoryError):
             raise

@@ -6,7 +6,7 @@ import gc
 import io
 import logging
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
@@ -26,15 +26,20 @@ from audiot.base.quoting import override, quoted
 from audiot.commands.finetune import finetune
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
 from audiot.following import same_data
-from audiot.runs import Interrupted
+from audiot.runs import Interrupted, check_config, write_config
 
 MOST_ON_GPU = 8  # probes at a time
 GPU_BYTES = 8 * 2**30  # free memory for each of them
 SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
 
 
-def probe_configs(cfg: DictConfig, run: Path) -> dict[str, DictConfig]:
+def probe_configs(cfg: DictConfig, run: Path, trusted: Collection[str] | None = None) -> dict[str, DictConfig]:
     """The config of every entry of ``cfg.probes``, by its name.
+
+    Args:
+        cfg: The run's config.
+        run: Its folder.
+        trusted: For a config that comes from a file: packages from outside audiot whose parts it may name.
 
     Raises:
         ValueError: ``cfg.probe_jobs`` is no number of processes.
@@ -42,10 +47,14 @@ def probe_configs(cfg: DictConfig, run: Path) -> dict[str, DictConfig]:
     jobs = cfg.probe_jobs
     if jobs != "auto" and not (isinstance(jobs, int) and jobs >= 1):
         raise ValueError(f"probe_jobs must be auto or at least 1, found {jobs}")
-    return {
+    probes = {
         name: probe_config(cfg, overrides, run / "probes" / name.replace("/", "-"))
         for name, overrides in probe_overrides(cfg).items()
     }
+    if trusted is not None:
+        for name, probe in probes.items():
+            check_config(probe, f"{run}, probes.{name}", trusted)
+    return probes
 
 
 def probe_overrides(cfg: DictConfig) -> dict[str, list[str]]:
@@ -82,8 +91,7 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
     """
     left = {name: probe for name, probe in probes.items() if not _metrics(probe).is_file()}
     for probe in left.values():
-        (Path(probe.run_dir) / ".hydra").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(probe, Path(probe.run_dir) / ".hydra" / "config.yaml")  # for `audiot evaluate`
+        write_config(probe, Path(probe.run_dir))  # for `audiot evaluate`
     if len(left) < len(probes):
         say(f"probes  {len(probes) - len(left)} of {len(probes)} are there already")
     data = same_data(run)

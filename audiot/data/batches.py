@@ -59,6 +59,11 @@ class Piece(NamedTuple):
             if source.type == "file" and source.channels == [cut.channel] and source.source.lower().endswith((".wav", ".flac")):
                 begin = compute_num_samples(cut.start, cut.sampling_rate)
                 return cls(cut.id, source.source, begin, cut.num_samples, cut.sampling_rate)
+            if source.type not in (
+                "file",
+                "memory",
+            ):  # a manifest's sources are checked when it is read, a prepared folder's here
+                raise ValueError(f"the cut {cut.id} has a source of the kind {source.type!r}: no corpus that audiot prepared has")
         return cls(cut.id, "", 0, cut.num_samples, cut.sampling_rate, cut)
 
     def read(self, out: np.ndarray) -> np.ndarray:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audiot.base.devices import find_device
-from audiot.checkpoint import check_targets, check_waveforms
+from audiot.checkpoint import check_waveforms
 from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio, reason
 from audiot.data.labels import Framing
 from audiot.downstream.module import DownstreamModule
@@ -192,34 +191,27 @@ def _seconds(item: Item) -> float:
     return len(as_mono(samples, rate)) / rate
 
 
-def load_classifier(run: str | Path, device: str = "cpu", trusted: tuple[str, ...] = ("audiot",)) -> Classifier:
+def load_classifier(run: str | Path, device: str = "cpu", trusted: Collection[str] = ()) -> Classifier:
     """Load the best checkpoint of a fine-tuning run, in evaluation mode. No code of the file is run.
 
     Args:
         run: Its folder, or that of a probe (``RUN/probes/NAME``).
         device: ``cpu``, ``cuda``, …; ``auto``: a GPU if there is one.
-        trusted: Packages whose classes the checkpoint may name; add your own for your own heads and mechanisms.
+        trusted: Packages from outside audiot whose classes the checkpoint may name: those of your own heads and mechanisms.
 
     Raises:
         FileNotFoundError: there is no fine-tuned model.
         ValueError: the run is one of pre-training, the checkpoint is of another kind or damaged, or there is no such device.
     """
     place = find_device(device, f"no device {device!r} here")
-    path = _best_checkpoint(Path(run))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged or holds more than weights and settings: {words}") from error
-    settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
-    if not {"upstream", "head", "objective", "classes"} <= settings.keys():
-        raise ValueError(f"{path} is no checkpoint of this audiot's finetune: use the version that wrote it")
-    check_targets({name: settings[name] for name in ("upstream", "head", "objective")}, trusted, path)
-    if settings["objective"].get("trials"):
-        settings["objective"]["trials"] = None  # a file that only the test needs
-    module = DownstreamModule(**settings)
-    module.load_state_dict(content["state_dict"])
+    module = DownstreamModule.from_checkpoint(_best_checkpoint(Path(run)), trusted, without_trials)
     return Classifier(module).eval().requires_grad_(False).to(place)
+
+
+def without_trials(settings: dict[str, Any]) -> None:
+    """Take the file of trials out of a module's settings: only the test needs it, and it may be gone."""
+    if settings["objective"].get("trials"):
+        settings["objective"]["trials"] = None
 
 
 def _best_checkpoint(run: Path) -> Path:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from audiot.base.devices import attention_of_any_shape
+from audiot.base.parts import make
 from audiot.base.streams import key, seed_torch
 from audiot.data.batches import Batch
 from audiot.downstream.heads import LayerSelection
@@ -17,9 +17,10 @@ from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
 from audiot.training.accumulation import WeightedSteps
 from audiot.training.optimization import configure
+from audiot.training.saved import Saved
 
 
-class DownstreamModule(WeightedSteps):
+class DownstreamModule(WeightedSteps, Saved):
     """A model of a speech task over an upstream's hidden states.
 
     Args:
@@ -33,6 +34,9 @@ class DownstreamModule(WeightedSteps):
         optimizer, scheduler: Configs, as plain dicts.
         seed: Seed of the dropout.
     """
+
+    SETTINGS = ("upstream", "head", "objective", "classes")
+    COMMAND = "finetune"
 
     def __init__(
         self,
@@ -52,9 +56,9 @@ class DownstreamModule(WeightedSteps):
         self.upstream = rebuild(upstream)
         self.stack = self.upstream.stack
         self.layers = LayerSelection(layers, self.upstream.num_states)
-        self.objective: Objective = instantiate(objective, classes=classes)
+        self.objective: Objective = make(objective, classes=classes)
         width, outputs = self.upstream.state_dim, self.objective.num_outputs
-        self.head: nn.Module = instantiate(head, input_dim=width, num_outputs=outputs, stack=self.stack)
+        self.head: nn.Module = make(head, input_dim=width, num_outputs=outputs, stack=self.stack)
         self.trained = self._trained(train_encoder, top_layers)
         self.upstream.requires_grad_(False)
         for part in self.trained:
@@ -137,8 +141,8 @@ class DownstreamModule(WeightedSteps):
         """Optimiser and schedule over ``trainer.max_steps``."""
         return configure(
             self,
-            instantiate(self.hparams["optimizer"]),
-            instantiate(self.hparams["scheduler"]),
+            make(self.hparams["optimizer"]),
+            make(self.hparams["scheduler"]),
             self.hparams["optimizer"].get("weight_decay", 0.0),
             self.trainer.estimated_stepping_batches,
         )

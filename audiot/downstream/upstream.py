@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from audiot.base.parts import make
 from audiot.checkpoint import AudioEncoder, load_encoder
 from audiot.features import Features
 
@@ -60,7 +60,7 @@ class EncoderUpstream(Upstream):
         self.stack = encoder.features.stack
         self.num_states = encoder.encoder.num_layers + 1
         self.state_dim = encoder.encoder.embed_dim
-        self.config = {"kind": "encoder", **encoder.config}
+        self.config = {"_target_": "audiot.downstream.upstream.untrained_encoder", **encoder.config}
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (layers + 1, B, T, d) and lengths (B,)."""
@@ -89,9 +89,14 @@ class FeaturesUpstream(Upstream):
         super().__init__()
         if context < 1 or context % 2 == 0:
             raise ValueError(f"upstream.context must be an odd number of frames, found {context}")
-        self.config = {"kind": "features", "features": dict(features), "context": context, "cmvn": cmvn}
+        self.config = {
+            "_target_": "audiot.downstream.upstream.FeaturesUpstream",
+            "features": dict(features),
+            "context": context,
+            "cmvn": cmvn,
+        }
         overrides = {"stack": 1} if cmvn is None else {"stack": 1, "cmvn": cmvn}
-        self.features: Features = instantiate(features, **overrides)
+        self.features: Features = make(features, **overrides)
         self.context = context
         self.stack = 1
         self.num_states = 1
@@ -113,22 +118,36 @@ class FeaturesUpstream(Upstream):
         raise ValueError("upstream=features has no layers to train: drop downstream.train_encoder and downstream.top_layers")
 
 
-def checkpoint(path: str, trusted: tuple[str, ...] = ("audiot",)) -> EncoderUpstream:
-    """An exported encoder (``RUN/encoder``)."""
-    return EncoderUpstream(load_encoder(path, tuple(trusted)))
+def checkpoint(path: str, trusted: Collection[str] = ()) -> EncoderUpstream:
+    """An exported encoder (``RUN/encoder``); ``trusted`` as `load_encoder` takes it."""
+    return EncoderUpstream(load_encoder(path, trusted))
+
+
+def untrained_encoder(features: Mapping[str, Any], model: Mapping[str, Any]) -> EncoderUpstream:
+    """An encoder of random weights, of its configs."""
+    return EncoderUpstream(AudioEncoder(features, model))
 
 
 def random_encoder(
-    seed: int, path: str | None = None, features: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+    seed: int,
+    path: str | None = None,
+    features: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    trusted: Collection[str] = (),
 ) -> EncoderUpstream:
     """An untrained encoder: the architecture of the one at ``path``, else of ``features`` and ``model``."""
     if path is not None:
-        return untrained(checkpoint(path), seed)
+        return untrained(checkpoint(path, trusted), seed)
     with _seeded(seed):
-        fresh = EncoderUpstream(AudioEncoder(features or {}, model or {}))
+        fresh = untrained_encoder(features or {}, model or {})
     if fresh.features.cmvn == "global":
         raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder whose statistics to take")
     return fresh
+
+
+def untrained_upstream(upstream: Mapping[str, Any], seed: int) -> Upstream:
+    """The control of another upstream, of its config: its architecture with random weights."""
+    return untrained(make(upstream, inside=False), seed)
 
 
 AnyUpstream = TypeVar("AnyUpstream", bound=Upstream)
@@ -159,10 +178,6 @@ def check_top(num_layers: int, available: int) -> None:
 
 def rebuild(config: Mapping[str, Any]) -> Upstream:
     """An upstream of the same shape as the one whose ``config`` this is; its weights are for the caller to load."""
-    if config["kind"] == "encoder":
-        return EncoderUpstream(AudioEncoder(config["features"], config["model"]))
-    if config["kind"] == "hf":
-        from audiot.interop.hf_upstream import from_config  # needs transformers
-
-        return from_config(config)
-    return FeaturesUpstream(config["features"], config["context"], config["cmvn"])
+    upstream = make(config, inside=False)
+    assert isinstance(upstream, Upstream)
+    return upstream

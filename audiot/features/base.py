@@ -13,6 +13,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+MOST_HZ, MOST_POINTS, MOST_CHANNELS = 1_000_000, 2**15, 2**12  # beyond all that features of sound are: a file may say anything
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
 
 
@@ -72,9 +73,10 @@ class Features(nn.Module, ABC):
         if delta_window < 3 or delta_window % 2 == 0:
             raise ValueError(f"features.delta_window must be odd and at least 3, found {delta_window}")
         sizes = {"sample_rate": sample_rate, "win_length": win_length, "hop_length": hop_length, "stack": stack}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"features.{name} must be at least 1, found {size}")
+        most = {"sample_rate": MOST_HZ, "win_length": MOST_POINTS, "hop_length": MOST_POINTS, "stack": MOST_CHANNELS}
+        for name, size in (sizes | {"delta_window": delta_window}).items():
+            check_size(name, size, most.get(name, MOST_CHANNELS))
+        check_size("channels", frame_channels, MOST_POINTS)
         if eps <= 0:
             raise ValueError(f"features.eps must be positive, found {eps}")
         self.sample_rate = sample_rate
@@ -354,8 +356,17 @@ def _padding(lengths: Tensor, longest: int) -> Tensor:
     return (torch.arange(longest, device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
 
 
+def check_size(name: str, size: int, most: int) -> None:
+    """Refuse a size that is no whole number from 1 to ``most``."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"features.{name} must be at least 1, found {size}")
+    if size > most:
+        raise ValueError(f"features.{name} must be at most {most:,}, found {size:,}")
+
+
 def check_n_fft(n_fft: int, win_length: int) -> None:
     """Refuse a Fourier transform of fewer points than a frame has."""
+    check_size("n_fft", n_fft, MOST_POINTS)
     if n_fft < win_length:
         raise ValueError(f"features.n_fft must be at least win_length = {win_length}, found {n_fft}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from audiot.base.pairing import torchaudio
-from audiot.features.base import Features, check_band, power_spectrum
+from audiot.features.base import MOST_CHANNELS, Features, check_band, check_size, power_spectrum
 
 
 class Kaldi(Features):
@@ -33,6 +33,7 @@ class Kaldi(Features):
         sample_rate: int = 16000,
         **options: Any,
     ) -> None:
+        check_size("num_mel_bins", num_mel_bins, MOST_CHANNELS)
         win_length = int(sample_rate * frame_length_ms * 0.001)  # rounded down, as Kaldi does
         hop_length = int(sample_rate * frame_shift_ms * 0.001)
         super().__init__(win_length=win_length, hop_length=hop_length, sample_rate=sample_rate, **options)

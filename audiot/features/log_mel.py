@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audiot.features.base import Features, check_band, check_n_fft, log_power, power_spectrum
+from audiot.features.base import MOST_CHANNELS, Features, check_band, check_n_fft, check_size, log_power, power_spectrum
 
 
 class LogMel(Features):
@@ -49,6 +49,7 @@ class LogMel(Features):
         add_floor: bool = False,
         **options: Any,
     ) -> None:
+        check_size("n_mels", n_mels, MOST_CHANNELS)
         super().__init__(
             frame_channels=n_mels,
             win_length=win_length,

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audiot.checkpoint import AudioEncoder, check_targets
+from audiot.base.parts import named
+from audiot.checkpoint import AudioEncoder, part_of
 from audiot.model import length_mask
 
 try:
@@ -36,7 +37,7 @@ class AudiotConfig(PreTrainedConfig):
     """Config of an `AudiotModel`.
 
     Args:
-        features: Config of the front end (``_target_`` and its parameters), a plain dict.
+        features: Config of the front end (``part``, its name, and its parameters), a plain dict.
         model: Config of the encoder, likewise.
     """
 
@@ -79,8 +80,8 @@ class AudiotModel(PreTrainedModel):
     main_input_name = "input_values"
     input_modalities = "audio"
 
-    trusted: ClassVar[tuple[str, ...]] = ("audiot",)
-    """Packages whose classes a config may name."""
+    trusted: ClassVar[tuple[str, ...]] = ()
+    """Packages from outside audiot whose classes a config may name."""
 
     config: AudiotConfig
 
@@ -89,9 +90,9 @@ class AudiotModel(PreTrainedModel):
         if not config.features or not config.model:
             raise ValueError("the config of an audiot model needs `features` and `model`: load one that audiot wrote")
         where: Any = config.name_or_path or "the config"
-        check_targets({"features": config.features, "model": config.model}, self.trusted, where)
+        parts = {name: part_of(getattr(config, name), where, self.trusted, name) for name in ("features", "model")}
         with _plain_tensors():
-            self.encoder = AudioEncoder(config.features, config.model)
+            self.encoder = AudioEncoder(**parts)
         self.encoder.to(torch.get_default_dtype())  # the one that from_pretrained was asked for
         self._is_loading = torch.empty(0).is_meta  # by from_pretrained, on whose meta device nothing has values
         # It empties the buffers that are no part of the weights (windows, filters, slopes, …) and calls _init_weights.
@@ -105,7 +106,7 @@ class AudiotModel(PreTrainedModel):
     @classmethod
     def from_encoder(cls, encoder: AudioEncoder) -> AudiotModel:
         """A model with a copy of the encoder's weights, in evaluation mode as far as the encoder is."""
-        model = cls(AudiotConfig(features=encoder.config["features"], model=encoder.config["model"]))
+        model = cls(AudiotConfig(**named(encoder.config)))
         model.encoder.load_state_dict(encoder.state_dict())
         return model.train(encoder.training)
 

@@ -127,7 +127,8 @@ class HFUpstream(Upstream):
         self.features = Frames(preprocessor["sampling_rate"], self._stages(model.config, preprocessor))
         self.num_states = model.config.num_hidden_layers + 1
         self.state_dim = model.config.hidden_size
-        self.config = {"kind": "hf", "model": _plain(model.config), "preprocessor": dict(preprocessor)}
+        target = "audiot.interop.hf_upstream.untrained_model"
+        self.config = {"_target_": target, "model": _plain(model.config), "preprocessor": dict(preprocessor)}
 
     @staticmethod
     def build(config: Any) -> Any:
@@ -424,16 +425,16 @@ def hf(path: str, revision: str | None = None) -> Upstream:
     return family(model, {name: getattr(extractor, name) for name in family.settings}).eval()
 
 
-def from_config(config: Mapping[str, Any]) -> HFUpstream:
-    """A model as the one whose ``config`` this is, with random weights; needs no network."""
-    hf_config = AutoConfig.for_model(**config["model"])
+def untrained_model(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> HFUpstream:
+    """A model with random weights, of the configs of a model and of its feature extractor; needs no network."""
+    hf_config = AutoConfig.for_model(**model)
     replacements = hf_config.__dict__.pop(RECORD, [])  # the model gets it again below
     family = FAMILIES[hf_config.model_type]
-    model = family.build(hf_config)
+    built = family.build(hf_config)
     for replacement in replacements:
         options = {"layers": replacement["layers"], "max_frames": replacement["max_frames"]}
-        replace_self_attention(model, replacement["name"], **options, **replacement["parameters"])
-    return family(model, config["preprocessor"])
+        replace_self_attention(built, replacement["name"], **options, **replacement["parameters"])
+    return family(built, preprocessor)
 
 
 def _family(config: PreTrainedConfig) -> type[HFUpstream]:
@@ -495,7 +496,7 @@ def _strip(model: Any) -> None:
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A config as a plain dict, without the place that it came from."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "transformers_version")}
+    return {name: value for name, value in config.to_dict().items() if name[0] != "_" and name != "transformers_version"}
 
 
 def _normalised(waveforms: Tensor, valid: Tensor | None) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from audiot.attention.query_key import QueryKey
 from audiot.base.files import replacing
 from audiot.base.pairing import torchaudio
+from audiot.base.parts import parameters
 from audiot.checkpoint import AudioEncoder, load_encoder
 from audiot.downstream.upstream import EncoderUpstream
 from audiot.features import MFCC, KaldiFbank, LogMel, Spectrogram
@@ -96,8 +96,8 @@ def import_s3prl(path: str | Path) -> tuple[AudioEncoder, ReconstructionHead | N
         raise ValueError(f"{path}: {error}") from error
     try:
         encoder = AudioEncoder(features, model)
-    except InstantiationException as error:
-        raise ValueError(f"{path}: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     names = _names(encoder.encoder.num_layers, model["share_layers"], model["norm"] == "pre")
     _fill(encoder.encoder, names, content["Transformer"], path)
     weights = content.get("SpecHead")
@@ -332,8 +332,8 @@ def export_s3prl(encoder: str | Path, path: str | Path) -> None:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with the defaults that it leaves out."""
-    parameters = inspect.signature(get_class(config["_target_"])).parameters
-    return {name: option.default for name, option in parameters.items()} | dict(config)
+    known = parameters(get_class(config["_target_"])) or {}
+    return {name: option.default for name, option in known.items()} | dict(config)
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> OrderedDict[str, Tensor]:

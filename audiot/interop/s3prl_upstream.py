@@ -29,14 +29,14 @@ class UpstreamExpert(nn.Module):
 
     Args:
         ckpt: The encoder's folder (``RUN/encoder``), S3PRL's ``-k``.
-        trusted: Packages whose classes its config may name, see :func:`audiot.checkpoint.load_encoder`.
+        trusted: Packages from outside audiot whose classes its config may name.
 
     Raises:
         FileNotFoundError: there is no encoder.
         ValueError: what is there is of another kind, or for audio that isn't sampled at 16 kHz.
     """
 
-    def __init__(self, ckpt: str | Path, trusted: Sequence[str] = ("audiot",)) -> None:
+    def __init__(self, ckpt: str | Path, trusted: Sequence[str] = ()) -> None:
         super().__init__()
         self.encoder = load_encoder(ckpt, tuple(trusted))
         rate = self.encoder.features.sample_rate

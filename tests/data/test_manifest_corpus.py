@@ -319,3 +319,59 @@ def test_fields_that_are_no_labels_are_left_alone(tmp_path):
     assert sorted(map(str, (cut.supervisions[0].custom for cut in cuts))) == sorted(
         str({"speaker": "amy", **other}) for other in others
     )
+
+
+# Sources that are no files
+
+
+def command_cut(folder):
+    """A cut whose audio is what a shell command prints."""
+    (path,) = audio(folder / "audio", 1)
+    cut = lhotse_cuts([path])[0].to_dict()
+    cut["recording"]["sources"][0] |= {"type": "command", "source": f"touch {folder}/fired; cat {path}"}
+    return cut
+
+
+def planted(folder, where):
+    """The line of a manifest with such a source in another place than usual."""
+    bad, (path,) = command_cut(folder), audio(folder / "good", 1)
+    good = lhotse_cuts([path])[0].to_dict()
+    if where == "recording":
+        return bad
+    if where == "track":
+        return {"id": "mixed", "type": "MixedCut", "tracks": [{"cut": good, "offset": 0.0}, {"cut": bad, "offset": 0.0}]}
+    if where == "transform":
+        good["recording"]["transforms"] = [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad["recording"]}}]
+        return good
+    return good | {"custom": {"target_recording": bad["recording"]}}
+
+
+@pytest.mark.parametrize("where", ["recording", "track", "transform", "custom"])
+def test_a_command_in_a_manifest_is_refused_wherever_it_stands(tmp_path, where):
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(planted(tmp_path, where)) + "\n")
+    with pytest.raises(
+        ValueError, match=r"cuts.jsonl:1: an audio source is of the kind 'command', which a shell would run: not "
+    ):
+        ManifestCorpus(tmp_path / "cuts.jsonl").manifests(progress=False)
+    assert not (tmp_path / "fired").exists()
+
+
+def test_a_command_that_was_asked_for_is_run(tmp_path):
+    lines = [command_cut(tmp_path)] + [cut.to_dict() for cut in lhotse_cuts(audio(tmp_path / "more", 5)[1:])]
+    (tmp_path / "cuts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = ManifestCorpus(tmp_path / "cuts.jsonl", sources=["file", "command"])
+    found = prepared_audio(corpus.manifests(progress=False), tmp_path / "prepared")
+    np.testing.assert_allclose(found["0"], samples_of(0), atol=1e-4)
+    assert (tmp_path / "fired").exists()
+    with pytest.raises(ValueError, match="data.sources: no kind 'shell'"):
+        ManifestCorpus(tmp_path / "cuts.jsonl", sources=["shell"])
+
+
+def test_a_prepared_folder_runs_no_commands(tmp_path):
+    from lhotse.serialization import deserialize_item
+
+    from audiot.data.batches import Piece
+
+    with pytest.raises(ValueError, match="the cut 0 has a source of the kind 'command'"):
+        Piece.of(deserialize_item(command_cut(tmp_path)))
+    assert not (tmp_path / "fired").exists()

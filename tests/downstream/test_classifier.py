@@ -84,7 +84,7 @@ def speech(demo_corpus):
 
 def outputs_alone(run, path):
     """The head's outputs (frames, C) or (C,) for a file by itself, in plain steps, and its samples."""
-    module = DownstreamModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=False).eval()
+    module = DownstreamModule.from_checkpoint(run / "checkpoints" / "best.ckpt")
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
     with torch.no_grad():
         states, lengths = module.upstream(samples[None], torch.tensor([len(samples)]))
@@ -323,7 +323,7 @@ def test_loading_runs_no_code_of_the_checkpoint(runs, tmp_path):
 
 
 def test_damaged_and_foreign_checkpoints_are_named(runs, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint of this audiot's finetune"):
+    with pytest.raises(ValueError, match="is no checkpoint of audiot: expected hyper_parameters"):
         load_classifier(changed(runs, tmp_path / "foreign", lambda content: content.pop("hyper_parameters")))
     whole = (runs / "keyword" / "checkpoints" / "best.ckpt").read_bytes()
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)

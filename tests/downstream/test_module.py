@@ -215,7 +215,7 @@ def test_a_saved_probe_loads_without_its_configs(tiny, demo_corpus, upstream, tm
     fit = trainer(tmp_path)
     fit.fit(probe, source)
     fit.save_checkpoint(tmp_path / "probe.ckpt")
-    loaded = DownstreamModule.load_from_checkpoint(tmp_path / "probe.ckpt", weights_only=False)
+    loaded = DownstreamModule.from_checkpoint(tmp_path / "probe.ckpt")
     assert loaded.hparams["classes"] == loaded.objective.classes == source.classes
     batch = next(source.ordered_loader("test"))
     assert loaded.eval()(batch)[0].equal(probe.eval()(batch)[0])
@@ -305,7 +305,7 @@ def test_a_recogniser_learns_and_is_loaded_again(tiny, demo_corpus, upstream, tm
     fit = trainer(tmp_path)
     fit.fit(probe, source)
     fit.save_checkpoint(tmp_path / "asr.ckpt")
-    loaded = DownstreamModule.load_from_checkpoint(tmp_path / "asr.ckpt", weights_only=False)
+    loaded = DownstreamModule.from_checkpoint(tmp_path / "asr.ckpt")
     (one,) = trainer(tmp_path).test(probe, source, verbose=False)
     (other,) = trainer(tmp_path).test(loaded, source, verbose=False)
     assert one == other

@@ -48,7 +48,7 @@ from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.downstream.upstream import EncoderUpstream, checkpoint
 from audiot.interop.hf_attention import replace_self_attention
 from audiot.interop.hf_model import AudiotModel
-from audiot.interop.hf_upstream import FAMILIES, Frames, from_config, hf
+from audiot.interop.hf_upstream import FAMILIES, Frames, hf
 
 logging.disable_progress_bar()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from audiot.data.sources import Sources
 from audiot.data.text import MOST_S, as_label, as_seconds, as_text, json_object, lines
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "Cut")
+SOURCES = ("file", "memory", "url", "command", "shar")  # Lhotse's
+SAFE_SOURCES = ("file", "memory")
 ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of a second
 
 
@@ -43,6 +45,8 @@ class ManifestCorpus:
         seed: Of that choice.
         root: What relative audio paths are relative to; None: ``folder`` for Lhotse's, the manifest's folder for NeMo's.
         folder: The current folder, which a corpus belongs to that has no root; None: the same. The config gives it the root.
+        sources: Kinds of Lhotse's audio sources that the manifests may name: ``file``; ``memory`` (inside the manifest); and, for
+            manifests that one trusts, ``url`` (fetched) and ``command`` (run in a shell).
 
     Raises:
         FileNotFoundError: a manifest is missing.
@@ -57,7 +61,10 @@ class ManifestCorpus:
         seed: int = 0,
         root: str | Path | None = None,
         folder: str | Path | None = ".",
+        sources: Sequence[str] = SAFE_SOURCES,
     ) -> None:
+        if unknown := set(sources) - set(SOURCES):
+            raise ValueError(f"data.sources: no kind {min(unknown)!r} of audio sources; there are {', '.join(SOURCES)}")
         named = {"train": train, "valid": valid, "test": test}
         self.paths = {role: Path(path) for role, path in named.items() if path is not None}
         for role, path in self.paths.items():
@@ -66,6 +73,7 @@ class ManifestCorpus:
         self.valid_fraction, self.seed = valid_fraction, seed
         self.root = None if root is None else Path(root)
         self.folder = Path("." if folder is None else folder)
+        self.kinds = tuple(sources)
 
     def manifests(self, progress: bool = True) -> Manifests:
         """Read the manifests, and of NeMo's also the headers of the audio, which give the sampling rate.
@@ -124,6 +132,7 @@ class ManifestCorpus:
             raise ValueError(f"{path}:{number}: {detail}") from None
 
     def _lhotse(self, entry: dict[str, Any]) -> Cut:
+        _check_sources(entry, self.kinds)
         cut = deserialize_item(entry)
         _check(cut)
         root = self.folder if self.root is None else self.root
@@ -199,6 +208,24 @@ def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         yield number, entry
+
+
+def _check_sources(entry: Any, kinds: Collection[str]) -> None:
+    """Refuse audio sources of other kinds, wherever in a cut they stand: in a track, a transform or a custom field.
+
+    Raises:
+        ValueError: naming the kind.
+    """
+    if isinstance(entry, dict):
+        if "source" in entry and "type" in entry and entry["type"] not in kinds:
+            what = {"command": ", which a shell would run", "url": ", which would be fetched"}.get(str(entry["type"]), "")
+            raise ValueError(
+                f"an audio source is of the kind {entry['type']!r}{what}: not without data.sources=[{','.join(kinds)},{entry['type']}] "
+                "(audiot extract: --sources), for a manifest that you trust"
+            )
+        entry = list(entry.values())
+    for value in entry if isinstance(entry, list) else ():
+        _check_sources(value, kinds)
 
 
 def _check(cut: Cut) -> None:
