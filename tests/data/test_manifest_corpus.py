@@ -363,7 +363,7 @@ def test_a_command_that_was_asked_for_is_run(tmp_path):
     found = prepared_audio(corpus.manifests(progress=False), tmp_path / "prepared")
     np.testing.assert_allclose(found["0"], samples_of(0), atol=1e-4)
     assert (tmp_path / "fired").exists()
-    with pytest.raises(ValueError, match="data.sources: no kind 'shell'"):
+    with pytest.raises(ValueError, match=r"data\.sources: no kind 'shell'"):
         ManifestCorpus(tmp_path / "cuts.jsonl", sources=["shell"])
 
 

@@ -45,7 +45,7 @@ from transformers import (
 from transformers.utils import logging
 
 from audiot.checkpoint import AudioEncoder, save_encoder
-from audiot.downstream.upstream import EncoderUpstream, checkpoint
+from audiot.downstream.upstream import EncoderUpstream, checkpoint, rebuild
 from audiot.interop.hf_attention import replace_self_attention
 from audiot.interop.hf_model import AudiotModel
 from audiot.interop.hf_upstream import FAMILIES, Frames, hf
@@ -280,7 +280,7 @@ def test_rebuild_needs_the_config_alone(saved, name):
     config = json.loads(json.dumps(upstream.config))  # plain: a checkpoint keeps it
     assert saved(name) not in json.dumps(config)
     torch.manual_seed(1)
-    again = from_config(config).eval()
+    again = rebuild(config).eval()
     with torch.no_grad():
         assert not again(batch(), LENGTHS)[0].allclose(upstream(batch(), LENGTHS)[0], atol=1e-3)
         again.load_state_dict(upstream.state_dict())
@@ -394,7 +394,7 @@ def test_replaced_attention_comes_along(tmp_path):
     wanted = torch.stack(model.eval()(speech()[:1], output_hidden_states=True).hidden_states)
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
     torch.testing.assert_close(hf(folder)(speech()[:1], LENGTHS[:1])[0][:-1], wanted[:-1], rtol=1e-4, atol=1e-5)
-    again = from_config(json.loads(json.dumps(upstream.config))).eval()
+    again = rebuild(json.loads(json.dumps(upstream.config))).eval()
     again.load_state_dict(upstream.state_dict())
     assert again(batch(), LENGTHS)[0].equal(upstream(batch(), LENGTHS)[0])
     alone, (count,) = upstream(batch()[1:2, : LENGTHS[1]], LENGTHS[1:2])

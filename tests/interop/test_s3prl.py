@@ -526,7 +526,7 @@ def test_encoders_that_s3prl_lacks_are_refused_with_the_reason_and_a_remedy(feat
     save_encoder(tmp_path / "encoder", audiot_encoder(features, **model))
     with pytest.raises(ValueError, match=message) as caught:
         export_s3prl(tmp_path / "encoder", tmp_path / "x.ckpt")
-    assert "audiot.interop.s3prl_upstream" in str(caught.value)
+    assert "audiot.s3prl_upstream" in str(caught.value)
     assert not (tmp_path / "x.ckpt").exists()
 
 

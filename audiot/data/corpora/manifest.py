@@ -220,8 +220,8 @@ def _check_sources(entry: Any, kinds: Collection[str]) -> None:
         if "source" in entry and "type" in entry and entry["type"] not in kinds:
             what = {"command": ", which a shell would run", "url": ", which would be fetched"}.get(str(entry["type"]), "")
             raise ValueError(
-                f"an audio source is of the kind {entry['type']!r}{what}: not without data.sources=[{','.join(kinds)},{entry['type']}] "
-                "(audiot extract: --sources), for a manifest that you trust"
+                f"an audio source is of the kind {entry['type']!r}{what}: not without "
+                f"data.sources=[{','.join(kinds)},{entry['type']}] (audiot extract: --sources), for a manifest that you trust"
             )
         entry = list(entry.values())
     for value in entry if isinstance(entry, list) else ():
