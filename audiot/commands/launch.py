@@ -30,6 +30,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot.base import quoting
 from audiot.base.config import check_type, flat, parse
+from audiot.base.framing import num_frames, samples_in
 from audiot.base.groups import groups, nearest, options
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
@@ -48,10 +49,10 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
     if "hop_length" in features:
         window, hop = features.win_length, features.hop_length
     else:  # Kaldi's
-        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
-    if features.get("center"):  # each utterance is reflected by a window in all
-        window = 0
-    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
+        window, hop = (samples_in(ms, features.sample_rate) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    reflected = window if features.get("center") else 0  # at both ends together
+    count = num_frames(round(duration_s * features.sample_rate), window, max(1, hop), reflected)
+    return max(1, count // max(1, features.stack))
 
 
 OmegaConf.register_new_resolver("frames", frames, replace=True)

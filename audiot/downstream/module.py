@@ -16,7 +16,7 @@ from audiot.downstream.heads import LayerSelection
 from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
 from audiot.training.accumulation import WeightedSteps
-from audiot.training.optimization import configure
+from audiot.training.optimization import configure_from
 
 
 class DownstreamModule(WeightedSteps):
@@ -135,10 +135,4 @@ class DownstreamModule(WeightedSteps):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""
-        return configure(
-            self,
-            instantiate(self.hparams["optimizer"]),
-            instantiate(self.hparams["scheduler"]),
-            self.hparams["optimizer"].get("weight_decay", 0.0),
-            self.trainer.estimated_stepping_batches,
-        )
+        return configure_from(self, self.hparams, self.trainer.estimated_stepping_batches)
