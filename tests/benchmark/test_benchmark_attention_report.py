@@ -11,7 +11,7 @@ from audiot.benchmark.attention_report import draw, grid, markdown_report, memor
 from audiot.benchmark.attention_results import Row
 
 
-def test_grid_has_mechanisms_down_and_lengths_across():
+def test_grid_has_a_line_per_mechanism_and_a_column_per_length():
     rows = [
         row("query_key", 512, 123.4, speedup=1.0),
         row("a", 512, 10.24, speedup=12.05, recall=0.86, peak_mib=1234.6),
@@ -43,7 +43,7 @@ def everywhere(rows):
     return [Row(**{**vars(row), **place}) for place in places for row in rows]
 
 
-def test_a_picture_has_a_panel_a_table_and_another_for_memory(tmp_path):
+def test_a_picture_has_a_panel_per_table_and_another_for_memory(tmp_path):
     rows = [*line("query_key", [2, 2, 2]), *line("fast", [4, 1, 1])]
     rows = [Row(**{**vars(row), "frames_per_s": 1000 / row.median_ms}) for row in rows]
     assert pictured(everywhere(rows), tmp_path) == (["benchmark.png"], [(int(110 * 8.9), 2200)])

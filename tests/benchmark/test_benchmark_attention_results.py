@@ -13,7 +13,7 @@ from audiot.benchmark.measure import Failed, Measured
 from audiot.benchmark.results import cells
 
 
-def test_rows_hold_quartiles_speedup_and_real_frames_a_second():
+def test_rows_hold_quartiles_speedup_and_real_frames_per_second():
     results = {
         "query_key": Measured([0.004, 0.002, 0.001, 0.003, 0.010], None),
         "fast": Measured([0.001] * 5, 3 * 2**20),
@@ -34,7 +34,7 @@ def test_without_the_baseline_there_is_no_speedup():
     assert fast.speedup is None
 
 
-def test_csv_has_a_line_a_measurement_and_blanks_for_what_is_not_known(tmp_path):
+def test_csv_has_a_line_per_measurement_and_blanks_for_unknown_values(tmp_path):
     rows = [row("query_key", 8, 1.5, speedup=1.0), Row("a, b", "layer", "training", 8, 2, "bf16", True, note="refused: x")]
     write_csv(tmp_path / "results.csv", map(cells, rows))
     with (tmp_path / "results.csv").open(newline="") as file:

@@ -28,7 +28,7 @@ def hydra_started():
 
 
 def settings(**changes):
-    """Of ``benchmark=training``, to be changed."""
+    """Settings of ``benchmark=training`` with changes."""
     config = plain(compose("benchmark", ["benchmark=training", "run_dir=run", "data_dir=data"]).benchmark)
     config.pop("compare")
     return {**config, "device": "cpu", **changes}
@@ -40,7 +40,7 @@ def made(**changes):
 
 @pytest.fixture
 def speech(tmp_path):
-    """A tree of noise, longer than a crop."""
+    """A folder of noise, longer than a crop."""
     rng = np.random.default_rng(0)
     for number in range(14):
         path = tmp_path / "audio" / f"{number:02d}.wav"
