@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from learning import losses_of
 from omegaconf import OmegaConf
 
 import audiot.cli
@@ -101,13 +102,7 @@ def test_every_attention_with_its_own_positions_learns_a_step(attention):
         "position": (0, 0),
     }
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = module.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, batch, optimizer, 5)
     assert losses[-1] < losses[0]
     unused = [name for name, parameter in module.named_parameters() if parameter.grad is None]
     assert not unused

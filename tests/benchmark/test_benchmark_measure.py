@@ -64,7 +64,9 @@ def test_calls_take_turns_and_run_as_often_as_the_time_allows(clock):
         "c": pytest.approx([9.0] * 3),
     }
     assert [result.peak_bytes for result in results.values()] == [None] * 3  # not known on a CPU
-    assert "".join(order) == "aabbcc" + "abbc" + "cbba" + "abbc"  # warm-up, then as many calls as fit into a second per round, at least one
+    assert (
+        "".join(order) == "aabbcc" + "abbc" + "cbba" + "abbc"
+    )  # warm-up, then as many calls as fit into a second per round, at least one
 
 
 def test_what_fails_is_told_with_its_reason_and_the_rest_is_measured(clock):
