@@ -66,6 +66,15 @@ def test_rings_lie_where_the_curves_of_a_mechanism_and_the_baseline_meet(tmp_pat
     assert axis.get_ylim()[0] == pytest.approx(2 / 50)  # what costs nothing is out of sight
 
 
+def test_curves_are_time_and_memory_per_frame(tmp_path, drawn):
+    rows = [row("query_key", length, 2.0, frames_per_s=1000.0, peak_mib=3.0) for length in (100, 400)]
+    draw(rows, "query_key", "Attention", tmp_path)
+    times, peaks = (axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes)
+    assert times == pytest.approx([1000, 1000])
+    assert peaks == pytest.approx([3 * 1024 / 200, 3 * 1024 / 800])  # two sequences per batch
+    assert [axis.get_ylabel() for axis in drawn[0].axes] == ["µs per frame", "peak memory, KiB per frame"]
+
+
 def test_each_precision_has_a_picture_of_its_own(tmp_path):
     rows = [row("query_key", length, 2.0, frames_per_s=1000.0) for length in (100, 400)]
     rows += [Row(**{**vars(row), "precision": "bf16", "compiled": True}) for row in rows]
