@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from audiot.base.config import compose_command, flat
+from audiot.base.groups import read_option
 from audiot.base.parts import is_plain
 from audiot.base.quoting import Value, argument, path, quoted
 from audiot.data.labels import survey
@@ -131,8 +131,7 @@ def _settings(run: Path) -> DictConfig:
 @cache
 def _loading() -> frozenset[str]:
     """Keys of a corpus's config that say how batches are made of it, and not what it holds."""
-    with (files("audiot.conf") / "data" / "_loading.yaml").open(encoding="utf-8") as stream:
-        return frozenset(map(str, OmegaConf.load(stream))) - {"prepare"}
+    return frozenset(read_option("data", "_loading")) - {"prepare"}
 
 
 def _plain(cfg: DictConfig, name: str) -> Any:

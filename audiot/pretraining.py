@@ -28,7 +28,7 @@ from audiot.objectives.corruption import Corruption
 from audiot.objectives.reconstruction import ReconstructionHead, interpolate_masked, masked_l1
 from audiot.training.accumulation import Mean, WeightedSteps
 from audiot.training.fsdp import gather, is_sharded, release, shard, whole
-from audiot.training.optimization import configure
+from audiot.training.optimization import configure_from
 from audiot.training.saved import Saved
 
 
@@ -228,13 +228,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""
-        return configure(
-            self,
-            make(self.hparams["optimizer"]),
-            make(self.hparams["scheduler"]),
-            self.hparams["optimizer"].get("weight_decay", 0.0),
-            self.trainer.estimated_stepping_batches,
-        )
+        return configure_from(self, self.hparams, self.trainer.estimated_stepping_batches)
 
 
 def build(cfg: DictConfig) -> MaskedAcousticModel:

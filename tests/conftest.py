@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+
+from audiot.base.groups import read_option
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -91,8 +91,7 @@ def published_attention():
     """Function of a mechanism's name: the plain configs of conf/attention/NAME.yaml and of the positions that it chooses."""
 
     def read(group, name):
-        config = OmegaConf.load(resources.files("audiot.conf") / group / f"{name}.yaml")
-        plain = OmegaConf.to_container(config)
+        plain = read_option(group, name)
         return plain, [positions for choice in plain.pop("defaults", []) for positions in choice.values()]
 
     def configs(name):

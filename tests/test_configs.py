@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from learning import losses_of
 from omegaconf import OmegaConf
 
 import audiot.cli
@@ -80,6 +81,14 @@ def test_max_frames_is_what_the_longest_crop_gives(features, stack, center):
     assert cfg.model.max_frames == front_end.num_tokens(round(1.7 * cfg.features.sample_rate))
 
 
+@pytest.mark.parametrize("features", ["kaldi_fbank", "mfcc"])
+def test_max_frames_counts_kaldis_frames_of_broken_lengths(features):
+    """At 11,025 Hz Kaldi's 25 ms and 10 ms are 275.6 and 110.25 samples."""
+    given = ["features.stack=1", "features.sample_rate=11025", f"data.crop_s={605 / 11025}"]
+    cfg = compose("pretrain", [f"features={features}", *given, *GIVEN])
+    assert cfg.model.max_frames == 1 + (605 - 275) // 110 == instantiate(plain(cfg.features)).num_tokens(605)
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_every_attention_with_its_own_positions_learns_a_step(attention):
     torch.manual_seed(0)
@@ -93,13 +102,7 @@ def test_every_attention_with_its_own_positions_learns_a_step(attention):
         "position": (0, 0),
     }
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = module.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, batch, optimizer, 5)
     assert losses[-1] < losses[0]
     unused = [name for name, parameter in module.named_parameters() if parameter.grad is None]
     assert not unused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from learning import losses_of
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.base.streams import key
@@ -34,13 +35,7 @@ def exported(folder, module):
 def test_training_lowers_the_loss_on_one_batch(pretraining):
     model, batch = pretraining.module(), first_batch(pretraining)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(80):
-        loss = model.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, batch, optimizer, 80)
     assert losses[0] == pytest.approx(0.8, abs=0.1)  # about what zeros get, of features with deviation 1
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
 

@@ -254,7 +254,7 @@ def plot_benchmark(
             for at in line["crossings"]:
                 level = np.exp(np.interp(np.log(at), np.log(base["lengths"]), np.log(base["values"])))
                 axis.plot(at, level, "o", markersize=10, fillstyle="none", color=colour, markeredgewidth=1.8, zorder=6)
-        axis.set(xscale="log", yscale="log", xlabel="frames a sequence", ylabel=unit)
+        axis.set(xscale="log", yscale="log", xlabel="frames per sequence", ylabel=unit)
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -269,17 +269,14 @@ def plot_benchmark(
     _save(figure, path)
 
 
-def plot_step_parts(
-    bars: Mapping[str, Mapping[str, float]], parts: Sequence[str], title: str, path: str | Path, unit: str = "ms a 10,000 frames"
-) -> None:
-    """Stacked bars: where the time of a training step goes, one bar a configuration.
+def plot_step_parts(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str], title: str, path: str | Path) -> None:
+    """Stacked bars: where the time of a training step goes, one bar per configuration.
 
     Args:
-        bars: Name of a configuration → part → its time.
+        bars: Name of a configuration → part → its milliseconds per 10,000 frames.
         parts: In the order of the bars; those without time are left out.
         title: Of the figure.
         path: PNG.
-        unit: Of the times.
     """
     drawn = [part for part in parts if any(bar.get(part) for bar in bars.values())]
     colours = dict(zip(parts, ("#aa3377", "#66bbdd", "#bbaa22", BLUE, ORANGE, GREEN, GREY), strict=False))
@@ -301,7 +298,7 @@ def plot_step_parts(
     axis.set_yticks(range(len(bars)), list(bars), fontsize=8)
     axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.set_xlim(0, 1.07 * longest)
-    axis.set_xlabel(unit)
+    axis.set_xlabel("ms per 10,000 frames")
     axis.set_title(title, fontsize=10, loc="left", pad=28)
     handles = [Patch(color=colours[part]) for part in drawn]
     axis.legend(handles, drawn, ncols=len(drawn), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
@@ -311,10 +308,10 @@ def plot_step_parts(
 def plot_roofline(
     points: Sequence[tuple[str, str, str, float, float]], peak: float, bandwidth: float, title: str, path: str | Path
 ) -> None:
-    """What configurations compute a second, under what the device can do: its matrix products, and its memory.
+    """What configurations compute per second, under what the device can do: its matrix products, and its memory.
 
     Args:
-        points: Label, colour group, marker group, FLOPs a byte of memory traffic, and TFLOP/s.
+        points: Label, colour group, marker group, FLOPs per byte of memory traffic, and TFLOP/s.
         peak: Measured TFLOP/s of matrix products.
         bandwidth: Measured TB/s of memory.
         title: Of the figure.
@@ -350,7 +347,7 @@ def plot_roofline(
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)},
         )
     axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top), ylabel=f"{prefix}FLOP/s")
-    axis.set_xlabel("FLOPs a byte that the matrix products move at least")
+    axis.set_xlabel("FLOPs per byte that the matrix products move at least")
     signs = dict(zip("os^vD", "●■▲▼◆", strict=True))
     kinds = ", ".join(f"{signs[marker]} {name}" for name, marker in markers.items())
     axis.set_title(f"{title}; {kinds}", fontsize=10, loc="left")
@@ -390,7 +387,7 @@ def plot_lengths(
             colour, style = styles.get(curve, ("black", "-"))
             width = 2.5 if curve == baseline else 1.3
             axis.plot(lengths, values, style, color=colour, marker="o", markersize=3, linewidth=width, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="frames a sequence")
+        axis.set(xscale="log", yscale="log", xlabel="frames per sequence")
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from importlib import resources
 from typing import Any
 
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 from torch import nn
 
 from audiot.attention.mechanism import AttentionMechanism
 from audiot.attention.patterns import patterns
 from audiot.attention.self_attention import SelfAttention
+from audiot.base import groups
 from audiot.positions import Positions
 
 __all__ = ["AttentionMechanism", "SelfAttention", "after_step", "build", "build_mechanism", "names", "parameters", "patterns"]
@@ -21,7 +20,7 @@ __all__ = ["AttentionMechanism", "SelfAttention", "after_step", "build", "build_
 
 def names() -> list[str]:
     """Names of all attention mechanisms, sorted: what `attention=` accepts on the command line."""
-    return sorted(file.name.removesuffix(".yaml") for file in _group().iterdir() if file.name.endswith(".yaml"))
+    return groups.options("attention")
 
 
 def build(
@@ -79,13 +78,7 @@ def _config(name: str) -> dict[str, Any]:
     """A mechanism's file, without the choices of other groups, which are Hydra's affair."""
     if name not in names():
         raise ValueError(f"unknown attention {name!r}: {_suggestion(name, names())}")
-    config: Any = OmegaConf.to_container(OmegaConf.create((_group() / f"{name}.yaml").read_text(encoding="utf-8")), resolve=True)
-    config.pop("defaults", None)
-    return config
-
-
-def _group() -> Any:
-    return resources.files("audiot.conf") / "attention"
+    return {key: value for key, value in groups.read_option("attention", name).items() if key != "defaults"}
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

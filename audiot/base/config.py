@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from audiot.base.framing import num_frames, samples_in
 from audiot.base.quoting import argument
 
 # A number, a list or auto; a truth value or a number; a number or a share.
@@ -26,10 +27,10 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
     if "hop_length" in features:
         window, hop = features.win_length, features.hop_length
     else:  # Kaldi's
-        window, hop = (round(features.sample_rate * ms / 1000) for ms in (features.frame_length_ms, features.frame_shift_ms))
-    if features.get("center"):  # each utterance is reflected by a window in all
-        window = 0
-    return max(1, (1 + (round(duration_s * features.sample_rate) - window) // max(1, hop)) // max(1, features.stack))
+        window, hop = (samples_in(ms, features.sample_rate) for ms in (features.frame_length_ms, features.frame_shift_ms))
+    reflected = window if features.get("center") else 0  # at both ends together
+    count = num_frames(round(duration_s * features.sample_rate), window, max(1, hop), reflected)
+    return max(1, count // max(1, features.stack))
 
 
 OmegaConf.register_new_resolver("frames", frames, replace=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from importlib.resources import files
+from typing import Any
+
+from omegaconf import OmegaConf
 
 
 def groups() -> list[str]:
@@ -26,6 +29,21 @@ def described(group: str) -> dict[str, str]:
         lines = (files("audiot.conf") / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         found[name] = next((line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line), "")
     return found
+
+
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """The file of an option, or of a part of others, as plain dicts.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    file = files("audiot.conf") / group / f"{name}.yaml"
+    known = options(group)
+    if not file.is_file():
+        raise ValueError(f"no {group} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    content = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def nearest(name: str, known: list[str]) -> str:

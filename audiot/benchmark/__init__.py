@@ -1,1 +1,1 @@
-"""What mechanisms, training, data and features cost: measured, told and drawn."""
+"""Speed and memory of attention mechanisms, training, data and front ends: measuring, tables and pictures."""

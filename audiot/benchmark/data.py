@@ -1,4 +1,4 @@
-"""``audiot benchmark benchmark=data``: what feeds a GPU, from a corpus as it came to features."""
+"""``audiot benchmark benchmark=data``: the speed of each stage between a corpus and the features on a device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from audiot.analysis.plots import plot_speeds
-from audiot.attention.mechanism import check_type
 from audiot.base.console import say
-from audiot.base.files import replacing, write_csv
-from audiot.base.groups import nearest, options
+from audiot.base.files import write_csv, write_text
+from audiot.base.groups import options, read_option
 from audiot.base.tables import aligned, markdown
-from audiot.benchmark import measure as benchmark
-from audiot.benchmark.attention import published_config
+from audiot.benchmark.measure import MAX_CALLS, time_of
+from audiot.benchmark.settings import check_counts, check_known, check_seconds, find_device
 from audiot.data.batches import Batch, crop_lengths, to_device
 from audiot.data.datamodule import SpeechDataModule, useful_workers
 from audiot.data.manifests import Manifests
@@ -39,22 +38,22 @@ Row = dict[str, Any]
 
 
 class DataBenchmark:
-    """Speed of each stage that audio goes through before a model sees it, in times real time, with the settings of pre-training.
+    """Speed of each stage before the model, in times real time, with the settings of pre-training.
 
-    ``prepare``: decode, resample and write utterances in one process. ``sampling``: the main process's choice of cuts and crops.
-    ``loading``: what worker processes give, everything that the main process does for it included. ``transfer``: a batch to
-    the device, as floats. ``front end``: its features there.
+    ``prepare`` decodes, resamples and writes utterances in one process. ``sampling`` is the choice of cuts and crops in the main
+    process. ``loading`` is everything up to a batch in the main process, with worker processes. ``transfer`` takes a batch to the
+    device, as floats. ``front end`` computes its features there.
 
     Args:
-        data: Config of a corpus and of how batches are made.
-        data_dir: Where corpora are.
-        features: Config of the front end whose frames training counts and crops fit.
+        data: Config of a corpus and of its batches.
+        data_dir: Folder of the corpora.
+        features: Config of the front end that crops fit and whose frames are counted.
         front_ends: Names of `conf/features`.
         prepare_utterances: Utterances of the training split to prepare.
-        seconds: A measurement.
-        rounds: Measurements of each; the median is told.
+        seconds: Seconds per measurement.
+        rounds: Measurements per stage. The median is told.
         device: ``auto``, ``cpu``, ``cuda``, …
-        seed: Of order and crops.
+        seed: Seed of the order and the crops.
 
     Raises:
         ValueError: an unknown name or an impossible size.
@@ -75,18 +74,10 @@ class DataBenchmark:
         device: str = "auto",
         seed: int = 0,
     ) -> None:
-        known = options("features")
-        for name in front_ends:
-            if name not in known:
-                raise ValueError(f"benchmark.front_ends: no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-        check_type(int, **{"benchmark.rounds": rounds, "benchmark.prepare_utterances": prepare_utterances})
-        check_type(float, **{"benchmark.seconds": seconds})
-        for what, value in (("prepare_utterances", prepare_utterances), ("rounds", rounds)):
-            if value < 1:
-                raise ValueError(f"benchmark.{what} must be at least 1, found {value}")
-        if not 0 <= seconds < float("inf"):
-            raise ValueError(f"benchmark.seconds is {seconds}: set it to 0 or more, and finite")
-        self.device = benchmark.find_device(device)
+        check_known("front_ends", front_ends, options("features"))
+        check_counts(prepare_utterances=prepare_utterances, rounds=rounds)
+        check_seconds(seconds)
+        self.device = find_device(device)
         self.cfg = OmegaConf.create({"data": data, "data_dir": data_dir, "seed": seed})
         self.features: Features = instantiate(features)
         self.front_ends = front_ends
@@ -95,13 +86,13 @@ class DataBenchmark:
         self.rounds = rounds
 
     def report(self, run: Path, machine: dict[str, Any]) -> None:
-        """Measure; write ``results.csv``, ``table.md`` and ``benchmark.png``; print the table."""
+        """Measure. Write ``results.csv``, ``table.md`` and ``benchmark.png``, and print the table."""
         rows: list[Row] = []
         for row in self._measure(run):
             rows.append(row)
-            write_csv(run / "results.csv", rows)  # now, for Ctrl-C to leave something behind
+            write_csv(run / "results.csv", rows)  # each time, so that Ctrl-C leaves something behind
         table = [
-            ["stage", "setting", "cores", "µs a cut", "× real time", "× real time a core"],
+            ["stage", "setting", "cores", "µs per cut", "× real time", "× real time per core"],
             *(
                 [
                     row["what"],
@@ -122,14 +113,13 @@ class DataBenchmark:
             f"{loading['times_real_time']:,.0f} times real time"
         )
         notes = (
-            "A core of the device's rows: a CPU thread, or the whole GPU. Files come from the operating system's memory where "
-            "they fit; the first epoch waits for the disk."
+            "In the rows of the device a core is a CPU thread, or the whole GPU. Files come from the operating system's memory "
+            "if they fit there. The first epoch waits for the disk."
         )
-        with replacing(run / "table.md") as temporary:
-            text = f"# Data\n\n{title}\n\n{markdown(table)}\n\n{feeds}.\n\n{notes}\n\n`{machine['command']}`\n"
-            temporary.write_text(text, encoding="utf-8")
+        text = f"# Data\n\n{title}\n\n{markdown(table)}\n\n{feeds}.\n\n{notes}\n\n`{machine['command']}`\n"
+        write_text(run / "table.md", text)
         speeds = {f"{row['what']}, {row['setting']}": row["times_real_time_per_core"] for row in rows}
-        plot_speeds(speeds, f"Times real time a core (whole GPU on GPUs): {title}", run / "benchmark.png")
+        plot_speeds(speeds, f"Times real time per core (on a GPU: per GPU): {title}", run / "benchmark.png")
         say(f"\n{title}\n{aligned(table)}\n\n{feeds}\n")
         say(f"run     {run}\nfiles   table.md, results.csv, benchmark.png, machine.json")
         say(" ".join(["next:   audiot pretrain", *same_data(run)]))
@@ -160,7 +150,7 @@ class DataBenchmark:
         yield self._on_device("transfer", "to floats", batch, partial(to_device, batch, self.device))
         there = to_device(batch, self.device)
         for name in self.front_ends:
-            config = published_config("features", name) | {"sample_rate": corpus.sample_rate}
+            config = read_option("features", name) | {"sample_rate": corpus.sample_rate}
             front_end: Features = instantiate(config).to(self.device)
             yield self._on_device("front end", name, batch, partial(front_end, there["waveforms"], there["lengths"]))
 
@@ -199,7 +189,7 @@ class DataBenchmark:
         loader = self._data(corpus, num_workers).train_dataloader()
         assert isinstance(loader, DataLoader)
         batches = iter(loader)
-        for _ in range(1 + (loader.prefetch_factor or 0) * num_workers):  # what they made before the clock runs
+        for _ in range(1 + (loader.prefetch_factor or 0) * num_workers):  # made before the clock runs
             next(batches)
         sizes: list[int] = []
 
@@ -214,7 +204,7 @@ class DataBenchmark:
         return row | {"frames_per_s": round(samples * tokens / sum(sizes))}
 
     def _rates(self, batches: Iterator[Any], sizes: Callable[[Any], list[int]]) -> tuple[float, float]:
-        """Cuts and samples a second: medians over the rounds."""
+        """Cuts per second and samples per second: medians over the rounds."""
         rates = []
         for _ in range(self.rounds):
             cuts = samples = 0
@@ -230,9 +220,9 @@ class DataBenchmark:
         return median(cuts_per_s), median(samples_per_s)
 
     def _on_device(self, what: str, setting: str, batch: Batch, call: Callable[[], object]) -> Row:
-        benchmark.time_of(call, 2, self.device)
-        count = max(1, min(benchmark.MAX_CALLS, int(self.seconds / benchmark.time_of(call, 1, self.device))))
-        seconds = median(benchmark.time_of(call, count, self.device) for _ in range(self.rounds))
+        time_of(call, 2, self.device)
+        count = max(1, min(MAX_CALLS, int(self.seconds / time_of(call, 1, self.device))))
+        seconds = median(time_of(call, count, self.device) for _ in range(self.rounds))
         cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         lengths = batch["lengths"]
         return _row(what, setting, cores, len(lengths) / seconds, int(lengths.sum()) / self.features.sample_rate / seconds)

@@ -1,4 +1,4 @@
-"""``audiot benchmark benchmark=features``: a batch of utterances through each front end."""
+"""``audiot benchmark benchmark=features``: the speed of each front end, beside torchaudio."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from audiot.base.console import say
-from audiot.base.files import replacing, write_csv
-from audiot.base.groups import nearest, options
+from audiot.base.files import write_csv, write_text
+from audiot.base.groups import options, read_option
 from audiot.base.pairing import torchaudio
 from audiot.base.streams import key
 from audiot.base.tables import aligned, markdown
-from audiot.benchmark import measure as benchmark
-from audiot.benchmark.attention import published_config
+from audiot.benchmark.measure import time_of
+from audiot.benchmark.settings import check_choices, check_counts, find_device
 from audiot.features import MFCC, Features, KaldiFbank, LogMel, Spectrogram
 
-TOLERANCE = 2e-3  # of normalised features, from torchaudio's
+TOLERANCE = 2e-3  # largest difference from torchaudio's normalised features
 WARM_UP = 2  # calls
 
 
 class FeatureBenchmark:
     """Time of a batch in each front end, and in torchaudio's functions for one utterance after the other, in the same rounds.
 
-    Both end in normalised features: deltas, and mean and deviation of each utterance. What they compute is compared first.
+    Both compute normalised features: they add deltas, subtract the mean of each utterance and divide by its deviation. Their
+    results are compared first.
 
     Args:
         features: Names of `conf/features`.
-        utterances: B.
-        duration_s: Of each.
-        rounds: Measurements of each; the median is told.
+        utterances: Utterances per batch.
+        duration_s: Duration of an utterance.
+        rounds: Number of rounds. The median is told.
         device: ``auto``, ``cpu``, ``cuda``, …
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: an unknown name or an impossible size.
@@ -48,17 +49,12 @@ class FeatureBenchmark:
     def __init__(
         self, features: Sequence[str], utterances: int, duration_s: float, rounds: int, device: str = "auto", seed: int = 0
     ) -> None:
-        known = options("features")
-        for name in features:
-            if name not in known:
-                raise ValueError(f"benchmark.features: no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-        for what, value in (("utterances", utterances), ("rounds", rounds)):
-            if value < 1:
-                raise ValueError(f"benchmark.{what} must be at least 1, found {value}")
-        self.device = benchmark.find_device(device)
+        check_choices("features", features, options("features"))
+        check_counts(utterances=utterances, rounds=rounds)
+        self.device = find_device(device)
         self.duration_s = duration_s
         self.rounds = rounds
-        self.front_ends = {name: instantiate(published_config("features", name)).to(self.device) for name in features}
+        self.front_ends = {name: instantiate(read_option("features", name)).to(self.device) for name in features}
         num_samples = round(duration_s * 16000)
         for name, front_end in self.front_ends.items():
             if front_end.num_tokens(num_samples) < 2:
@@ -67,7 +63,7 @@ class FeatureBenchmark:
         self.waveforms = 0.1 * torch.randn(utterances, num_samples, generator=generator).to(self.device)
 
     def report(self, run: Path, machine: dict[str, Any]) -> None:
-        """Measure, write ``results.csv`` and ``table.md``, print the table.
+        """Measure. Write ``results.csv`` and ``table.md``, and print the table.
 
         Raises:
             ValueError: a front end does not compute what torchaudio does.
@@ -91,8 +87,7 @@ class FeatureBenchmark:
         table = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
         batch = f"{len(self.waveforms)} × {self.duration_s:g} s"
         title = f"{batch}, {machine['device']}, {machine['threads']} threads, median of {self.rounds}"
-        with replacing(run / "table.md") as temporary:
-            temporary.write_text(f"{title}\n\n{markdown(table)}\n", encoding="utf-8")
+        write_text(run / "table.md", f"{title}\n\n{markdown(table)}\n")
         say(f"\n{title}\n{aligned(table)}\n\nrun     {run}\nfiles   table.md, results.csv, machine.json")
         say(f"next:   audiot pretrain features={rows[0]['features']}")
 
@@ -111,15 +106,15 @@ class FeatureBenchmark:
             )
 
     def _times(self, calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-        """Seconds of each, in turn: what slows the machine down for a while slows all of them."""
+        """Median seconds of each call. They take turns, so that whatever slows the machine down affects all of them."""
         for call in calls:
-            benchmark.time_of(call, WARM_UP, self.device)
-        taken = [[benchmark.time_of(call, 1, self.device) for call in calls] for _ in range(self.rounds)]
+            time_of(call, WARM_UP, self.device)
+        taken = [[time_of(call, 1, self.device) for call in calls] for _ in range(self.rounds)]
         return [median(times) for times in zip(*taken, strict=True)]
 
 
 def torchaudio_frames(front_end: Features, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """torchaudio's function of one waveform (1, N) for the frames (T, channels) of a front end, before deltas."""
+    """torchaudio's form of a front end, from one waveform (1, N) to frames (T, channels) before deltas."""
     if isinstance(front_end, (KaldiFbank, MFCC)):
         rate = front_end.sample_rate
         shape = {
@@ -144,7 +139,7 @@ def torchaudio_frames(front_end: Features, device: torch.device) -> Callable[[Te
 
 
 def _normalised(frames: Tensor, front_end: Features) -> Tensor:
-    """Deltas and the normalisation of an utterance by torchaudio and PyTorch: (T, channels) → (T, C)."""
+    """Deltas by torchaudio and normalisation of an utterance by PyTorch: (T, channels) → (T, C)."""
     channels = [frames]
     for _ in range(front_end.delta_order):
         channels.append(torchaudio("functional").compute_deltas(channels[-1].T, front_end.delta_window).T)

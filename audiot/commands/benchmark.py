@@ -1,4 +1,4 @@
-"""``audiot benchmark``: measure what ``benchmark=…`` names, and compare it with an earlier run."""
+"""``audiot benchmark``: run the benchmark that ``benchmark=…`` names, and compare its results with an earlier run's."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from omegaconf import DictConfig
 
 from audiot.base.config import plain
 from audiot.base.console import say
-from audiot.base.files import replacing, write_json
-from audiot.benchmark import measure as benchmark
+from audiot.base.files import write_json, write_text
+from audiot.benchmark.comparison import comparison, read_results
+from audiot.benchmark.machine import describe_machine
 
 
 class Benchmark(Protocol):
-    """What ``benchmark=…`` chooses."""
+    """The benchmark that ``benchmark=…`` chooses."""
 
     device: torch.device
     key: tuple[str, ...]
-    """Columns of ``results.csv`` that say what was measured: with ``benchmark.compare`` lines that agree in them are one."""
+    """Columns of ``results.csv`` that say what was measured. ``benchmark.compare`` compares lines that agree in them."""
     figure: str
     """The column that is compared."""
 
     def report(self, run: Path, machine: dict[str, Any]) -> None:
-        """Measure, write files to the run's folder, print the main table and what to do next."""
+        """Measure, write files to the run's folder, and print the main table and what to run next."""
 
 
 def main(cfg: DictConfig) -> None:
-    """Measure; write tables, plots and ``machine.json`` to the run's folder; print the main table.
+    """Measure. Write tables, pictures and ``machine.json`` to the run's folder, and print the main table.
 
-    ``benchmark.compare=FILE`` sets the results beside those of an earlier ``results.csv`` afterwards.
+    ``benchmark.compare=FILE`` then compares the results with an earlier ``results.csv``.
 
     Raises:
-        ValueError: a measurement crashed, or something computed is wrong; told after all else is done. Or the earlier results
-            are another benchmark's; told before anything is measured.
+        ValueError: a measurement crashed, or something computes wrong results. This error comes after all else is done. Or the
+            earlier results belong to another benchmark. This error comes before anything is measured.
     """
     run = Path(cfg.run_dir)
     settings = plain(cfg.benchmark)
     compare = settings.pop("compare", None)
     what: Benchmark = instantiate(settings, seed=cfg.seed)
-    earlier = None if compare is None else benchmark.read_results(Path(compare), what.key, what.figure)
+    earlier = None if compare is None else read_results(Path(compare), what.key, what.figure)
     command = shlex.join(["audiot", "benchmark", *HydraConfig.get().overrides.task])
-    machine = benchmark.describe_machine(what.device) | {"command": command, "seed": cfg.seed, "benchmark": settings}
+    machine = describe_machine(what.device) | {"command": command, "seed": cfg.seed, "benchmark": settings}
     write_json(run / "machine.json", machine)
     say(f"device  {machine['device']}, PyTorch {machine['torch']}, {machine['threads']} CPU threads")
     begin = time.monotonic()
     try:
         what.report(run, machine)
-    finally:  # a measurement that failed does not hide what became of the others
+    finally:  # also when a measurement failed, since the others have results
         write_json(run / "machine.json", machine | {"wall_s": round(time.monotonic() - begin, 1)})
         if earlier is not None and (run / "results.csv").is_file():
-            now = benchmark.read_results(run / "results.csv", what.key, what.figure)
-            with replacing(run / "comparison.md") as temporary:
-                temporary.write_text(benchmark.comparison(earlier, now), encoding="utf-8")
-            say(f"\n{benchmark.comparison(earlier, now)}\nfile    {run / 'comparison.md'}")
+            text = comparison(earlier, read_results(run / "results.csv", what.key, what.figure))
+            write_text(run / "comparison.md", text)
+            say(f"\n{text}\nfile    {run / 'comparison.md'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from audiot.base.files import read_json, replacing, replacing_text
+from audiot.base.files import read_json, replacing_text, write_text
 from audiot.base.tables import aligned, markdown
 from audiot.runs import run_overrides
 
@@ -100,6 +100,5 @@ def write_comparison(results: Mapping[str, Mapping[str, Any]], folder: Path) -> 
     header, lines = comparison(results)
     with replacing_text(folder / "comparison.csv") as stream:
         csv.writer(stream, lineterminator="\n").writerows([header, *lines])
-    with replacing(folder / "comparison.md") as temporary:
-        temporary.write_text(markdown([header, *lines]) + "\n", encoding="utf-8")
+    write_text(folder / "comparison.md", markdown([header, *lines]) + "\n")
     return f"{aligned([header, *lines])}\nwrote   {folder / 'comparison.csv'}, {folder / 'comparison.md'}"

@@ -16,7 +16,7 @@ from audiot.downstream.heads import LayerSelection
 from audiot.downstream.objectives import Objective
 from audiot.downstream.upstream import rebuild
 from audiot.training.accumulation import WeightedSteps
-from audiot.training.optimization import configure
+from audiot.training.optimization import configure_from
 from audiot.training.saved import Saved
 
 
@@ -139,10 +139,4 @@ class DownstreamModule(WeightedSteps, Saved):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""
-        return configure(
-            self,
-            make(self.hparams["optimizer"]),
-            make(self.hparams["scheduler"]),
-            self.hparams["optimizer"].get("weight_decay", 0.0),
-            self.trainer.estimated_stepping_batches,
-        )
+        return configure_from(self, self.hparams, self.trainer.estimated_stepping_batches)

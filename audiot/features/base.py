@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from audiot.base.framing import Count, num_frames
 
 MOST_HZ, MOST_POINTS, MOST_CHANNELS = 1_000_000, 2**15, 2**12  # beyond all that features of sound are: a file may say anything
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
@@ -171,22 +173,12 @@ class Features(nn.Module, ABC):
         self.cmvn_std.copy_(variance.sqrt().clamp(min=self.eps))
         self._fitted = True
 
-    @overload
-    def num_frames(self, num_samples: int) -> int: ...
-    @overload
-    def num_frames(self, num_samples: Tensor) -> Tensor: ...
-    def num_frames(self, num_samples: int | Tensor) -> int | Tensor:
+    def num_frames(self, num_samples: Count) -> Count:
         """Frames, before stacking, in so many samples."""
-        before, behind = self.reflected
-        enough = num_samples > before  # to be reflected
-        count = (num_samples + before + behind - self.win_length) // self.hop_length + 1
-        return count.clamp(min=0) * enough if isinstance(count, Tensor) else max(count, 0) * enough
+        enough = num_samples > self.reflected[0]  # to be reflected
+        return num_frames(num_samples, self.win_length, self.hop_length, sum(self.reflected)) * enough
 
-    @overload
-    def num_tokens(self, num_samples: int) -> int: ...
-    @overload
-    def num_tokens(self, num_samples: Tensor) -> Tensor: ...
-    def num_tokens(self, num_samples: int | Tensor) -> int | Tensor:
+    def num_tokens(self, num_samples: Count) -> Count:
         """Tokens that `forward` makes of so many samples."""
         return self.num_frames(num_samples) // self.stack
 

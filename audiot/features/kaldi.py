@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audiot.base.framing import samples_in
 from audiot.base.pairing import torchaudio
 from audiot.features.base import MOST_CHANNELS, Features, check_band, check_size, power_spectrum
 
@@ -34,8 +35,7 @@ class Kaldi(Features):
         **options: Any,
     ) -> None:
         check_size("num_mel_bins", num_mel_bins, MOST_CHANNELS)
-        win_length = int(sample_rate * frame_length_ms * 0.001)  # rounded down, as Kaldi does
-        hop_length = int(sample_rate * frame_shift_ms * 0.001)
+        win_length, hop_length = (samples_in(duration_ms, sample_rate) for duration_ms in (frame_length_ms, frame_shift_ms))
         super().__init__(win_length=win_length, hop_length=hop_length, sample_rate=sample_rate, **options)
         high_freq = high_freq if high_freq > 0 else sample_rate / 2 + high_freq
         check_band("low_freq", low_freq, "high_freq", high_freq, sample_rate)

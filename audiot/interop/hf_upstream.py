@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from audiot.base.framing import Count, num_frames
 from audiot.downstream.upstream import EncoderUpstream, Upstream, check_top
 from audiot.features import KaldiFbank
 from audiot.model import length_mask
@@ -65,23 +66,14 @@ class Frames:
             hop *= stride
         return hop
 
-    @overload
-    def num_frames(self, num_samples: int) -> int: ...
-    @overload
-    def num_frames(self, num_samples: Tensor) -> Tensor: ...
-    def num_frames(self, num_samples: int | Tensor) -> int | Tensor:
+    def num_frames(self, num_samples: Count) -> Count:
         """Frames of so many samples."""
         count = num_samples
         for window, stride, before, after in self.stages:
-            count = (count + before + after - window) // stride + 1
-            count = count.clamp(min=0) if isinstance(count, Tensor) else max(count, 0)
+            count = num_frames(count, window, stride, before + after)
         return count
 
-    @overload
-    def num_tokens(self, num_samples: int) -> int: ...
-    @overload
-    def num_tokens(self, num_samples: Tensor) -> Tensor: ...
-    def num_tokens(self, num_samples: int | Tensor) -> int | Tensor:
+    def num_tokens(self, num_samples: Count) -> Count:
         """Hidden states of so many samples: one a frame."""
         return self.num_frames(num_samples)
 

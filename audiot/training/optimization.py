@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from audiot.attention import after_step
+from audiot.base.parts import make
 from audiot.base.private import clips_unscaled
 
 
@@ -130,6 +131,13 @@ def configure(
     built.register_step_post_hook(lambda *_: after_step(module))
     schedule = scheduler(built, total_steps=int(total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def configure_from(module: nn.Module, settings: Mapping[str, Any], total_steps: float) -> dict[str, Any]:
+    """`configure` with the ``optimizer`` and the ``scheduler`` of a module's settings, which are configs."""
+    optimizer, scheduler = settings["optimizer"], settings["scheduler"]
+    weight_decay = optimizer.get("weight_decay", 0.0)
+    return configure(module, make(optimizer), make(scheduler), weight_decay, total_steps)
 
 
 def schedule(cfg: DictConfig) -> Any:

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch._dynamo
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import audiot.attention
 from audiot.attention import AttentionMechanism, build, names
+from audiot.base.groups import read_option
 from audiot.positions import ALiBi, RelativeBias, Rotary
 
 EMBED_DIM, NUM_HEADS, MAX_FRAMES = 36, 9, 24  # nine heads: the handcrafted patterns take seven
@@ -480,8 +480,7 @@ def test_sizes_that_do_not_fit_are_refused(name):
 
 
 def targets():
-    group = audiot.attention._group()
-    return {name: OmegaConf.load(group / f"{name}.yaml")["_target_"] for name in names()}
+    return {name: read_option("attention", name)["_target_"] for name in names()}
 
 
 def mechanisms():
@@ -507,7 +506,7 @@ def test_every_mechanism_has_a_yaml():
 
 @pytest.mark.parametrize("name", names())
 def test_yaml_lists_every_own_parameter_and_no_other(name):
-    config = OmegaConf.load(audiot.attention._group() / f"{name}.yaml")
+    config = read_option("attention", name)
     parameters = list(inspect.signature(get_class(config["_target_"])).parameters)
     assert parameters[:3] == ["embed_dim", "num_heads", "max_frames"]
     assert set(config) - {"defaults", "_target_"} == set(parameters[3:])

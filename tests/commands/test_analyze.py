@@ -7,9 +7,9 @@ import pytest
 import torch
 from hydra.utils import get_class
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 import audiot.attention
+from audiot.base.groups import read_option
 from audiot.commands.analyze import draw_attention, draw_both, draw_tables
 from audiot.model import Encoder
 
@@ -24,8 +24,8 @@ def drawn(monkeypatch):
 
 def encoder(name, seed=0, **overrides):
     torch.manual_seed(seed)
-    options = OmegaConf.to_container(OmegaConf.load(audiot.attention._group() / f"{name}.yaml"), resolve=True)
-    options.pop("defaults")
+    options = read_option("attention", name)
+    del options["defaults"]
     assert get_class(options["_target_"])
     positions = {"_target_": "audiot.positions.NoPositions"}
     sizes = {"embed_dim": 24, "num_layers": 2, "num_heads": 4, "ffn_dim": 24, "max_frames": 12}

@@ -205,17 +205,22 @@ def test_each_text_has_its_keyword_and_no_other(cuts):
         assert supervision.custom["accent"] in ACCENTS.values()
 
 
+def check_cover(phones, duration):
+    """Phones follow each other from 0 to the end, with silence at both ends and no two silences in a row."""
+    assert phones[0].symbol == phones[-1].symbol == "SIL"
+    assert phones[0].start == 0.0
+    assert phones[-1].end == pytest.approx(duration, abs=1e-6)
+    for phone, following in itertools.pairwise(phones):
+        assert phone.end == pytest.approx(following.start, abs=1e-6)
+        assert phone.duration > 0
+        assert phone.symbol != "SIL" or following.symbol != "SIL"
+
+
 def test_phones_cover_each_cut_without_gap_or_overlap(cuts):
     for cut in itertools.chain(*cuts.values()):
         phones = cut.supervisions[0].alignment["phone"]
         assert {phone.symbol for phone in phones} <= set(PHONES)
-        assert phones[0].symbol == phones[-1].symbol == "SIL"
-        assert phones[0].start == 0.0
-        assert phones[-1].end == pytest.approx(cut.duration, abs=1e-6)
-        for phone, following in itertools.pairwise(phones):
-            assert phone.end == pytest.approx(following.start, abs=1e-6)
-            assert phone.duration > 0
-            assert phone.symbol != "SIL" or following.symbol != "SIL"
+        check_cover(phones, cut.duration)
         # Silence at either end is short.
         assert 0.02 <= phones[0].duration < 0.12
         assert 0.02 <= phones[-1].duration < 0.16

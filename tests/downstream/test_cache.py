@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from learning import losses_of
 
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import IGNORED, FrameLabels, PhoneSequence, SlotLabels, UtteranceLabel
@@ -213,13 +214,7 @@ def test_a_probe_learns_from_cached_states(tiny, demo_corpus, upstream):
     assert not probe.upstream.training
     (batch,) = islice(cache.train_dataloader(), 1)
     optimizer = torch.optim.Adam([*probe.head.parameters(), *probe.layers.parameters()], lr=0.05)
-    losses = []
-    for _ in range(15):
-        loss = probe.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(probe, batch, optimizer, 15)
     assert losses[-1] < losses[0] - 0.3
     assert probe.layers.logits.grad.abs().sum() > 0
 

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+from learning import losses_of
 from torch import nn
 
 from audiot.data.batches import to_device
@@ -127,13 +128,7 @@ def test_training_lowers_the_loss(tiny, demo_corpus, upstream):
     probe = module(tiny, upstream, source.classes)
     batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     optimizer = torch.optim.Adam([tensor for tensor in probe.parameters() if tensor.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(15):
-        loss = probe.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(probe, batch, optimizer, 15)
     assert losses[0] == pytest.approx(torch.tensor(float(len(source.classes))).log().item(), abs=0.5)
     assert losses[-1] < losses[0] - 0.3
 
@@ -294,13 +289,7 @@ def test_a_recogniser_learns_and_is_loaded_again(tiny, demo_corpus, upstream, tm
     probe = module(tiny, upstream, source.classes, **parts)
     batch = to_device(next(iter(source.train_dataloader())), torch.device("cpu"))
     optimizer = torch.optim.Adam([tensor for tensor in probe.parameters() if tensor.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(12):
-        loss = probe.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(probe, batch, optimizer, 12)
     assert losses[-1] < 0.6 * losses[0]
     fit = trainer(tmp_path)
     fit.fit(probe, source)

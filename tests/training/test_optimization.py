@@ -12,7 +12,7 @@ from audiot.attention import build, names
 from audiot.model import Encoder
 from audiot.objectives.reconstruction import ReconstructionHead
 from audiot.positions import Learned
-from audiot.training.optimization import configure, constant, linear_warmup_decay, parameter_groups
+from audiot.training.optimization import configure, configure_from, constant, linear_warmup_decay, parameter_groups
 
 
 def rates(schedule, total_steps, **options):
@@ -128,6 +128,18 @@ def test_configure_schedules_by_the_step_over_the_whole_training():
         optimizer.step()
         scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_settings_name_the_optimiser_its_decay_and_the_schedule():
+    adamw = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "weight_decay": 0.03}
+    sgd = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}
+    flat = {"_target_": "audiot.training.optimization.constant", "_partial_": True}
+    decays = {}
+    for optimizer in (adamw, sgd):
+        built = configure_from(nn.Linear(3, 2), {"optimizer": optimizer, "scheduler": flat}, 10)
+        assert built["lr_scheduler"]["scheduler"].description == "on as it is to step 10"
+        decays[type(built["optimizer"]).__name__] = [group["weight_decay"] for group in built["optimizer"].param_groups]
+    assert decays == {"AdamW": [0.03, 0.0], "SGD": [0.0, 0.0]}
 
 
 @pytest.mark.parametrize("total_steps", [-1, float("inf")])

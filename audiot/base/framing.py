@@ -1,0 +1,28 @@
+"""Counting the frames of a waveform. Nothing here needs PyTorch, so that a config can count them before a model is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Count = TypeVar("Count", int, "Tensor")
+
+
+def num_frames(num_samples: Count, win_length: int, hop_length: int, num_added: int = 0) -> Count:
+    """Number of full frames.
+
+    Args:
+        num_samples: Samples of the waveform, or integers (B,) for a batch.
+        win_length: Samples in a frame.
+        hop_length: Samples from one frame to the next.
+        num_added: Samples added at both ends together, by padding or reflection.
+    """
+    count = (num_samples + num_added - win_length) // hop_length + 1
+    return count * (count > 0)
+
+
+def samples_in(duration_ms: float, sample_rate: int) -> int:
+    """Number of samples in a duration, rounded down as Kaldi does."""
+    return int(sample_rate * duration_ms * 0.001)

@@ -1,0 +1,73 @@
+"""Entries of a benchmark's list of attention mechanisms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from audiot.attention import names, parameters
+from audiot.attention.mechanism import check_type
+from audiot.base.groups import nearest
+from audiot.base.quoting import override
+
+BASELINE = "query_key"  # of all speed-ups
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A mechanism to measure.
+
+    Args:
+        name: Name of its file in `conf/attention`.
+        label: Name in tables and pictures.
+        overrides: Parameters that replace those of the file.
+        max_length: Longest sequence to measure it at. None means that there is no limit.
+    """
+
+    name: str
+    label: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+
+    @classmethod
+    def of(cls, config: str | Mapping[str, Any], where: str = "benchmark.mechanisms") -> Entry:
+        """An entry of the config's list `where`: a name, or a mapping with some of these keys."""
+        if not isinstance(config, (str, Mapping)):
+            raise ValueError(f"{where}: {config!r} is neither a name nor {{name: …, overrides: …}}")
+        given: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
+        known = ["name", "label", "overrides", "max_length"]
+        for key in given:
+            if key not in known:
+                raise ValueError(f"{where}: no key {key!r}{nearest(str(key), known)}; keys: {', '.join(known)}")
+        name = str(given.get("name"))
+        if name not in names():
+            raise ValueError(f"{where}: no attention {name!r}{nearest(name, names())}; there are {', '.join(names())}")
+        overrides, max_length = given.get("overrides") or {}, given.get("max_length")
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"{where}: overrides of {name} are {overrides!r}: expected {{parameter: value}}")
+        known = list(parameters(name))
+        for key in overrides:
+            if key not in known:
+                near = nearest(str(key), known)
+                raise ValueError(f"{where}: {name} has no parameter {key!r}{near}; there are {', '.join(known)}")
+        if max_length is not None:
+            check_type(int, **{f"{where}: max_length of {name}": max_length})
+            if max_length < 1:
+                raise ValueError(f"{where}: max_length of {name} is {max_length}: set it to at least 1")
+        overrides = dict(overrides)
+        label = str(given.get("label") or "") or " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
+        return cls(name, label, overrides, max_length)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Overrides of ``audiot pretrain`` that choose this mechanism, in Hydra's grammar."""
+        return [f"attention={self.name}", *(override(f"attention.{key}", value) for key, value in self.overrides.items())]
+
+
+def check_labels(entries: Sequence[Entry], where: str) -> None:
+    """Raise ValueError if two entries of the config's list `where` have the same label."""
+    labels = [entry.label for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{where}: {labels.count(label)} entries are called {label!r}: give each a label")
