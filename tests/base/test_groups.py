@@ -16,7 +16,7 @@ def test_an_option_is_its_file_in_plain_dicts():
         "share_query_key": False,
     }
     assert type(found["defaults"]) is list
-    assert read_option("model", "base")["max_frames"] == "${frames:${data.crop_s},${features}}"  # as it is written
+    assert read_option("upstream", "random")["seed"] == "${seed}"  # as it is written
 
 
 def test_an_unknown_option_is_refused_in_one_line():
