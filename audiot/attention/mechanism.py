@@ -6,13 +6,16 @@ Shape legend: B sequences, T frames, d = `embed_dim`, H heads, D = d / H.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.positions import NO_POSITIONS, Positions
+
+Choice = TypeVar("Choice")
 
 
 class AttentionMechanism(nn.Module, ABC):
@@ -304,6 +307,17 @@ def key_mask(valid: Tensor | None) -> Tensor | None:
 def among_real(choice: Tensor, valid: Tensor | None) -> Tensor:
     """The real ones of chosen keys, bool (…, T, T), for `valid` (B, T) or None."""
     return choice if valid is None else choice & valid[:, None, None, :]
+
+
+def choose(name: str, word: str, choices: Mapping[str, Choice]) -> Choice:
+    """The choice that the argument `name` calls `word`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if word not in choices:
+        raise ValueError(f"{name} is {word!r}: set it to one of {', '.join(choices)}")
+    return choices[word]
 
 
 def at_least_one(**sizes: int) -> None:

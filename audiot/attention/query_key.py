@@ -12,9 +12,10 @@ from audiot.attention.mechanism import (
     key_mask,
     offsets,
     position_bias,
+    query_key_scores,
 )
 from audiot.base.devices import HALF
-from audiot.positions import Positions
+from audiot.positions import NO_POSITIONS, Positions
 
 SHORT = 256  # frames
 
@@ -39,6 +40,14 @@ class QueryKey(QueryKeyMechanism):
             return F.dropout(weights, self.dropout_now).to(value.dtype) @ value
         bias = position_bias(positions, query.shape[-2], query.device)
         return fused_attention(query, key, value, key_mask(valid), self.dropout_now, bias=bias)
+
+    def factors(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys whose products are the scores, and the bias (H, T, T) of the positions."""
+        return query, key * self.head_dim**-0.5, position_bias(positions, query.shape[2], query.device)
+
+    def score_parts(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
+        """QKᵀ/√D, (B, H, T, T), and the bias (H, T, T) of the positions."""
+        return query_key_scores(query, key, NO_POSITIONS), position_bias(positions, query.shape[2], query.device)
 
 
 class SharedQueryKey(QueryKeyMechanism):

@@ -89,6 +89,16 @@ class SynthesizerDense(AttentionMechanism):
         middle = (frames @ self.w1 + self.b1[:, None]).relu()  # B, H, T, b
         return middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames]
 
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Queries (B, H, T, b + 1) and keys (1, H or 1, T, b + 1) whose products are the scores; and no bias."""
+        middle = self.middle(hidden)
+        keys = self.last_layer(middle.shape[2]).to(middle.dtype)
+        return F.pad(middle, (0, 1), value=1.0), keys[None], None
+
+    def score_parts(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """The scores (B, H, T, T), and no bias."""
+        return self.scores(hidden), None
+
     def middle(self, hidden: Tensor) -> Tensor:
         """ReLU(W₁x + b₁) as one matrix product: (B, T, d) → (B, H, T, b)."""
         if self.per_head:
