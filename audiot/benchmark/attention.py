@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from audiot.attention import SelfAttention, build, names, parameters
+from audiot.attention import SelfAttention, build, command_line, names, parameters
 from audiot.attention.lsh import LSHAttention, recall
 from audiot.attention.mechanism import check_type
 from audiot.base.console import say
@@ -278,8 +278,8 @@ class AttentionBenchmark:
         if not entries:
             return "audiot benchmark --help"
         best = min(entries, key=lambda entry: found[entry.label])
-        overrides = [argument(f"attention.{key}", value) for key, value in best.overrides.items()]
-        return " ".join([f"audiot pretrain attention={best.name}", *overrides])
+        chosen = [argument(key, value) for key, value in command_line(best.name, best.overrides).items()]
+        return " ".join(["audiot pretrain", *chosen])
 
     def _is_control(self, entry: Entry) -> bool:
         mechanism = self._layer(entry, CHECKED_FRAMES).mechanism
@@ -295,9 +295,8 @@ class AttentionBenchmark:
     def _positions(self, entry: Entry, shape: tuple[int, int, int]) -> Positions:
         choice = self.positions
         if choice == "own":
-            chosen = [
-                value for default in published_config("attention", entry.name).get("defaults", []) for value in default.values()
-            ]
+            defaults = published_config("attention", entry.name).get("defaults", [])
+            chosen = [value for default in defaults for group, value in default.items() if "/positions" in group]
             (choice,) = chosen or ["none"]
         config = published_config("positions", choice)
         return get_class(config.pop("_target_"))(*shape, **config)

@@ -20,12 +20,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
+from audiot.attention import command_line
 from audiot.attention.mechanism import check_type
 from audiot.base.console import say
 from audiot.base.files import replacing, write_csv
 from audiot.base.groups import options
 from audiot.base.private import many_compilations
-from audiot.base.quoting import argument
+from audiot.base.quoting import argument, override
 from audiot.base.streams import key
 from audiot.benchmark import costs
 from audiot.benchmark import measure as benchmark
@@ -469,11 +470,11 @@ class TrainingBenchmark:
     def _config(self, entry: Entry, place: Place, folder: Path) -> tuple[DictConfig, str]:
         """The config of ``audiot pretrain``, and the name of its positions."""
         chosen = [] if self.experiment is None else [f"experiment={self.experiment}"]
-        chosen += [f"model={place.model.name}", f"attention={entry.name}"]
+        chosen += [f"model={place.model.name}"]
         chosen += [] if self.positions == "own" else [f"positions={self.positions}"]
         chosen += [] if self.utterances is None else ["data=demo"]
         chosen += [f"run_dir={folder}", f"data_dir={self.data_dir}", f"seed={self.seed}", "probe=false"]
-        chosen += [f"attention.{name}={value}" for name, value in entry.overrides.items()]
+        chosen += [override(key, value) for key, value in command_line(entry.name, entry.overrides).items()]
         chosen += [f"model.dropout={place.dropout}", f"attention.dropout={place.attention_dropout}"]
         chosen += [*self.overrides, *place.model.overrides]
         features: Features = instantiate(compose("pretrain", chosen).features)
@@ -582,8 +583,8 @@ class TrainingBenchmark:
         best = max(measured, key=lambda row: (SCOPES.index(row.scope), row.frames_per_s or 0))
         (entry,) = (entry for entry in self.entries if entry.label == best.attention)
         chosen = [] if self.experiment is None else [f"experiment={self.experiment}"]
-        chosen += [f"model={best.model}", f"attention={entry.name}"]
-        chosen += [argument(f"attention.{name}", value) for name, value in entry.overrides.items()]
+        chosen += [f"model={best.model}"]
+        chosen += [argument(key, value) for key, value in command_line(entry.name, entry.overrides).items()]
         return " ".join(["audiot pretrain", *chosen])
 
 
