@@ -65,7 +65,7 @@ def attend_by_length(scores: Tensor, value: Tensor, valid: Tensor | None, rho: f
     num_sequences, num_heads, num_frames, _ = value.shape
     whole = _exponentials(scores, value.dtype)
     kept = _dropped(whole, dropout)
-    exact = torch.promote_types(value.dtype, torch.float32)  # of the patterns
+    exact = torch.promote_types(value.dtype, torch.float32)  # precision of the patterns
     device = value.device
     if valid is None:
         valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=device)
@@ -129,7 +129,7 @@ def _products(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale:
         whole: Weights before dropout, rows of any sum; the same object if nothing is dropped, which takes one product.
         columns: Values (H, T, B, D), zero on padded frames.
         mass: Weights of the frames (H, T, B), zero on padded frames.
-        scale: Multiply the values by `mass`; needless where it is 1 on real frames.
+        scale: Whether to multiply the values by `mass`; needless where it is 1 on real frames.
 
     Returns:
         (H, T, B, D) and (H, T, B).
@@ -139,7 +139,7 @@ def _products(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale:
         columns = columns * mass[..., None]
     if kept is not whole:
         return (kept @ columns.flatten(2)).unflatten(-1, (num_sequences, head_dim)), whole @ mass
-    # The masses ride along as if they were the values of more sequences: one copy and one product.
+    # The masses join the columns as if they were the values of more sequences: this takes one copy and one product.
     more = F.pad(mass, (0, -num_sequences % head_dim)).unflatten(-1, (-1, head_dim))  # H, T, ⌈B/D⌉, D
     product = (whole @ torch.cat([columns, more], dim=2).flatten(2)).unflatten(-1, (-1, head_dim))
     numerator, denominator = product.split([num_sequences, more.shape[2]], dim=2)
