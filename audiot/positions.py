@@ -1,7 +1,7 @@
 """Positions: how a model learns where in the sequence a frame is.
 
-Three ways in: `forward` adds them to the encoder's input; inside each attention layer `rotate` turns queries and keys, or
-`bias` is added to their scores.
+They enter in one of three ways. `forward` adds them to the encoder's input. Inside each attention layer, `rotate` turns queries
+and keys, or `bias` is added to their scores.
 """
 
 from __future__ import annotations
@@ -62,16 +62,20 @@ class Positions(nn.Module):
 
 
 class NoPositions(Positions):
-    """No positions at all: attention that compares frames then sees a set, not a sequence."""
+    """No positions at all: attention that compares frames then sees a set, not a sequence.
+
+    The arguments are those of `Positions`.
+    """
 
 
 class Sinusoid(Positions):
-    """Sinusoids of geometrically spaced wavelengths, any length (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+    """Sinusoids of geometrically spaced wavelengths, for any length (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+
+    The other arguments are those of `Positions`.
 
     Args:
-        embed_dim: See `Positions`; even.
-        num_heads: See `Positions`.
-        max_frames: See `Positions`; only sizes the stored table, longer sequences work.
+        embed_dim: Width d of the model; even.
+        max_frames: Length of the stored table. Longer sequences work.
         scale: Factor of the table.
 
     Raises:
@@ -104,7 +108,10 @@ class Sinusoid(Positions):
 
 
 class Learned(Positions):
-    """One trained vector a position (Gehring et al. 2017, arXiv:1705.03122), from N(0, 0.02²)."""
+    """One trained vector per position (Gehring et al. 2017, arXiv:1705.03122), drawn from N(0, 0.02²).
+
+    The arguments are those of `Positions`.
+    """
 
     no_weight_decay = frozenset({"table"})
 
@@ -133,15 +140,15 @@ class Learned(Positions):
 
 
 class Rotary(Positions):
-    """Rotary positions (RoFormer, Su et al. 2021, arXiv:2104.09864, section 3.2), of any length.
+    """Rotary positions (RoFormer, Su et al. 2021, arXiv:2104.09864, section 3.2), for any length.
 
     Elements 2i and 2i + 1 of a query or key at position t turn by the angle t·base^(−2i/D), so that a score depends on
     the offset between two frames only.
 
+    The other arguments are those of `Positions`.
+
     Args:
-        embed_dim: See `Positions`.
-        num_heads: See `Positions`.
-        max_frames: See `Positions`; only sizes the stored table, longer sequences work.
+        max_frames: Length of the stored table. Longer sequences work.
         base: Base of the wavelengths.
 
     Raises:
@@ -178,7 +185,7 @@ class Rotary(Positions):
         return self._table(torch.arange(num_frames, dtype=torch.float64, device=self.table.device)).to(dtype)
 
     def _table(self, position: Tensor) -> Tensor:
-        """Factors of each element (cos) and of the other one of its pair (−sin, sin): (2, T, D) for positions (T,)."""
+        """What multiplies each element (cos) and the other one of its pair (−sin, sin): (2, T, D) for positions (T,)."""
         index = torch.arange(0, self.head_dim, 2, device=position.device, dtype=position.dtype)
         angle = (position[:, None] * self.base ** -(index / self.head_dim)).repeat_interleave(2, dim=1)
         sign = torch.tensor([-1.0, 1.0], device=position.device, dtype=position.dtype).repeat(self.head_dim // 2)
@@ -197,25 +204,28 @@ def turn(heads: Tensor, factors: Tensor) -> Tensor:
 
     Args:
         heads: (B, H, T, D).
-        factors: Of each element (cos) and of the other one of its pair (−sin, sin): (2, T, D), float32 or better.
+        factors: What multiplies each element (cos), and what multiplies the other one of its pair (−sin, sin): (2, T, D),
+            float32 or better.
 
     Returns:
         (B, H, T, D) in the dtype of `heads`.
     """
     cos, sin = factors
     exact = heads.to(factors.dtype)
-    # The other element by a flip, not by taking pairs apart: compiled, that is one pass.
+    # A flip gives the other element. Compiled, that is one pass; to take the pairs apart would be more.
     other = exact.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (exact * cos + other * sin).to(heads.dtype)
 
 
 class ALiBi(Positions):
-    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409, section 3), any length.
+    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409, section 3), for any length.
 
-    −m·|j − i| is added to the score of frame i with frame j. The slopes m of the heads fall geometrically, from 2^(−8/H)
-    to 2^(−8); where H is no power of two, as in the paper's code, slopes of the next power of two fill up.
+    −m·|j − i| is added to the score of frame i with frame j. The slopes m of the heads fall geometrically, from 2^(−8/H) to
+    2^(−8). Where H is no power of two, slopes of the next power of two fill up, as in the paper's code.
 
-    Differs from the paper: both directions, |j − i| where a language model looks back only.
+    Differs from the paper: the bias goes in both directions, |j − i|; a language model looks back only.
+
+    The arguments are those of `Positions`.
     """
 
     has_bias = True
@@ -233,22 +243,21 @@ class ALiBi(Positions):
         return self
 
     def bias(self, offset: Tensor) -> Tensor:
-        """−m·|offset|; see `Positions.bias`."""
+        """−m·|offset|; shapes as in `Positions.bias`."""
         return -self.slopes[:, None, None] * offset.abs()
 
 
 class RelativeBias(Positions):
-    """A trained bias a head and offset, in each layer its own (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+    """A trained bias per head and offset, in each layer its own (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
-    b(j − i) is added to the score of frame i with frame j; offsets beyond ±`max_offset` take the value there, as in Shaw
-    et al. 2018 (arXiv:1803.02155). Zero at the start of training.
+    b(j − i) is added to the score of frame i with frame j. Offsets beyond ±`max_offset` take the value there, as in Shaw et
+    al. 2018 (arXiv:1803.02155). All biases are zero at the start of training.
 
-    Differs from Raffel et al.: one value an offset instead of logarithmic buckets, and layers do not share.
+    Differs from Raffel et al.: there is one value per offset instead of logarithmic buckets, and layers do not share.
+
+    `max_frames` is ignored. The other arguments are those of `Positions`.
 
     Args:
-        embed_dim: See `Positions`.
-        num_heads: See `Positions`.
-        max_frames: Ignored.
         max_offset: Largest offset with a value of its own, in frames.
 
     Raises:
@@ -269,7 +278,7 @@ class RelativeBias(Positions):
 
 
 class RelativeBiasTable(Positions):
-    """The trained biases of one layer; see `RelativeBias`."""
+    """The trained biases of one layer, made by `RelativeBias`."""
 
     has_bias = True
     no_weight_decay = frozenset({"table"})
@@ -284,7 +293,7 @@ class RelativeBiasTable(Positions):
         nn.init.zeros_(self.table)
 
     def bias(self, offset: Tensor) -> Tensor:
-        """The heads' values at `offset`; see `Positions.bias`."""
+        """The heads' values at `offset`; shapes as in `Positions.bias`."""
         index = offset.clamp(-self.max_offset, self.max_offset) + self.max_offset
         if index.dim() == 2:
             return self.table[:, index]

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from audiot.base.config import check_type, flat, parse
 from audiot.base.files import read_json, read_yaml, replacing_text
-from audiot.base.groups import groups, nearest
+from audiot.base.groups import groups, key_of, nearest
 from audiot.base.parts import FORMAT_VERSION, check_version, is_plain, named, resolved
 from audiot.base.quoting import argument
 
@@ -375,7 +375,7 @@ def _checked(run: Path, override: Override, known: dict[str, object]) -> str:
     if name.startswith(("hydra.", "hydra/")) or name == "run_dir":
         raise ValueError(f"{text} has no effect on resume: the run goes on in {run}; drop it")
     if name in groups() or isinstance(known.get(name), dict):
-        keys = [key for key in known if key.startswith(f"{name}.") and CHANGEABLE.fullmatch(key)]
+        keys = [key for key in known if key.startswith(f"{key_of(name)}.") and CHANGEABLE.fullmatch(key)]
         keys = [key for key in keys if not isinstance(known[key], dict) and not key.endswith("_target_")]
         single = f"set its single keys, as in {keys[0]}={known[keys[0]]}" if keys else "a new run can have another"
         raise ValueError(f"{text} can't change on resume: {single}")

@@ -92,11 +92,13 @@ def published_attention():
 
     def read(group, name):
         plain = read_option(group, name)
-        return plain, [positions for choice in plain.pop("defaults", []) for positions in choice.values()]
+        return plain, {group: choice for default in plain.pop("defaults", []) for group, choice in default.items()}
 
     def configs(name):
-        attention, (positions,) = read("attention", name)
-        return {"attention": attention, "positions": read("positions", positions)[0]}
+        attention, chosen = read("attention", name)
+        positions, _ = read("positions", chosen.pop("override /positions@_global_.positions"))
+        parts = {part: read(f"attention/{part}", choice)[0] for part, choice in chosen.items()}
+        return {"attention": attention | parts, "positions": positions}
 
     return configs
 

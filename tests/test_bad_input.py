@@ -134,6 +134,24 @@ def test_suggestions_are_those_of_the_chosen_group(made):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["attention.form=relative"], "attention.form=relative is gone: write attention=synthesizer_relative"),
+        (["-m", "attention.form=full,factorized"], "attention.form=full is gone: write attention=synthesizer_random"),
+        (["attention.search=chunked"], "attention.search=chunked is gone: write attention/search=chunked"),
+        (
+            ["attention=lsh_simple", "attention.chunk_size=8"],
+            "attention.chunk_size=8 is gone: write attention/search=chunked attention.search.chunk_size=8",
+        ),
+        (["attention=lsh_simple", "attention/search=exact"], "attention/search=exact: no such option; options: chunked, topk"),
+        (["attention=local", "attention/search=topk"], "attention/search=topk: the chosen attention has no search"),
+    ],
+)
+def test_words_of_a_mechanism_that_are_gone_are_named_with_what_replaced_them(given, message):
+    assert refusal("pretrain", *given) == message
+
+
 @pytest.mark.parametrize("flag", ["-m", "--multirun"])
 def test_a_sweep_is_refused_before_its_first_run(made, tmp_path, flag):
     where = f"hydra.sweep.dir={tmp_path / 'sweep'}"

@@ -153,11 +153,14 @@ def test_version_is_the_packages():
 
 def test_list_names_the_groups_and_their_options():
     groups = succeed("list").split()
-    folders = [folder.name for folder in (REPOSITORY / "conf").iterdir() if folder.is_dir() and folder.name != "__pycache__"]
-    assert groups == sorted(folders)
-    listed = dict(line.split(maxsplit=1) for line in succeed("list", "attention").splitlines())
-    files = sorted((REPOSITORY / "conf" / "attention").glob("*.yaml"))
-    assert listed == {path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in files}
+    folders = [
+        folder.relative_to(REPOSITORY / "conf").as_posix() for folder in (REPOSITORY / "conf").rglob("*") if folder.is_dir()
+    ]
+    assert groups == sorted(folder for folder in folders if "__pycache__" not in folder)
+    for group in ("attention", "attention/search"):
+        listed = dict(line.split(maxsplit=1) for line in succeed("list", group).splitlines())
+        files = sorted((REPOSITORY / "conf" / group).glob("*.yaml"))
+        assert listed == {path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in files}
 
 
 def test_help_of_a_command_shows_groups_and_keys():
@@ -165,6 +168,8 @@ def test_help_of_a_command_shows_groups_and_keys():
     assert f"attention   {', '.join(names())}" in " ".join(out.split()).replace("attention ", "attention   ", 1)
     assert "seed: 0" in out
     assert "_target_: audiot.attention.local.Local" in out
+    assert "attention/search" not in out  # what the chosen mechanism has no part for
+    assert "attention/search  chunked, topk" in succeed("pretrain", "attention=lsh_simple", "--help")
 
 
 # Pre-training

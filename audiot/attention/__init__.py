@@ -1,9 +1,9 @@
-"""Attention mechanisms by name. The Hydra group `conf/attention` is the registry: one file there, one mechanism."""
+"""Attention mechanisms by name. The Hydra group `conf/attention` is the registry: each file there is one mechanism."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hydra.utils import get_class
@@ -13,9 +13,21 @@ from audiot.attention.mechanism import AttentionMechanism
 from audiot.attention.patterns import patterns
 from audiot.attention.self_attention import SelfAttention
 from audiot.base import groups
+from audiot.base.former import instead, translate_v1
 from audiot.positions import Positions
 
-__all__ = ["AttentionMechanism", "SelfAttention", "after_step", "build", "build_mechanism", "names", "parameters", "patterns"]
+__all__ = [
+    "AttentionMechanism",
+    "SelfAttention",
+    "after_step",
+    "build",
+    "build_mechanism",
+    "command_line",
+    "names",
+    "parameters",
+    "patterns",
+    "translate_v1",
+]
 
 
 def names() -> list[str]:
@@ -27,6 +39,10 @@ def build(
     name: str, embed_dim: int, num_heads: int, max_frames: int, positions: Positions | None = None, **overrides: Any
 ) -> SelfAttention:
     """Build an attention layer outside Hydra: `build("query_key", embed_dim=768, num_heads=12, max_frames=1500)`.
+
+    A parameter that is a part with a config group of its own is a name in this group, or a mapping with the name and parameters:
+    `search="chunked"`, `search={"name": "chunked", "chunk_size": 16}`. The classes themselves take the object:
+    `SimpleLSH(768, 12, 1500, search=Chunked(chunk_size=16))`.
 
     Args:
         name: One of `names()`.
@@ -48,23 +64,38 @@ def build(
 
 def build_mechanism(name: str, embed_dim: int, num_heads: int, max_frames: int, **overrides: Any) -> AttentionMechanism:
     """Build a mechanism alone, without projections around it; arguments and errors as `build`."""
-    options = _config(name)
-    mechanism = get_class(options.pop("_target_"))
-    for override in overrides:
+    target, options = _config("attention", name, "attention")
+    for override, value in overrides.items():
         if override not in options:
+            now = instead(f"attention.{override}", str(value))
+            if now is not None:
+                raise ValueError(f"the parameter {override!r} of attention {name!r} is gone: it is now {now}")
             raise ValueError(f"attention {name!r} has no parameter {override!r}: {_suggestion(override, options)}")
-    return mechanism(embed_dim, num_heads, max_frames, **{**options, **overrides})
+    parts = {word: _part(word, options[word], overrides.get(word, {})) for word in options if _is_part(word)}
+    return get_class(target)(embed_dim, num_heads, max_frames, **{**options, **overrides, **parts})
 
 
 def parameters(name: str) -> dict[str, Any]:
-    """The own parameters of a mechanism, with the values of its YAML file.
+    """The own parameters of a mechanism, with the values of its YAML file: plain values, and parts as `build` takes them.
 
     Raises:
         ValueError: an unknown mechanism.
     """
-    options = _config(name)
-    del options["_target_"]
-    return options
+    return _config("attention", name, "attention")[1]
+
+
+def command_line(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line calls the choice of a mechanism and its parameters, as `build` takes them: key → value."""
+    found: dict[str, Any] = {"attention": name}
+    for word, value in overrides.items():
+        if not _is_part(word):
+            found[f"attention.{word}"] = value
+            continue
+        given = {"name": value} if isinstance(value, str) else dict(value)
+        if "name" in given:
+            found[f"attention/{word}"] = given.pop("name")
+        found |= {f"attention.{word}.{key}": each for key, each in given.items()}
+    return found
 
 
 def after_step(model: nn.Module) -> None:
@@ -74,11 +105,36 @@ def after_step(model: nn.Module) -> None:
             module.after_step()
 
 
-def _config(name: str) -> dict[str, Any]:
-    """A mechanism's file, without the choices of other groups, which are Hydra's affair."""
-    if name not in names():
-        raise ValueError(f"unknown attention {name!r}: {_suggestion(name, names())}")
-    return {key: value for key, value in groups.read_option("attention", name).items() if key != "defaults"}
+def _config(group: str, name: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Class and parameters of a file, without the choices of other groups, which are Hydra's affair."""
+    known = groups.options(group)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}: {_suggestion(name, known)}")
+    config = groups.read_option(group, name)
+    for default in config.pop("defaults", []):
+        for part, choice in default.items():
+            if _is_part(part):
+                config[part] = {"name": choice, **_config(f"{group}/{part}", choice, part)[1]}
+    return config.pop("_target_"), config
+
+
+def _part(word: str, default: Mapping[str, Any], given: Any) -> Any:
+    """Build what a parameter with a group of its own stands for: a name, or a mapping with the name and parameters."""
+    group = f"attention/{word}"
+    if not isinstance(given, (str, Mapping)):
+        raise ValueError(f"{word} is {given!r}: set it to one of {', '.join(groups.options(group))}, or {{name: …, …}}")
+    chosen = {"name": given} if isinstance(given, str) else dict(given)
+    name = chosen.pop("name", default["name"])
+    target, options = _config(group, name, word)
+    for key in chosen:
+        if key not in options:
+            raise ValueError(f"{word} {name!r} has no parameter {key!r}: {_suggestion(key, options)}")
+    return get_class(target)(**options | chosen)
+
+
+def _is_part(word: str) -> bool:
+    """Whether a parameter is a part with a config group of its own, inside that of the mechanisms."""
+    return f"attention/{word}" in groups.groups()
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -11,11 +11,14 @@ from audiot.attention.mechanism import AttentionMechanism
 class PositionWise(AttentionMechanism):
     """No exchange between frames: every frame attends to itself alone, the context is the value.
 
-    The lower control of every comparison: the layer is a linear map of each frame. Works at any length: `max_frames` is
-    ignored. `dropout` is taken, so that a comparison can set it for all mechanisms alike, and drops nothing: the only weight
-    of a row is 1.
+    This is the lower control of every comparison: the layer is a linear map of each frame.
 
-    Cost: none; no query and key projections.
+    Works at any length: `max_frames` is ignored. `dropout` is an argument so that a comparison can set it for all mechanisms
+    alike. It drops nothing: the only weight of a row is 1.
+
+    Cost: none. There are no query and key projections.
+
+    The arguments are those of `AttentionMechanism`.
     """
 
     inputs = frozenset({"value"})
@@ -39,12 +42,16 @@ class PositionWise(AttentionMechanism):
 class Uniform(AttentionMechanism):
     """Attention that distinguishes no frame: the context of all frames is the mean value of the real frames.
 
-    What is left of attention where all scores are equal. Works at any length: `max_frames` is ignored.
+    This is what is left of attention where all scores are equal.
 
-    Dropout drops frames, for all rows of a head alike: dropping each weight on its own, as other mechanisms do, would take
-    a T×T mask and cost what the mechanism saves.
+    Works at any length: `max_frames` is ignored.
 
-    Cost: O(Td) time and memory; no query and key projections.
+    Dropout drops frames, for all rows of a head alike. Other mechanisms drop each weight on its own. Here that would take a T×T
+    mask and cost what the mechanism saves.
+
+    Cost: O(Td) time and memory. There are no query and key projections.
+
+    The arguments are those of `AttentionMechanism`.
     """
 
     inputs = frozenset({"value"})

@@ -1,7 +1,7 @@
-"""Attention by weights that all sequences share: the batch becomes columns of one matrix product a head.
+"""Attention by weights that all sequences share: the batch becomes the columns of one matrix product per head.
 
-Padding is exact in the same product. With m = 1 on real frames and 0 on padded ones, the weights times the columns [V·m | m]
-give numerators and denominators.
+The same product is exact with padding. Let m be 1 on real frames and 0 on padded ones: the weights times the columns [V·m | m]
+give the numerators and the denominators.
 
 Shape legend: B sequences, H heads, T frames, D = head size.
 """
@@ -15,50 +15,57 @@ from torch import Tensor
 from audiot.attention.patterns import NAMES
 
 LEFT, RIGHT, START = (NAMES.index(name) for name in ("left", "right", "start"))
+LOWEST = -80.0  # exp(-80) is still a normal number in float32 and bfloat16
 
 
-def attend(kept: Tensor, whole: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-    """Σ_j kept·V / Σ_j whole over the real frames j of each sequence.
+def attend(scores: Tensor, value: Tensor, valid: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """softmax(scores)V over the real frames of each sequence.
 
     Args:
-        kept: Weights (H, T, T) after dropout.
-        whole: Weights before dropout, rows of any sum; the same object if nothing is dropped, which takes one product.
-        value: (B, H, T, D).
+        scores: Table of logits (H, T, T).
+        value: (B, H, T, D), not in float16.
         valid: bool (B, T), or None.
+        dropout: Probability of dropping a weight; one mask serves all sequences.
 
     Returns:
         (B, H, T, D).
     """
     columns = value.permute(1, 2, 0, 3)  # H, T, B, D
     if valid is None:
-        mass = columns.new_ones(columns.shape[1:3])
-    else:
-        columns = columns.masked_fill(~valid.T[:, :, None], 0)
-        mass = valid.T.to(value.dtype)
-    numerator, denominator = _products(kept, whole, columns, mass.expand(len(columns), -1, -1))
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        context = _dropped(weights, dropout) @ columns.flatten(2)  # H, T, B·D
+        return context.unflatten(-1, columns.shape[2:]).permute(2, 0, 1, 3)
+    whole = _exponentials(scores, value.dtype)
+    columns = columns.masked_fill(~valid.T[:, :, None], 0)
+    mass = valid.T.to(value.dtype).expand(len(columns), -1, -1)
+    numerator, denominator = _products(_dropped(whole, dropout), whole, columns, mass)
     return _divide(numerator, denominator).permute(2, 0, 1, 3)
 
 
-def attend_by_length(kept: Tensor, whole: Tensor, value: Tensor, valid: Tensor | None, rho: float) -> Tensor:
-    """Attention to the handcrafted patterns of each sequence's own length, by weights that are shared.
+def attend_by_length(scores: Tensor, value: Tensor, valid: Tensor | None, rho: float, dropout: float = 0.0) -> Tensor:
+    """Attention to the handcrafted patterns of each sequence's own length, changed by a table that all sequences share.
 
     The weights of sequence b are proportional to E·((1 − ρ)P_b + ρ/T_b), where P_b are the patterns of its length T_b and
-    E = `whole`. The floor and the patterns `start` and `end`, whose rows are all alike, depend on b and j alone: they scale
-    the columns. `left` and `right` are triangular with rows that differ in their sum only: one more product for these two
-    heads. What remains (the frame itself and its neighbours) is one entry a row.
+    E = exp(scores). Three parts of them are computed apart:
+
+    - The floor and the patterns `start` and `end` depend on b and j alone, as their rows are all alike. They scale the columns.
+    - `left` and `right` are triangular, and their rows differ in their sum only. These two heads take one more product.
+    - The other patterns (the frame itself and its neighbours) have one entry per row.
 
     Args:
-        kept: See `attend`.
-        whole: See `attend`.
-        value: (B, H, T, D).
+        scores: Table of changes Δ (H, T, T).
+        value: (B, H, T, D), not in float16.
         valid: bool (B, T), real frames first, or None.
-        rho: ρ.
+        rho: Floor ρ.
+        dropout: Probability of dropping a weight; one mask serves all sequences.
 
     Returns:
         (B, H, T, D), zero on padded frames.
     """
     num_sequences, num_heads, num_frames, _ = value.shape
-    exact = torch.promote_types(value.dtype, torch.float32)  # of the patterns
+    whole = _exponentials(scores, value.dtype)
+    kept = _dropped(whole, dropout)
+    exact = torch.promote_types(value.dtype, torch.float32)  # precision of the patterns
     device = value.device
     if valid is None:
         valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=device)
@@ -118,11 +125,11 @@ def _products(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale:
     """Numerators Σ_j kept·mass·V and denominators Σ_j whole·mass.
 
     Args:
-        kept: (H, T, T); see `attend`.
-        whole: (H, T, T); see `attend`.
+        kept: Weights (H, T, T) after dropout.
+        whole: Weights before dropout, rows of any sum; the same object if nothing is dropped, which takes one product.
         columns: Values (H, T, B, D), zero on padded frames.
         mass: Weights of the frames (H, T, B), zero on padded frames.
-        scale: Multiply the values by `mass`; needless where it is 1 on real frames.
+        scale: Whether to multiply the values by `mass`; needless where it is 1 on real frames.
 
     Returns:
         (H, T, B, D) and (H, T, B).
@@ -132,11 +139,23 @@ def _products(kept: Tensor, whole: Tensor, columns: Tensor, mass: Tensor, scale:
         columns = columns * mass[..., None]
     if kept is not whole:
         return (kept @ columns.flatten(2)).unflatten(-1, (num_sequences, head_dim)), whole @ mass
-    # The masses ride along as if they were the values of more sequences: one copy and one product.
+    # The masses join the columns as if they were the values of more sequences: this takes one copy and one product.
     more = F.pad(mass, (0, -num_sequences % head_dim)).unflatten(-1, (-1, head_dim))  # H, T, ⌈B/D⌉, D
     product = (whole @ torch.cat([columns, more], dim=2).flatten(2)).unflatten(-1, (-1, head_dim))
     numerator, denominator = product.split([num_sequences, more.shape[2]], dim=2)
     return numerator, denominator.flatten(2)[..., :num_sequences]
+
+
+def _exponentials(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(scores − row maximum), at least exp(−80): computed in float32 or better, returned in `dtype`."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # The maximum cancels between numerator and denominator, hence has no gradient.
+    below = scores - scores.detach().amax(dim=-1, keepdim=True)
+    return below.clamp_min(LOWEST).exp_().to(dtype)
+
+
+def _dropped(weights: Tensor, dropout: float) -> Tensor:
+    return F.dropout(weights, dropout) if dropout else weights
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention inside groups of frames: what windowed, strided, hashed and routed attention have in common.
 
-A mechanism says which frames form a group as queries and which as keys, as lists of frame numbers; `grouped_attention`
-computes softmax attention inside each group. The plain form gathers the frames of every group; on CUDA devices, in
-half precision, kernels read them in place (`audiot.kernels.grouped`).
+A mechanism lists the numbers of the frames that are the queries of a group, and of those that are its keys. `grouped_attention`
+computes softmax attention inside each group. The plain form gathers the frames of every group. On CUDA devices, in half
+precision, kernels read them in place (`audiot.kernels.grouped`).
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ def grouped_attention(
 ) -> Tensor:
     """softmax(QKᵀ/√D)V inside each of G groups of frames.
 
-    A query in several groups gets the mean of its results, one in no group, or in groups without keys, zeros.
+    A query in several groups gets the mean of its results. A query in no group, or only in groups without keys, gets zeros.
 
     Args:
         query: (B, H, T, D).
         key: (B, H, S, D).
         value: (B, H, S, D).
-        queries: The groups' queries, frame numbers (B or 1, H or 1, G, N); −1 = an empty place.
-        keys: The groups' keys (B or 1, H or 1, G, M), likewise; a key is in a group once.
-        radius: Leave out pairs whose numbers are further apart than this.
-        partition: Every frame is a query of one group at most.
+        queries: Numbers of the frames that are the groups' queries, (B or 1, H or 1, G, N); −1 = an empty place.
+        keys: Numbers of the frames that are the groups' keys, (B or 1, H or 1, G, M); −1 = an empty place. A key is in a group
+            once.
+        radius: Largest difference between the numbers of a query and a key that it sees; None: no limit.
+        partition: Whether every frame is a query of one group at most.
         transposed: `queries` and `keys` in another grouping of the same pairs, where every frame is a key of one group
             at most; the kernels then need no atomic sums. Takes `partition`.
         dropout: Probability of dropping a weight.
-        positions: Whose bias, if any, is added to the scores.
+        positions: Positions whose bias, if any, is added to the scores.
 
     Returns:
         (B, H, T, D).

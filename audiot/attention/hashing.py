@@ -1,7 +1,7 @@
 """Hashing for maximum inner product search: transforms of queries and keys, and the hashes that follow them.
 
-A transform makes large inner products small angles (for sign random projections) or small distances (for the L2 hash).
-It scales a vector and appends a few numbers, so that every transform is a `Transformed`. Queries are written q, keys x, M is
+A transform turns large inner products into small angles (for sign random projections) or small distances (for the L2 hash).
+It scales a vector and appends a few numbers, so that every transform is a `Transformed`. Queries are written q, keys x. M is
 the largest norm of a key among the real frames of one sequence and head. Papers:
 
 - Charikar 2002, "Similarity estimation techniques from rounding algorithms": sign random projections (SRP).
@@ -104,7 +104,7 @@ def sign_alsh_key(key: Tensor, largest: Tensor, num_terms: int, max_norm: float)
 
 
 def centred(transformed: Transformed, valid: Tensor | None) -> Transformed:
-    """The same with the mean over the real frames taken off the appended numbers.
+    """The same vectors, whose appended numbers have lost their mean over the real frames.
 
     No inner product changes, as the other side of every transform here has zeros in the same places.
     """
@@ -138,13 +138,13 @@ def hamming_distance(query_code: Tensor, key_code: Tensor) -> Tensor:
 def l2_collisions(query: Tensor, key: Tensor, width: Tensor) -> Tensor:
     """Number of projections in which query and key differ by w/2 at most (QALSH at one radius).
 
-    Takes one projection after another, as all differences at once would be T·S·K numbers. Compiled, it is one sum, of which
-    nothing is stored; of the loop Inductor would write K steps, whose kernel takes Triton over a minute to compile.
+    This takes one projection after another, as all differences at once would be T·S·K numbers. Compiled, it is one sum, whose
+    terms are not stored. (Inductor would turn the loop into K steps, and Triton takes over a minute to compile their kernel.)
 
     Args:
         query: Projected queries (…, T, K).
         key: Projected keys (…, S, K).
-        width: w, (…, 1, 1).
+        width: Width w of a cell, (…, 1, 1).
 
     Returns:
         int32 (…, T, S).
@@ -159,9 +159,9 @@ def l2_collisions(query: Tensor, key: Tensor, width: Tensor) -> Tensor:
 
 
 def l2_hash(projected: Tensor, width: Tensor, num_cells: int) -> Tensor:
-    """The L2 hash ⌊a·v/w⌋ of projections (…, T, K), as one of the `num_cells` (even) cells around zero: int16 (…, T, K).
+    """The L2 hash ⌊a·v/w⌋ of projections (…, T, K): int16 (…, T, K), one of the `num_cells` (even) cells around zero.
 
-    Values further out fall into the first and the last cell.
+    Values further out fall into the first or the last cell.
     """
     middle = num_cells // 2
     return ((projected / width).floor().clamp(-middle, middle - 1) + middle).to(torch.int16)
@@ -177,7 +177,7 @@ def cross_polytope(projected: Tensor) -> Tensor:
 def gray_rank(digits: Tensor, base: int) -> Tensor:
     """Rank of numbers (…, K) of K digits in the reflected Gray code, where neighbours differ by one in one digit.
 
-    A digit counts backwards where those before it add up to an odd number (this takes an even base).
+    A digit counts backwards where the digits before it add up to an odd number. This takes an even base.
     """
     rank = torch.zeros(digits.shape[:-1], dtype=torch.int32, device=digits.device)
     backwards = torch.zeros(digits.shape[:-1], dtype=torch.bool, device=digits.device)

@@ -13,26 +13,25 @@ from audiot.attention.mechanism import QueryKeyMechanism, among_real, at_least_o
 from audiot.positions import Positions
 
 CHUNK = 64
-"""Queries that share their keys where the window is small: the tile of PyTorch's fused kernels."""
+"""Number of queries that share their keys where the window is small: the tile of PyTorch's fused kernels."""
 
 
 class Local(QueryKeyMechanism):
     """Softmax attention to the frames at most `window` away, on both sides (Longformer, Beltagy et al. 2020,
     arXiv:2004.05150, section 3.1).
 
-    Works at any length: `max_frames` is ignored. Differs from the paper: all layers have one window, without dilation or
-    global frames, and `window` counts one side where Longformer's counts both.
+    Works at any length: `max_frames` is ignored.
 
-    Cost: O(T·window·d) time, O(T·d + T·window) memory, no parameters beside the projections. A position bias that differs
-    from head to head makes the second term O(T·window·H).
+    Differs from the paper: all layers have one window, and there are no dilation and no global frames. `window` counts the frames
+    on one side; Longformer's counts both.
+
+    Cost: O(T·window·d) time and O(T·d + T·window) memory. A position bias that differs from head to head makes the second term
+    O(T·window·H). There are no parameters beside the projections.
+
+    The other arguments are those of `QueryKeyMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: Ignored.
-        dropout: See `AttentionMechanism`.
         window: Largest distance |i − j| at which frames i and j see each other.
-        share_query_key: See `QueryKeyMechanism`.
 
     Raises:
         ValueError: `window` is not positive.
@@ -74,8 +73,9 @@ def banded_attention(
 ) -> Tensor:
     """Softmax attention of every frame to the real frames at most `radius` away.
 
-    Chunks of queries attend to their own frames and a halo of `radius` frames on both sides, under a mask. Frames come
-    before heads, the order in which projections write them: chunks are then views. Frames that see no real frame give zeros.
+    Each chunk of queries attends to its own frames and to a halo of `radius` frames on both sides, under a mask. Frames come
+    before heads, which is the order in which projections write them. Chunks are then views. Frames that see no real frame give
+    zeros.
 
     Args:
         query: (B, T, H, D).
@@ -84,7 +84,7 @@ def banded_attention(
         radius: Largest distance |i − j|, 1 or more.
         valid: bool (B or 1, T), True = real frame; None: all.
         dropout: Probability of dropping a weight.
-        bias: Function of integer offsets key − query (I, J) to what is added to the scores, (H, I, J).
+        bias: Function of integer offsets key − query (I, J) to what is added to the scores, (H, I, J); None: nothing.
 
     Returns:
         (B, T, H, D).
@@ -103,7 +103,9 @@ def banded_attention(
     if missing:
         query, key, value = (F.pad(frames, (0, 0, 0, 0, 0, missing)) for frames in (query, key, value))
 
-    place = torch.arange(-halo, chunk + halo, device=query.device)  # of S = chunk + 2·halo keys, from the chunk's first frame
+    place = torch.arange(
+        -halo, chunk + halo, device=query.device
+    )  # places of S = chunk + 2·halo keys; 0 is the chunk's first frame
     offset = place - torch.arange(chunk, device=query.device)[:, None]  # chunk, S
     scores = torch.zeros_like(offset, dtype=query.dtype) if bias is None else bias(offset).to(query.dtype)
     scores = scores.masked_fill(offset.abs() > radius, -torch.inf)  # chunk, S or H, chunk, S
@@ -124,12 +126,12 @@ def banded_attention(
 
 
 def _banded_groups(query: Tensor, key: Tensor, value: Tensor, radius: int, valid: Tensor | None, dropout: float) -> Tensor:
-    """`banded_attention` by kernels: a group is a chunk of queries, and as keys these and the frames around them."""
+    """`banded_attention` by kernels: the queries of a group are a chunk, its keys are these frames and those around them."""
     num_frames = query.shape[1]
     first = torch.arange(0, num_frames, CHUNK, device=query.device)[:, None]
     queries = mark_empty(first + torch.arange(CHUNK, device=query.device), valid, num_frames)
     keys = mark_empty(first + torch.arange(-radius, CHUNK + radius, device=query.device), valid, num_frames)
-    # Nearness is mutual: with the roles changed, every frame is a key of one group.
+    # Nearness is mutual: if queries and keys change roles, every frame is a key of one group.
     query, key, value = (frames.transpose(1, 2) for frames in (query, key, value))
     context = grouped_attention(
         query,
@@ -148,12 +150,12 @@ def _banded_groups(query: Tensor, key: Tensor, value: Tensor, radius: int, valid
 def _with_halo(chunks: Tensor, halo: int) -> Tensor:
     """Put chunks between the frames before and after them: (N, C, H, D) → (N, C + 2·halo, H, D).
 
-    The N chunks of the batch are treated as one ring: before the first and after the last chunk of a sequence come frames
-    of others, which the caller must mask. C is `halo`, or 2·`halo` and more.
+    The N chunks of the batch are treated as one ring. So frames of other sequences come before the first and after the last
+    chunk of a sequence; the caller must mask them. C is `halo`, or 2·`halo` and more.
     """
     if not halo:
         return chunks
     length = chunks.shape[1]
-    # Disjoint parts: the gradient of a split is one concatenation, that of overlapping slices several sums with zeros.
+    # The parts are disjoint: the gradient of a split is one concatenation, that of overlapping slices is several sums with zeros.
     parts = (chunks,) if length == halo else chunks.split([halo, length - 2 * halo, halo], dim=1)
     return torch.cat([parts[-1].roll(1, 0), *parts, parts[0].roll(-1, 0)], dim=1)

@@ -16,24 +16,24 @@ CHUNK = 64
 class LocalDenseSynthesizer(AttentionMechanism):
     """Local Dense Synthesizer attention (Xu et al. 2020, arXiv:2010.12155).
 
-    Each frame predicts, from itself alone, its attention to the c = `context_width` frames around it, itself in the middle:
-    softmax(W₂ReLU(W₁x + b₁) + b₂), for every head. Works at any length: `max_frames` is ignored.
+    Each frame predicts, from itself alone, its attention to the c = `context_width` frames around it, with itself in the middle.
+    In every head the weights are softmax(W₂ReLU(W₁x + b₁) + b₂).
 
-    The windows of a chunk of frames are the bands of one matrix of chunk × (chunk + c − 1), times the frames that the
-    chunk sees: no matrix of all frames by all frames.
+    Works at any length: `max_frames` is ignored.
 
-    Cost: O(T(c + 64)d + THdb) time, O(TH(c + 64)) memory, H(d + c + 1)b + Hc parameters, for b = `bottleneck_dim`. No query
-    and key projections.
+    Fast form: the windows of a chunk of frames are the bands of one matrix of chunk × (chunk + c − 1), which multiplies the
+    frames that the chunk sees. There is no matrix of all frames by all frames.
 
-    Differs from the authors' code: the middle layer of a head is narrow, b, where theirs has d for all heads together; the
-    layers have biases; frames before the start, after the end and padded ones get no weight, where theirs gives weight to
-    them and zeros as values.
+    Cost: O(T(c + 64)d + THdb) time and O(TH(c + 64)) memory, for b = `bottleneck_dim`. There are H(d + c + 1)b + Hc parameters,
+    and no query and key projections.
+
+    Differs from the authors' code: the middle layer of a head has the narrow width b; theirs has the width d for all heads
+    together. The layers have biases. Padded frames, and frames before the start and after the end, get no weight; theirs gets
+    weight, and zeros as values.
+
+    The other arguments are those of `AttentionMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: Ignored.
-        dropout: See `AttentionMechanism`.
         context_width: Frames c that a frame attends to; odd.
         bottleneck_dim: Width b of the middle layer.
 
@@ -70,7 +70,7 @@ class LocalDenseSynthesizer(AttentionMechanism):
         draw_layer(self.w2, self.b2)
 
     def attend(self, hidden: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-        """Attend chunk by chunk."""
+        """Attend in chunks."""
         num_frames = hidden.shape[1]
         side = self.context_width // 2
         scores = middle_of_heads(hidden, self.w1, self.b1) @ self.w2 + self.b2[:, None]  # B, H, T, c
@@ -81,7 +81,7 @@ class LocalDenseSynthesizer(AttentionMechanism):
         # Kernels are fast where the sizes of matrices are multiples of 8.
         width = -(-(CHUNK + self.context_width - 1) // 8) * 8
         missing = -num_frames % CHUNK
-        # Rows filled up to width + 1 and read as rows of `width` begin one further right each: the bands.
+        # The bands: rows are filled up to width + 1 and read as rows of `width`, so that each begins one further right.
         filled = F.pad(weights, (0, width + 1 - self.context_width, 0, missing)).unflatten(2, (-1, CHUNK)).flatten(3)
         bands = filled[..., : CHUNK * width].unflatten(-1, (CHUNK, width))  # B, H, N, chunk, width
         reached = F.pad(value, (0, 0, side, missing + width - CHUNK - side)).unfold(2, width, CHUNK)  # B, H, N, D, width

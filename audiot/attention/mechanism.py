@@ -6,7 +6,8 @@ Shape legend: B sequences, T frames, d = `embed_dim`, H heads, D = d / H.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from audiot.positions import NO_POSITIONS, Positions
 
+Choice = TypeVar("Choice")
+
 
 class AttentionMechanism(nn.Module, ABC):
     """How the frames of a sequence exchange information inside one attention layer.
 
-    `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never
-    influences a real one, as long as it is finite; the rows of padded frames are finite; a sequence without any real
-    frame gives zeros.
+    `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never influences a real
+    one, as long as it is finite. The rows of padded frames are finite. A sequence without any real frame gives zeros.
 
     A subclass writes `attend`, the fast form, and `dense_weights`, the obvious one. Both get the tensors of `inputs` by
     name, and `valid`.
@@ -78,7 +80,7 @@ class AttentionMechanism(nn.Module, ABC):
         Args:
             hidden: Input of the layer (B, T, d).
             query: Queries (B, H, T, D), not yet turned by rotary positions.
-            key: Keys (B, H, T, D), likewise.
+            key: Keys (B, H, T, D), not yet turned by rotary positions.
             value: Values (B, H, T, D).
             valid: bool (B, T), True = real frame; None when nothing is padded, the fast path.
             positions: Rotary positions, or a bias of the scores.
@@ -103,8 +105,8 @@ class AttentionMechanism(nn.Module, ABC):
     ) -> Tensor:
         """The plain dense computation of the attention weights (B, H, T, T), without dropout.
 
-        What plots show, and what `forward` must agree with. Arguments as in `forward`, without the values; a mechanism
-        that needs nothing else gets `hidden`, for the shape of the batch.
+        Plots show these weights, and `forward` must agree with them. The arguments are those of `forward`, without the values. A
+        mechanism that needs nothing else gets `hidden`, for the shape of the batch.
         """
         given = {"hidden": hidden, "query": query, "key": key}
         return self.dense_weights(**self._arguments(self.weight_inputs, given, valid, positions), valid=valid)
@@ -131,7 +133,7 @@ class AttentionMechanism(nn.Module, ABC):
         """The obvious form: the tensors of `weight_inputs` and `valid` → the weights (B, H, T, T)."""
 
     def dense_choice(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """See `chosen_keys`; arguments as `dense_weights`."""
+        """The keys that each query may attend to, as `chosen_keys` returns them; arguments as in `dense_weights`."""
         return None
 
     def after_step(self) -> None:
@@ -182,16 +184,14 @@ class AttentionMechanism(nn.Module, ABC):
 class QueryKeyMechanism(AttentionMechanism):
     """Base of the mechanisms that compare queries with keys.
 
-    `attend` and `dense_weights` get `query`, `key` (the queries again if they are shared), both turned by rotary
-    positions unless `rotates_itself`, and `positions`, whose `bias` they add to the scores. A subclass whose weights are a
-    softmax over the keys that it chooses writes `attend` and `dense_choice` only.
+    `attend` and `dense_weights` get `query` and `key` (the queries again if they are shared). Rotary positions have turned
+    both, unless `rotates_itself`. They also get `positions`, whose `bias` they add to the scores. A subclass whose weights
+    are a softmax over the keys that it chooses writes `attend` and `dense_choice` only.
+
+    The other arguments are those of `AttentionMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: See `AttentionMechanism`.
-        dropout: See `AttentionMechanism`.
-        share_query_key: Use the queries as keys. No key projection is then built, and `key` need not be passed.
+        share_query_key: Whether the queries are the keys too. No key projection is then built, and `key` need not be passed.
     """
 
     inputs = frozenset({"query", "key", "value"})
@@ -243,7 +243,7 @@ def fused_attention(
         mask: bool, broadcast to (B, H, T, S); True = the query may attend to the key. None: all.
         dropout: Probability of dropping a weight.
         scale: Factor of the products; None = 1/√D.
-        bias: Added to the scores, (H, T, S) or (B, H, T, S).
+        bias: Numbers that are added to the scores, (H, T, S) or (B, H, T, S).
 
     Returns:
         (B, H, T, D).
@@ -304,6 +304,17 @@ def key_mask(valid: Tensor | None) -> Tensor | None:
 def among_real(choice: Tensor, valid: Tensor | None) -> Tensor:
     """The real ones of chosen keys, bool (…, T, T), for `valid` (B, T) or None."""
     return choice if valid is None else choice & valid[:, None, None, :]
+
+
+def choose(name: str, word: str, choices: Mapping[str, Choice]) -> Choice:
+    """The choice that the argument `name` calls `word`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if word not in choices:
+        raise ValueError(f"{name} is {word!r}: set it to one of {', '.join(choices)}")
+    return choices[word]
 
 
 def at_least_one(**sizes: int) -> None:

@@ -12,9 +12,13 @@ NAMES = ("current", "previous", "next", "left", "right", "start", "end")
 def patterns(num_frames: int, num_heads: int = len(NAMES)) -> dict[str, Tensor]:
     """The handcrafted patterns of a sequence, one for each of the first heads.
 
-    Row i of a pattern holds the attention of frame i to the frames j: `current` j = i, `previous` j = i − 1, `next`
-    j = i + 1, `left` ∝ (j + 1)³ for j ≤ i − 2, `right` its mirror image, `start` ∝ (T − j)³, `end` ∝ (j + 1)³. A row
-    that allows no frame falls back to `current`.
+    Row i of a pattern holds the attention of frame i to the frames j:
+
+    - `current`: j = i; `previous`: j = i − 1; `next`: j = i + 1.
+    - `left`: ∝ (j + 1)³ for j ≤ i − 2; `right`: its mirror image.
+    - `start`: ∝ (T − j)³; `end`: ∝ (j + 1)³.
+
+    A row that allows no frame falls back to `current`.
 
     Args:
         num_frames: Length T of the sequence.
@@ -40,11 +44,11 @@ def patterns(num_frames: int, num_heads: int = len(NAMES)) -> dict[str, Tensor]:
 
 
 def offset_patterns(num_frames: int) -> dict[str, Tensor]:
-    """The handcrafted patterns as functions of the offset j − i, which `start` and `end` are not.
+    """The handcrafted patterns as functions of the offset j − i; all but `start` and `end`, which are none.
 
-    `current`, `previous` and `next` are those of `patterns` away from the ends of the sequence. `left` and `right`, which
-    `patterns` defines by the position j, become decays with the distance: ∝ (T − |j − i|)³ for j ≤ i − 2, or j ≥ i + 2.
-    They equal `patterns` in the row that sees most: the last row of `left`, the first of `right`.
+    `current`, `previous` and `next` are those of `patterns` away from the ends of the sequence. `patterns` defines `left` and
+    `right` by the position j. Here they decay with the distance: ∝ (T − |j − i|)³ for j ≤ i − 2, or j ≥ i + 2. They equal
+    `patterns` in the row that sees most, which is the last row of `left` and the first of `right`.
 
     Args:
         num_frames: Length T of the sequence.
@@ -67,9 +71,9 @@ def offset_patterns(num_frames: int) -> dict[str, Tensor]:
 def legacy_patterns(num_frames: int) -> Tensor:
     """Initial values of the first seven heads in the code that accompanies arXiv:2006.05174, float64 (7, T, T).
 
-    For comparison with published models only. In the order current, next, previous, left, right, end, start, and with
-    its defects: `next` and `previous` wrap around, `right` grows with j instead of mirroring `left`, two rows of `left`
-    and of `right` are empty, and the first row of `right` has a stray weight on the first frame.
+    They serve comparison with published models only. The order is current, next, previous, left, right, end, start. The
+    defects are those of that code: `next` and `previous` wrap around, `right` grows with j instead of mirroring `left`, two
+    rows of `left` and of `right` are empty, and the first row of `right` has a stray weight on the first frame.
     """
     position = torch.arange(num_frames, dtype=torch.float64)
     offset = position[None, :] - position[:, None]

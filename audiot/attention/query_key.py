@@ -12,9 +12,10 @@ from audiot.attention.mechanism import (
     key_mask,
     offsets,
     position_bias,
+    query_key_scores,
 )
 from audiot.base.devices import HALF
-from audiot.positions import Positions
+from audiot.positions import NO_POSITIONS, Positions
 
 SHORT = 256  # frames
 
@@ -22,16 +23,18 @@ SHORT = 256  # frames
 class QueryKey(QueryKeyMechanism):
     """Scaled dot-product attention, softmax(QKᵀ/√D)V (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
 
-    Works at any length: `max_frames` is ignored. Differs from the paper on request only: `share_query_key`.
+    Works at any length: `max_frames` is ignored. It differs from the paper only with `share_query_key: true`.
 
-    Cost: O(T²d) time, O(Td) memory (O(T²) with a position bias), no parameters beside the projections.
+    Cost: O(T²d) time and O(Td) memory, or O(T²) with a position bias. There are no parameters beside the projections.
+
+    The arguments are those of `QueryKeyMechanism`.
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """Attend with PyTorch's fused attention.
 
-        On CPUs, short sequences in half precision are trained as `dense_weights` defines it: the fused kernel's gradient takes
-        5 to 15 times as long there.
+        On CPUs, short sequences in half precision are trained by the plain form of `dense_weights`: there the gradient of the
+        fused kernel takes 5 to 15 times as long.
         """
         if _is_slow_fused(query):
             with torch.autocast(query.device.type, enabled=False):  # scores in float32, as the fused kernel has them
@@ -40,16 +43,26 @@ class QueryKey(QueryKeyMechanism):
         bias = position_bias(positions, query.shape[-2], query.device)
         return fused_attention(query, key, value, key_mask(valid), self.dropout_now, bias=bias)
 
+    def factors(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys whose products are the scores, and the bias (H, T, T) of the positions."""
+        return query, key * self.head_dim**-0.5, position_bias(positions, query.shape[2], query.device)
+
+    def score_parts(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
+        """QKᵀ/√D, (B, H, T, T), and the bias (H, T, T) of the positions."""
+        return query_key_scores(query, key, NO_POSITIONS), position_bias(positions, query.shape[2], query.device)
+
 
 class SharedQueryKey(QueryKeyMechanism):
     """Attention with one projection for queries and keys, as in Reformer (Kitaev et al. 2020, arXiv:2001.04451, section 2).
 
-    The keys are the queries scaled to unit length, k = q/‖q‖, and a frame attends to itself only where no other real
-    frame is left: its own score is the largest by construction and would drown the rest. Not hashed: see `lsh_simple`.
+    The keys are the queries scaled to unit length, k = q/‖q‖. A frame attends to itself only where no other real frame is left:
+    its own score is the largest by construction and would drown the rest. Nothing is hashed here; `lsh_simple` does that.
 
     Works at any length: `max_frames` is ignored.
 
-    Cost: O(T²d) time, a T×T mask of one bit of information that the whole batch shares, no key projection.
+    Cost: O(T²d) time, and a T×T mask of truth values that the whole batch shares. There is no key projection.
+
+    The arguments are those of `AttentionMechanism`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, max_frames: int, dropout: float = 0.0) -> None:

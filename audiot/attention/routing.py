@@ -30,44 +30,42 @@ class Routing(QueryKeyMechanism):
 
     Each head of each sequence computes, over its real frames alone:
 
-    1. Queries and keys, two projections of the frame, are normalised by a LayerNorm without parameters.
-    2. Each of C centroids, vectors of length 1, takes the w queries that have the largest products with it, and by itself the
-       w keys; all of them where a sequence has fewer. So clusters are balanced, a query may be in several of them or in none,
-       and no sequence depends on its companions in the batch.
-    3. The queries of a cluster attend to all of its keys, earlier and later: softmax(QKᵀ/√D)V of the normalised vectors.
-       Rotary positions turn these before, but after the choice, which depends on content alone. The bias of other positions is
-       added to the scores.
-    4. A query gets the mean of its results in the clusters that took it, and zeros where none did (the residual connection
-       carries the frame on). With C·w = 2T that happens to 13% of the frames of a formless cloud (e⁻²), and to less than 1%
-       where the frames lie in clusters and the centroids in these.
+    1. Queries and keys are two projections of the frame. A LayerNorm without parameters normalises them.
+    2. There are C centroids, which are vectors of length 1. Each takes the w queries that have the largest products with it,
+       and in the same way w keys. Where a sequence has fewer, it takes all. So clusters are balanced, a query may be in
+       several of them or in none, and no sequence depends on its companions in the batch.
+    3. The queries of a cluster attend to all of its keys, earlier and later: softmax(QKᵀ/√D)V of the normalised vectors. Rotary
+       positions turn these vectors after the choice, which depends on content alone. The bias of other positions is added to the
+       scores.
+    4. A query gets the mean of its results in the clusters that took it, and zeros where none did. (The residual connection
+       carries the frame on.) With C·w = 2T that happens to 13% of the frames (e⁻²) where these form no clusters. It happens
+       to less than 1% where they do and the centroids lie there.
 
     The centroids are state, which no gradient trains. In training, a query or key belongs to the one centroid with which its
-    product is largest. `forward` only sums these vectors up. Once a step of the optimiser, `after_step` moves each centroid to
-    which any belong, in any batch and on any rank: with m the mean of its queries and keys, scaled to length 1, it becomes
-    λ·centroid + (1 − λ)·m, scaled to length 1. The others stay. Evaluation moves none.
+    product is largest. `forward` only sums these vectors up. Once per step of the optimiser, `after_step` moves each centroid
+    to which any vectors belong, in any batch and on any rank. With m the mean of its queries and keys, scaled to length 1, it
+    becomes λ·centroid + (1 − λ)·m, scaled to length 1. The others stay. Evaluation moves none.
 
     Differs from the paper:
 
-    - Nothing is causal. The paper's causal model takes its queries for keys; here `share_query_key` does, and each frame then
+    - Nothing is causal. The paper's causal model uses its queries as keys; here `share_query_key` does that, and each frame then
       counts once for the centroids.
-    - All heads route; the paper sets heads with local attention beside them.
-    - A cluster takes twice the paper's w = T/C by default, and w does not follow the length, as padding would change it.
-    - A centroid moves towards the direction of a mean and keeps its length; the paper adds (1 − λ)/2 times the sum of the
-      queries and as much of the keys.
-    - Products are rounded down to a multiple of 2⁻¹⁰ before a cluster takes the largest; of equal ones it takes the earlier
+    - All heads route. The paper has heads with local attention beside them.
+    - A cluster takes twice the paper's w = T/C by default. The size w does not follow the length, as padding would change it.
+    - A centroid moves towards the direction of a mean and keeps its length. The paper adds (1 − λ)/2 times the sum of the
+      queries, and as much of the keys.
+    - Products are rounded down to a multiple of 2⁻¹⁰ before a cluster takes the largest. Of equal ones it takes the earlier
       frame's. So the choice is the same on every device and with any padding.
 
-    Works at any length: `max_frames` only sets the defaults.
+    Works at any length.
 
-    Cost: O(C·T·d) time to choose and O(C·w²·d) to attend, hence O(T√T·d) with the defaults at T = `max_frames`; memory
-    O(C·T); no parameters beside the projections, C·d numbers of state.
+    Cost: O(C·T·d) time to choose and O(C·w²·d) to attend, hence O(T√T·d) with the defaults at T = `max_frames`. Memory is O(C·T).
+    There are C·d numbers of state, and no parameters beside the projections.
+
+    The other arguments are those of `QueryKeyMechanism`.
 
     Args:
-        embed_dim: Width d of the model.
-        num_heads: Number of heads, a divisor of `embed_dim`; each has D = d / `num_heads` elements.
         max_frames: Length that the default sizes are for.
-        dropout: Probability of dropping an attention weight while training.
-        share_query_key: Whether the queries are the keys too; there is no projection of keys then.
         num_clusters: Number of centroids C; None = √`max_frames`.
         cluster_size: Number w of queries, and of keys, in a cluster; None = 2·`max_frames`/C, up to a multiple of 8.
         ema_decay: Share λ of a centroid that a step leaves as it was.
@@ -103,14 +101,17 @@ class Routing(QueryKeyMechanism):
         self.ema_decay = ema_decay
         centroids = F.normalize(torch.randn(num_heads, self.num_clusters, self.head_dim), dim=-1)
         self.register_buffer("centroids", centroids)
-        # What the forwards since the last step have seen. No buffers: DistributedDataParallel would overwrite the ranks'
-        # own with rank 0's, and a checkpoint has no use for them.
+        # What the forwards since the last step have seen. They are no buffers: DistributedDataParallel would overwrite those
+        # of the ranks with rank 0's, and a checkpoint has no use for them.
         self._sums = torch.zeros(num_heads, self.num_clusters, self.head_dim)
         self._counts = torch.zeros(num_heads, self.num_clusters)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
-        """Attend inside the clusters. Sums over clusters may be taken in any order on a GPU, and its kernels drop a pair of
-        frames in all of their clusters or in none."""
+        """Attend inside the clusters.
+
+        On a GPU, sums over clusters may be taken in any order, and the kernels drop a pair of frames in all of its clusters or in
+        none.
+        """
         query, key = self._normalised(query, key)
         queries, nearest = self._clusters(query, valid)
         keys, nearest_to_keys = (queries, nearest) if key is query else self._clusters(key, valid)
@@ -163,8 +164,11 @@ class Routing(QueryKeyMechanism):
 
     @torch.no_grad()
     def _clusters(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each centroid's frames, numbers (B, H, C, min(w, T)), −1 where there are fewer real ones, and each frame's nearest
-        centroid (B, H, T)."""
+        """The frames that each centroid takes, and each frame's nearest centroid.
+
+        Returns:
+            Numbers of frames (B, H, C, min(w, T)), −1 where there are fewer real ones, and numbers of centroids (B, H, T).
+        """
         num_frames = frames.shape[-2]
         if num_frames > MAX_RANKED_FRAMES:
             raise ValueError(f"sequence has {num_frames} frames but routing ranks {MAX_RANKED_FRAMES}: take shorter audio")
@@ -191,10 +195,10 @@ class Routing(QueryKeyMechanism):
 
     @torch.no_grad()
     def _record(self, frames: Tensor, nearest: Tensor, valid: Tensor | None) -> None:
-        """Add real frames to the sums of their nearest centroids, whose numbers are given (B, H, T).
+        """Add real frames to the sums of their nearest centroids, whose numbers are `nearest` (B, H, T).
 
-        A second forward of the same step, as activation checkpointing makes, adds the same again to sums and counts, which
-        leaves their ratio as it is.
+        Activation checkpointing computes a step's forward twice. The second adds the same again to sums and counts, which leaves
+        their ratio as it is.
         """
         cluster = torch.arange(self.num_clusters, device=frames.device)[:, None]
         member = nearest[:, :, None] == cluster  # B, H, C, T
@@ -207,14 +211,14 @@ class Routing(QueryKeyMechanism):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Routing:
         super()._apply(fn, recurse)
-        # Emptied: memory may come without values, as when a module built on the meta device gets its own.
+        # They are emptied, as memory may come without values: when a module that was built on the meta device gets its own, say.
         self._sums = torch.zeros_like(fn(self._sums), dtype=torch.float32)
         self._counts = torch.zeros_like(fn(self._counts), dtype=torch.float32)
         return self
 
 
 def _largest(steps: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """The `size` real frames with the largest whole numbers (B, H, C, T) of each row, of equal ones the earlier, or −1."""
+    """The `size` real frames with the largest steps (B, H, C, T) per row, of equal ones the earlier; −1 where none is left."""
     number = torch.arange(steps.shape[-1], device=steps.device, dtype=torch.int32)
     # One integer ranks by score, then by number: equal frames (digital silence) fall to the same side everywhere.
     rank = steps.to(torch.int32) * MAX_RANKED_FRAMES + (MAX_RANKED_FRAMES - 1 - number)

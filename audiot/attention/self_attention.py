@@ -24,20 +24,20 @@ PROJECTIONS = ("query", "key", "value")
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2) with any mechanism.
 
-    Owns exactly the projections that `mechanism.inputs` names (`query`, `key`, `value`), and `output`.
+    It owns exactly the projections that `mechanism.inputs` names (`query`, `key`, `value`), and `output`.
 
     Args:
         embed_dim: Width d of the model.
         num_heads: Number of heads H.
         mechanism: How frames exchange information; built for the same `embed_dim` and `num_heads`.
-        positions: The model's positions. Rotary ones turn queries and keys here, biases are added to their scores here;
-            all others act on the encoder's input and are ignored here.
+        positions: The model's positions. Rotary positions turn queries and keys here, and biases are added to their scores here.
+            All others act on the encoder's input and are ignored here.
         dropout: Probability of dropping an element of the layer's output. Attention dropout belongs to the mechanism.
-        bias: Give the projections a bias.
+        bias: Whether the projections have a bias.
 
     Raises:
-        ValueError: the mechanism was built for other sizes, or has no queries and keys for rotary positions to turn, or
-            can't carry the positions' bias.
+        ValueError: the mechanism was built for other sizes, has no queries and keys for rotary positions to turn, or can't carry
+            the positions' bias.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
         return output if valid is None else output * valid[:, :, None]
 
     def weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attention weights (B, H, T, T) by the plain dense computation, no dropout; padded frames have zero rows."""
+        """Attention weights (B, H, T, T) by the plain dense computation, without dropout; rows of padded frames are zero."""
         weights = self.mechanism.weights(**self._inputs(hidden, self.mechanism.weight_inputs, valid))
         return weights if valid is None else weights * valid[:, None, :, None]
 
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         return projection_kernels.ProjectAndTurn.apply(frames, weight, bias, angles, self.embed_dim // self.num_heads)
 
     def _turns_here(self, hidden: Tensor, wanted: list[str]) -> bool:
-        """Whether a kernel merges the gradients: of queries, keys and values with rotary positions, in half precision on CUDA."""
+        """Whether a kernel merges the gradients: with queries, keys, values and rotary positions, in half precision on CUDA."""
         return (
             projection_kernels is not None
             and isinstance(self.positions, Rotary)

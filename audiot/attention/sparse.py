@@ -1,4 +1,4 @@
-"""Sparse Transformer attention: half of the heads see nearby frames, the other half a regular sample of all frames."""
+"""Sparse Transformer attention: half of the heads see nearby frames, the other half see a regular sample of all frames."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ Bias = Callable[[Tensor], Tensor] | None
 
 
 class SparseMechanism(QueryKeyMechanism):
-    """Base: the first heads, half of them rounded up, are local, the others global; each sees a fixed pattern of frames.
+    """Base: half of the heads are local, the other half global; each head sees a fixed pattern of frames.
 
-    Of the three ways in which the paper combines two patterns this is the one by heads (Child et al. 2019,
-    arXiv:1904.10509, section 5.1). A frame none of whose keys is real gets zeros.
+    The paper combines two patterns in three ways; this is the one by heads (Child et al. 2019, arXiv:1904.10509, section 5.1).
+    The first half of the heads, rounded up, is local. A frame none of whose keys is real gets zeros.
+
+    A single head is local.
+
+    The other arguments are those of `QueryKeyMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`; a single head is local.
-        max_frames: Ignored.
-        dropout: See `AttentionMechanism`.
         block_size: Frames l of a block, the unit of the patterns.
-        share_query_key: See `QueryKeyMechanism`.
     """
 
     def __init__(
@@ -78,16 +77,27 @@ class SparseMechanism(QueryKeyMechanism):
 
     @abstractmethod
     def attend_near(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
-        """Context (B, T/l, l, H, D) of local heads, of tensors of that shape and the real frames (B, T/l, l)."""
+        """The context of local heads.
+
+        Args:
+            query: (B, T/l, l, H, D).
+            key: (B, T/l, l, H, D).
+            value: (B, T/l, l, H, D).
+            real: bool (B, T/l, l), True = real frame; None: all.
+            bias: Function of integer offsets to what is added to the scores; None: nothing.
+
+        Returns:
+            (B, T/l, l, H, D).
+        """
 
     @abstractmethod
     def attend_far(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, bias: Bias) -> Tensor:
-        """Context of global heads; arguments as `attend_near`."""
+        """The context of global heads; arguments and result as in `attend_near`."""
 
     def _in_groups(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Attention of blocks (B, T/l, l, H, D) by kernels, in groups of frames; see `grouped_attention`.
+        """Attention of blocks (B, T/l, l, H, D) inside groups of frames, by kernels.
 
-        Without `keys`, each group attends to itself.
+        `queries` and `keys` are the lists of `grouped_attention`. Without `keys`, each group attends to itself.
         """
         query, key, value = (blocks.flatten(1, 2).transpose(1, 2) for blocks in (query, key, value))
         by_key = (queries, queries) if keys is None else None
@@ -115,21 +125,20 @@ class SparseMechanism(QueryKeyMechanism):
 class SparseStrided(SparseMechanism):
     """Strided sparse attention (Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3).
 
-    Local heads see the frames with |i − j| ≤ l, global heads those a multiple of l away, (i − j) mod l = 0.
+    Local heads see the frames with |i − j| ≤ l. Global heads see the frames that are a multiple of l away, (i − j) mod l = 0.
 
-    Works at any length: `max_frames` is ignored, and where T ≤ l a global head sees the frame itself alone. Differs from
-    the paper: attention goes in both directions; l does not follow the length, so that padding changes nothing.
+    Works at any length: `max_frames` is ignored. Where T ≤ l, a global head sees the frame itself alone.
 
-    Cost: O(T·(l + T/l)·d) time, O(T·d + T·l) memory, no parameters beside the projections. A position bias that differs
-    from head to head adds O(T·(l + T/l)·H).
+    Differs from the paper: attention goes in both directions. The stride does not follow the length, so that padding changes
+    nothing.
+
+    Cost: O(T·(l + T/l)·d) time and O(T·d + T·l) memory. A position bias that differs from head to head adds
+    O(T·(l + T/l)·H) to both. There are no parameters beside the projections.
+
+    The other arguments are those of `QueryKeyMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`; the first half, rounded up, is local.
-        max_frames: Ignored.
-        dropout: See `AttentionMechanism`.
-        stride: The stride l in frames.
-        share_query_key: See `QueryKeyMechanism`.
+        stride: Stride l in frames.
 
     Raises:
         ValueError: `stride` is not positive.
@@ -173,24 +182,23 @@ class SparseStrided(SparseMechanism):
 class SparseFixed(SparseMechanism):
     """Fixed sparse attention (Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3).
 
-    Local heads see the frames of their own block of l frames, ⌊i/l⌋ = ⌊j/l⌋, global heads the last c frames of every
-    block, j mod l ≥ l − c. Where none of these summary frames is real, as in sequences of at most l − c frames, the
-    global heads give zeros.
+    Local heads see the frames of their own block of l frames, ⌊i/l⌋ = ⌊j/l⌋. Global heads see the summary frames, which are the
+    last c frames of every block, j mod l ≥ l − c. Where none of them is real, as in sequences of at most l − c frames, the global
+    heads give zeros.
 
-    Works at any length: `max_frames` is ignored. Differs from the paper: attention goes in both directions; l does not
-    follow the length, so that padding changes nothing; all heads share their summary frames.
+    Works at any length: `max_frames` is ignored.
 
-    Cost: O(T·(l + T·c/l)·d) time, O(T·d) memory, no parameters beside the projections. A position bias that differs from
-    head to head adds O(T·(l + T·c/l)·H).
+    Differs from the paper: attention goes in both directions. The block size does not follow the length, so that padding changes
+    nothing. All heads share their summary frames.
+
+    Cost: O(T·(l + T·c/l)·d) time and O(T·d) memory. A position bias that differs from head to head adds O(T·(l + T·c/l)·H) to
+    both. There are no parameters beside the projections.
+
+    The other arguments are those of `QueryKeyMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`; the first half, rounded up, is local.
-        max_frames: Ignored.
-        dropout: See `AttentionMechanism`.
         block_size: Frames l of a block.
         num_summary: Summary frames c of a block.
-        share_query_key: See `QueryKeyMechanism`.
 
     Raises:
         ValueError: `block_size` or `num_summary` is not positive, or a block has fewer frames than `num_summary`.
@@ -258,7 +266,7 @@ class SparseFixed(SparseMechanism):
 
 
 def _numbers(blocks: Tensor, real: Tensor | None) -> Tensor:
-    """Numbers of the frames of blocks (B, T/l, l, H, D), as a list for `grouped_attention`: (B or 1, 1, T/l, l)."""
+    """Numbers of the frames in blocks (B, T/l, l, H, D), as a list for `grouped_attention`: (B or 1, 1, T/l, l)."""
     num_blocks, block_size = blocks.shape[1:3]
     numbers = torch.arange(num_blocks * block_size, device=blocks.device).view(num_blocks, block_size)
     return mark_empty(numbers, None if real is None else real.flatten(1), numbers.numel())

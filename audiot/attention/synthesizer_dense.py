@@ -12,23 +12,23 @@ from audiot.attention.mechanism import AttentionMechanism, at_least_one, check_t
 class SynthesizerDense(AttentionMechanism):
     """Dense Synthesizer, softmax(W₂ReLU(W₁x + b₁) + b₂)V (Tay et al. 2020, arXiv:2005.00743, equations 1 and 2).
 
-    Each frame predicts its own row of attention from itself alone; no frame is compared with another. Computed as fused
-    attention of the queries [ReLU(W₁x + b₁), 1] and the keys [W₂, b₂], which the whole batch shares: the same exactly.
+    Each frame predicts its own row of attention from itself alone. No frame is compared with another.
 
-    Cost: O(T²d + THdb) time, O(Td) memory, H(d + L + 1)b + HL parameters (`per_head: false`: (D + L + 1)b + L), for b =
-    `bottleneck_dim` and L = `max_frames`. No query and key projections.
+    Fast form: fused attention with the queries [ReLU(W₁x + b₁), 1] and the keys [W₂, b₂], which the whole batch shares. The
+    scores are exactly the same.
 
-    Differs from the paper: rows are cropped to the current length, and the two layers have the narrow middle
-    `bottleneck_dim`.
+    Cost: O(T²d + THdb) time and O(Td) memory, for b = `bottleneck_dim` and L = `max_frames`. There are H(d + L + 1)b + HL
+    parameters ((D + L + 1)b + L with `per_head: false`), and no query and key projections.
+
+    Differs from the paper: rows are cropped to the current length. The layer in the middle has the narrow width `bottleneck_dim`.
+
+    The other arguments are those of `AttentionMechanism`.
 
     Args:
-        embed_dim: See `AttentionMechanism`.
-        num_heads: See `AttentionMechanism`.
-        max_frames: Longest sequence supported: the width of the rows.
-        dropout: See `AttentionMechanism`.
+        max_frames: Longest sequence supported, which is the width of the rows.
         bottleneck_dim: Width b of the middle layer.
-        per_head: True: every head has its own two layers over the whole frame. False: all heads share two layers, and
-            each sees its own slice of the frame, as in the code that accompanies arXiv:2006.05174.
+        per_head: Whether every head has two layers of its own, over the whole frame. False: all heads share two layers, and each
+            head sees its own slice of the frame, as in the code that accompanies arXiv:2006.05174.
 
     Raises:
         ValueError: `bottleneck_dim` is not positive.
@@ -69,7 +69,7 @@ class SynthesizerDense(AttentionMechanism):
         """Attend with PyTorch's fused attention."""
         needed = self.bottleneck_dim + 1
         size = common_size(self.head_dim, needed)
-        # Ones beyond the first meet zeros of the keys, which is cheaper than to fill up with zeros.
+        # Only the first of these ones counts; the others meet zeros of the keys. Zeros instead would take a second copy.
         query = F.pad(self.middle(hidden), (0, size - self.bottleneck_dim), value=1.0)  # B, H, T, size
         # Cast before it is expanded to the batch: autocast would make a copy for every sequence.
         key = widen(self.last_layer(hidden.shape[1]).to(query.dtype), size).expand(len(hidden), self.num_heads, -1, -1)
@@ -88,6 +88,16 @@ class SynthesizerDense(AttentionMechanism):
         num_frames = frames.shape[2]
         middle = (frames @ self.w1 + self.b1[:, None]).relu()  # B, H, T, b
         return middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames]
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Queries (B, H, T, b + 1) and keys (1, H or 1, T, b + 1) whose products are the scores; and no bias."""
+        middle = self.middle(hidden)
+        keys = self.last_layer(middle.shape[2]).to(middle.dtype)
+        return F.pad(middle, (0, 1), value=1.0), keys[None], None
+
+    def score_parts(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """The scores (B, H, T, T), and no bias."""
+        return self.scores(hidden), None
 
     def middle(self, hidden: Tensor) -> Tensor:
         """ReLU(W₁x + b₁) as one matrix product: (B, T, d) → (B, H, T, b)."""
@@ -124,10 +134,10 @@ def draw_layer(weight: Tensor, bias: Tensor) -> None:
 
 
 def common_size(head_dim: int, needed: int) -> int:
-    """One size for queries and keys of `needed` elements and values of `head_dim`.
+    """The common size of queries and keys of `needed` elements and of values of `head_dim` elements.
 
-    Kernels are fused only where the three have one size, and fast where it is a multiple of 8. Filled up with zeros,
-    queries and keys keep their scores, and values are cut off again.
+    Kernels are fused only where the three have the same size, and fast only where it is a multiple of 8. Queries and keys
+    that are filled up with zeros keep their scores. Values are cut off again.
     """
     return max(head_dim, -(-needed // 8) * 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -10,8 +11,20 @@ from omegaconf import OmegaConf
 
 
 def groups() -> list[str]:
-    """Names of the config groups."""
-    return sorted(folder.name for folder in files("audiot.conf").iterdir() if folder.is_dir() and folder.name[0] != "_")
+    """Names of the config groups, and of those inside them: ``attention``, ``attention/search``."""
+    return sorted(_folders(files("audiot.conf"), ""))
+
+
+def _folders(folder: Any, above: str) -> Iterator[str]:
+    for each in folder.iterdir():
+        if each.is_dir() and each.name[0] != "_":
+            yield above + each.name
+            yield from _folders(each, f"{above}{each.name}/")
+
+
+def key_of(group: str) -> str:
+    """The config key where the choice of a group lands: ``attention.search`` of ``attention/search``."""
+    return group.replace("/", ".")
 
 
 def options(group: str) -> list[str]:

@@ -20,6 +20,8 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from audiot.base.former import translate_v1
+
 FORMAT_VERSION = 2
 ENTRY_POINTS = "audiot.conf"  # packages with config files of their own, as audiot.conf is one
 MOST_LEVELS = 32
@@ -150,6 +152,7 @@ class _Reader:
         return config
 
     def _read_keys(self, config: dict[Any, Any], path: list[str]) -> dict[Any, Any]:
+        config = self._translated(config, path)
         target = self._target(config, path)
         found: dict[Any, Any] = {} if target is None else {"_target_": target}
         for key, value in config.items():
@@ -168,6 +171,18 @@ class _Reader:
             found[key] = self.read(value, [*path, str(key)])
         return found
 
+    def _translated(self, config: dict[Any, Any], path: list[str]) -> dict[Any, Any]:
+        """A part of the first format in today's words."""
+        if not isinstance(config.get("_target_"), str) or not all(isinstance(key, str) for key in config):
+            return config
+        target = config["_target_"]
+        target = next((new + target.removeprefix(old) for old, new in FORMER.items() if target.startswith(old)), target)
+        try:
+            target, parameters = translate_v1(target, {key: value for key, value in config.items() if key != "_target_"})
+        except (ValueError, TypeError) as error:
+            raise self._error(path, f"is not read: {error}") from error
+        return {"_target_": target, **parameters}
+
     def _target(self, config: dict[Any, Any], path: list[str]) -> str | None:
         """What the config of a part builds; None where it is no part."""
         name = config.get("_target_", config.get("part"))
@@ -176,8 +191,7 @@ class _Reader:
         if not isinstance(name, str):
             raise self._error(path, f"names a part {name!r}: expected a text")
         if "_target_" in config:
-            target = next((new + name.removeprefix(old) for old, new in FORMER.items() if name.startswith(old)), name)
-            known = _names().get(target)
+            target, known = name, _names().get(name)
         else:
             known = name if name in registry() else None
             target = registry()[name][0] if known else name.replace(":", ".", 1)

@@ -233,7 +233,8 @@ class AttentionBenchmark:
     def _positions(self, entry: Entry, shape: tuple[int, int, int]) -> Positions:
         choice = self.positions
         if choice == "own":
-            chosen = [value for default in read_option("attention", entry.name).get("defaults", []) for value in default.values()]
+            defaults = read_option("attention", entry.name).get("defaults", [])
+            chosen = [value for default in defaults for group, value in default.items() if "/positions" in group]
             (choice,) = chosen or ["none"]
         config = read_option("positions", choice)
         return get_class(config.pop("_target_"))(*shape, **config)

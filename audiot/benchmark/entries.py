@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from audiot.attention import names, parameters
+from audiot.attention import command_line, names, parameters
 from audiot.attention.mechanism import check_type
 from audiot.base.groups import nearest
 from audiot.base.quoting import override
@@ -62,7 +62,7 @@ class Entry:
     @property
     def arguments(self) -> list[str]:
         """Overrides of ``audiot pretrain`` that choose this mechanism, in Hydra's grammar."""
-        return [f"attention={self.name}", *(override(f"attention.{key}", value) for key, value in self.overrides.items())]
+        return [override(key, value) for key, value in command_line(self.name, self.overrides).items()]
 
 
 def check_labels(entries: Sequence[Entry], where: str) -> None:

@@ -10,8 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstruction, plot_training
-from audiot.attention.patterns import NAMES
-from audiot.attention.synthesizer_random import SynthesizerRandom
+from audiot.attention.table import TableSynthesizer
 from audiot.base.console import say
 from audiot.base.files import read_json
 from audiot.base.quoting import argument
@@ -42,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     fresh.model.features.load_state_dict(module.model.features.state_dict())
     untrained, trained = fresh.model.encoder, module.model.encoder
     draw_both(untrained, trained, tokens, name, plots)
-    if isinstance(trained.layer(0).attention.mechanism, SynthesizerRandom):
+    if isinstance(trained.layer(0).attention.mechanism, TableSynthesizer):
         draw_tables(untrained, trained, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
         plot_training(run / "metrics.csv", plots / "training.png")
@@ -75,12 +74,12 @@ def draw_attention(encoder: Encoder, tokens: Tensor, title: str, path: Path) -> 
 def draw_tables(untrained: Encoder, trained: Encoder, path: Path) -> None:
     """Draw the tables of a random synthesizer, which no utterance changes: an untrained model's and the trained ones."""
     start = untrained.layer(0).attention.mechanism
-    assert isinstance(start, SynthesizerRandom)
+    assert isinstance(start, TableSynthesizer)
     num_frames = trained.max_frames
     frames = torch.zeros(1, num_frames, trained.embed_dim)
     tables = [trained.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(trained.num_layers)]
     rows = ["untrained", *(f"layer {index + 1}" for index in range(trained.num_layers))]
-    known = NAMES if start.init == "handcrafted" else ()
+    known = start.head_names
     columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]
     heading = f"Attention tables of {num_frames} frames, the same for every utterance"
     plot_attention([start.weights(hidden=frames)[0], *tables], heading, path, rows, columns)

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +30,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot.base import quoting
 from audiot.base.config import check_type, flat, parse
-from audiot.base.groups import groups, nearest, options
+from audiot.base.former import instead
+from audiot.base.groups import groups, key_of, nearest, options
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
 from audiot.runs import Interrupted, check_fresh, resume, resume_command
@@ -100,7 +101,7 @@ def help_text(command: str, overrides: list[str], sweep: bool) -> str:
     overrides = [values[0] for values in map(_choices, parse(overrides)) if values]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         cfg = compose(command, overrides)
-    chosen = [group for group in groups() if group in cfg or group == "experiment"]
+    chosen = [group for group in groups() if group == "experiment" or _has(cfg, group)]
     width = max(map(len, chosen))
     lists = [fill(f"{group:{width}}  {', '.join(options(group))}", 120, subsequent_indent=" " * (width + 2)) for group in chosen]
     return "\n".join(
@@ -111,6 +112,10 @@ def help_text(command: str, overrides: list[str], sweep: bool) -> str:
             f"audiot {command} -m key=value,value … runs them all; --cfg job, --resolve, --info and more: --hydra-help",
         ]
     )
+
+
+def _has(cfg: DictConfig, group: str) -> bool:
+    return OmegaConf.select(cfg, key_of(group), throw_on_resolution_failure=False) is not None
 
 
 @contextmanager
@@ -234,6 +239,10 @@ def _choices(override: Override) -> list[str]:
 def _check_run(command: str, overrides: list[str], complete: bool) -> None:
     """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
     names = [override.split("=", 1)[0] for override in overrides]
+    for override in overrides:
+        now = instead(*override.split("=", 1)) if "=" in override else None
+        if now is not None:
+            raise ValueError(f"{override} is gone: write {now}")
     try:
         before = compose(command, _chosen(overrides))  # what the other overrides change
         keys = flat(before)
@@ -246,6 +255,12 @@ def _check_run(command: str, overrides: list[str], complete: bool) -> None:
         group, _, found = (error.missing_cfg_file or "").rpartition("/")
         there = [name for name in error.options or [] if name[0] != "_"]  # _… is a part of others
         raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
+    except ConfigCompositionException as error:
+        for override, name in zip(overrides, names, strict=True):
+            owner, _, part = name.rpartition("/")
+            if owner in groups() and f"'{name}'" in str(error):
+                raise ValueError(f"{override}: the chosen {owner} has no {part}") from error
+        raise
     for name in names:
         if name in keys:
             check_type(name, *(OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for cfg in (before, after)))

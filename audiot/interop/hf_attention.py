@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from audiot.attention import after_step, build_mechanism, parameters
 from audiot.attention.mechanism import AttentionMechanism
+from audiot.base.former import translate_record
 from audiot.positions import Positions
 
 try:
@@ -82,7 +83,8 @@ def replace_self_attention(
         reuse_weights: Keep the weights of the projections; False draws them as the model draws its own at the start.
         max_frames: Longest sequence to support, special tokens included. None: what the model itself supports, or
             `DEFAULT_MAX_FRAMES` where it has no limit (HuBERT, wav2vec 2.0, WavLM). The tables of synthesizers grow with it.
-        overrides: Parameters of the mechanism. Dropout is the model's attention dropout unless given.
+        overrides: Parameters of the mechanism, as `audiot.attention.build` takes them. Dropout is the model's attention dropout
+            unless given.
 
     Returns:
         The model.
@@ -526,7 +528,8 @@ def _replacing(model_class: type[PreTrainedModel], constants: dict[str, Tensor])
     def construct(model: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(model, config, *args, **kwargs)
         for replacement in getattr(config, RECORD):
-            _replace(model, replacement)
+            mechanism, own = translate_record(replacement["name"], replacement["parameters"])
+            _replace(model, replacement | {"name": mechanism, "parameters": own})
         for name, module in model.named_modules():
             if isinstance(module, AttentionMechanism):
                 saved = module.state_dict()

@@ -1,7 +1,8 @@
-"""The gradient of the feed-forward network on CUDA devices, in bfloat16 and float16, GELU's part of it as one Triton kernel.
+"""The gradient of the feed-forward network on CUDA devices, in bfloat16 and float16; GELU's part of it is one Triton kernel.
 
-Compiled, the gradient of GELU, what GELU gave (for the gradient of the second product) and the sum of the first bias's gradient
-are two passes over the widest tensors of a layer. Here each of their elements is read once.
+The backward pass needs three results from GELU's input: the gradient of GELU, the output of GELU (for the gradient of the
+second product), and the sum of the first bias's gradient. Inductor makes two passes over the widest tensors of a layer for
+these. Here each of their elements is read once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from audiot.kernels.registration import operator
 from audiot.kernels.residual import programs
 
-COLUMNS = 1024  # of a program
+COLUMNS = 1024  # columns per program
 
 
 @triton.jit
@@ -93,7 +94,7 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Keeps GELU's input alone; what it gave comes with its gradient."""
+        """Differentiate. Of GELU only the input was kept; its output is computed again with its gradient."""
         hidden, inner, first, second = ctx.saved_tensors
         grad_inner, active, grad_bias = gelu_gradients(grad @ second, inner)
         found = (grad_inner.T @ hidden, grad_bias, grad.T @ active, grad.sum(dim=0, dtype=torch.float32))

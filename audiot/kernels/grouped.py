@@ -1,10 +1,11 @@
 """Triton kernels of `grouped_attention` for CUDA devices, in bfloat16 and float16.
 
-Tiled attention with a running softmax (Dao et al. 2022, arXiv:2205.14135) over lists of frames: a program takes one tile of
-one group's queries and walks over the group's keys, reading frames where they lie. The backward pass has two kernels:
-one walks over keys for the gradient of a tile of queries, one over queries for that of a tile of keys and values.
+This is tiled attention with a running softmax (Dao et al. 2022, arXiv:2205.14135) over lists of frames. A program takes one
+tile of one group's queries and walks over the group's keys. It reads frames where they lie. The backward pass has two
+kernels. One walks over keys for the gradient of a tile of queries, the other walks over queries for the gradient of a tile of
+keys and values.
 
-Symbols: B sequences, H heads, G groups, N queries and M keys a group, D = head size.
+Symbols: B sequences, H heads, G groups, N queries and M keys per group, D = head size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
-MAX_HEADS = 65535  # of all sequences together: CUDA's limit for the second dimension of a grid
+MAX_HEADS = 65535  # heads of all sequences together: CUDA's limit for the second dimension of a grid
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 
@@ -51,7 +52,7 @@ def _allowed(query_index, key_index, radius, has_radius: tl.constexpr):
 
 @triton.jit
 def _kept(query_index, key_index, num_frames, seed, dropout):
-    """Factor of each weight of a tile: 0 where it is dropped; a function of the pair of frames alone."""
+    """Factor of each weight in a tile: 0 where it is dropped. It is a function of the pair of frames alone."""
     pair = query_index[:, None] * num_frames + key_index[None, :]
     return tl.where(tl.rand(seed, pair) < dropout, 0.0, 1.0 / (1.0 - dropout))
 
@@ -68,7 +69,7 @@ def _row(i, g, n, N, partition: tl.constexpr):
 def _score_gradients(
     q, k, v, do, i, j, lse, inner, num_frames, scale, stream, dropout, radius, HAS_RADIUS: tl.constexpr, HAS_DROPOUT: tl.constexpr
 ):
-    """Of a tile of pairs, the weights after dropout and the gradient of the scores: dS = P·(dP − δ), `inner` = δ."""
+    """The weights of a tile of pairs after dropout, and the gradient of its scores: dS = P·(dP − δ), `inner` = δ."""
     score = tl.dot(q, tl.trans(k)) * scale
     weight = tl.where(_allowed(i, j, radius, HAS_RADIUS), tl.exp2(score - lse[:, None]), 0.0)
     dp = tl.dot(do, tl.trans(v))
@@ -238,7 +239,7 @@ def attend(
     transposed: tuple[Tensor, Tensor] | None,
     dropout: float,
 ) -> Tensor:
-    """`grouped_attention` by the kernels; arguments as there."""
+    """`grouped_attention` by the kernels; arguments and result are those of `audiot.attention.grouped`."""
     num_sequences, num_heads, num_frames, _ = query.shape
     queries, keys = (_rows_in_one_piece(index.int()) for index in (queries, keys))
     if partition:
@@ -262,7 +263,7 @@ def _forward(
     queries_by_key: Tensor | None, keys_by_key: Tensor | None, share: Tensor, seed: Tensor,
     radius: int, partition: bool, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The context, and what the backward pass needs of it: results by group (empty if by frame), logs of the sums."""
+    """The context, and what the backward pass needs: results by group (empty if they are by frame), and logs of the sums."""
     query, key, value = (_rows_in_one_piece(tensor) for tensor in (query, key, value))
     context, rows, logsum = _outputs(query, queries, partition)
     tile, grid = _tiles(queries, query)

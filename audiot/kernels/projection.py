@@ -1,8 +1,8 @@
-"""Queries, keys and values of one projection, turned by rotary positions: in place, and the backward pass as one Triton kernel.
+"""Queries, keys and values of one projection, turned by rotary positions in place; the backward pass is one Triton kernel.
 
-Compiled, the gradients of three heads' tensors and the turning back of two of them become one kernel over the joint projection
-whose index arithmetic takes five times as long as its memory traffic. Here a program takes a row and reads each piece in order,
-and adds it to the bias's gradient while it is at hand.
+The backward pass turns two of three gradients back and joins all of them. Inductor makes this one kernel over the joint
+projection, whose index arithmetic takes five times as long as its memory traffic. Here a program takes a row and reads each
+piece in order. It adds the piece to the bias's gradient while it is at hand.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def _merge_kernel(
 def project_and_turn(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of frames (B, T, d), each (B, T, H·D), the first two turned where they lie.
+    """Queries, keys and values of frames (B, T, d), each (B, T, H·D). The first two are turned where they lie.
 
-    A product for each: of one for all, values would have to be copied out.
+    There is a product for each of the three: values would have to be copied out of a joint one.
     """
     biases = [None] * 3 if bias is None else bias.chunk(3)
     query, key, value = (F.linear(hidden, part, own) for part, own in zip(weight.chunk(3), biases, strict=True))
@@ -101,7 +101,7 @@ def _(hidden, weight, bias, table, head_dim):
 
 @operator("merge_gradients")
 def merge_gradients(query: Tensor, key: Tensor, value: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Gradient of a joint projection of those of turned queries and keys, and of values, each (B, T, H·D).
+    """Merge the gradients of turned queries, turned keys and values, each (B, T, H·D), into that of their joint projection.
 
     Returns:
         The gradient (B·T, 3·H·D), and its sum over rows, float32 (3·H·D,).
@@ -131,7 +131,7 @@ def _(query, key, value, table, head_dim):
 class ProjectAndTurn(torch.autograd.Function):
     """Frames (B, T, d) → turned queries and keys, and values, (B, T, H·D) each, in the precision of the frames.
 
-    They come before they are split into heads: Dynamo (PyTorch 2.11) loses the gradients of results that are views.
+    The results are not yet split into heads: Dynamo (PyTorch 2.11) loses the gradients of results that are views.
     """
 
     @staticmethod
@@ -143,10 +143,10 @@ class ProjectAndTurn(torch.autograd.Function):
         Args:
             ctx: What the backward pass needs.
             hidden: (B, T, d).
-            weight: Of queries, keys and values (3·H·D, d), in any precision.
+            weight: Weights of the projections to queries, keys and values (3·H·D, d), in any precision.
             bias: (3·H·D,), or None.
-            table: Of `audiot.positions.Rotary`, float32 (2, at least T, D).
-            head_dim: D.
+            table: Factors of `audiot.positions.Rotary`, float32 (2, at least T, D).
+            head_dim: Size D of a head.
         """
         used = weight.to(hidden.dtype)
         ctx.save_for_backward(hidden, used, table)

@@ -12,10 +12,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def operator(name: str) -> Callable[[Function], Function]:
-    """Decorator: in a graph of `torch.compile` the function is an operator, which needs no tracing; else it is called as it is.
+    """Decorator: in a graph of `torch.compile` the function is an operator, which is not traced; else it is called as it is.
 
-    An operator's way through PyTorch's dispatcher takes some 0.2 ms of the host's time, longer than a kernel of a small model.
-    The function gets ``register_fake``, which an operator needs: the same results without their values.
+    An operator's way through PyTorch's dispatcher takes some 0.2 ms of the host's time, which is longer than a kernel of a
+    small model. The decorated function has ``register_fake``, which an operator needs: it gives results of the same shapes,
+    without values.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,7 +1,7 @@
-"""Triton kernels of `audiot.residual` for CUDA devices, in bfloat16 and float16.
+"""Triton kernels of `audiot.layers.residual_norm` and `norm_dropout` for CUDA devices, in bfloat16 and float16.
 
-A program walks over rows, keeps what all rows share (weight, bias, sums of their gradients) in registers, and touches each row
-once. Dropout is a function of seed, row and column, so that the backward pass draws it again in place of reading a mask.
+A program walks over rows. It keeps what all rows share (weight, bias, sums of their gradients) in registers and touches each row
+once. Dropout is a function of seed, row and column, so that the backward pass draws it again instead of reading a mask.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_DIM = 8192  # a row has to fit into the registers of a program
-PROGRAMS = 8  # a multiprocessor; where sums are kept in registers, more of them would leave more to add up in the end
+PROGRAMS = 8  # programs per multiprocessor; where sums are kept in registers, more of them would leave more to add up in the end
 
 
 @triton.jit
 def _kept(seed, row, threshold, BLOCK: tl.constexpr):
-    """Which elements of a row are kept, bool (BLOCK,): of four random numbers a call of Philox, none is thrown away."""
+    """Which elements of a row are kept, bool (BLOCK,). A call of Philox gives four random numbers, and all of them are used."""
     quarter: tl.constexpr = BLOCK // 4
     a, b, c, d = tl.randint4x(seed, row * quarter + tl.arange(0, quarter))
     bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
@@ -35,7 +35,7 @@ def _factor(seed, row, threshold, scale, BLOCK: tl.constexpr, DROP: tl.constexpr
 
 @triton.jit
 def _normalised(residual, update, place, inside, factor, RESIDUAL: tl.constexpr):
-    """A row of what is normalised, float32 (BLOCK,): residual + dropout(update), or the update as it is."""
+    """The row that is normalised, float32 (BLOCK,): residual + dropout(update), or the update as it is."""
     total = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         total = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + total * factor
@@ -102,7 +102,7 @@ def _backward_kernel(
 
 
 def normalise(residual: Tensor | None, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
-    """`audiot.residual.residual_norm` by the kernels; without a residual, `audiot.residual.norm_dropout`."""
+    """`audiot.layers.residual_norm` by the kernels; without a residual, `audiot.layers.norm_dropout`."""
     # Drawn on the device: reading it back would make the host wait.
     seed = torch.randint(2**62, (1,), device=update.device) if dropout else update.new_zeros(1, dtype=torch.long)
     function = _norm_in_a_graph if torch.compiler.is_compiling() else _Norm.apply
@@ -134,7 +134,7 @@ def _backward(
     rstd: Tensor,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what is normalised, of the update (empty where it is the same), of weight and bias."""
+    """Gradients of the sum that is normalised, of the update (empty where it is the same), of weight and bias."""
     grad, update = grad.contiguous(), update.contiguous()
     source = update if residual is None else residual.contiguous()
     grad_total = torch.empty_like(source)
@@ -198,19 +198,19 @@ _norm_in_a_graph.register_autograd(lambda ctx, grad, *_: _differentiate(ctx, gra
 
 
 def programs(num_rows: int, device: torch.device, each: int = PROGRAMS) -> tuple[int]:
-    """Grid of programs that walk over rows, so many on each multiprocessor."""
+    """Grid of programs that walk over rows, with `each` of them per multiprocessor."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return (max(1, min(num_rows, each * multiprocessors)),)
 
 
 def row_shape(width: int, per_thread: int = 8) -> dict[str, int]:
-    """How a program holds a row of so many elements, about so many in a thread."""
+    """How a program holds a row of `width` elements, about `per_thread` of them per thread."""
     block = max(16, triton.next_power_of_2(width))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * per_thread)))}
 
 
 def _dropping(dropout: float) -> tuple[int, float]:
-    """A random number of 32 bits below this drops its element; what is kept is multiplied by that."""
+    """The threshold below which a random number of 32 bits drops its element, and the factor of elements that are kept."""
     return round(dropout * 2**32), 1 / (1 - dropout)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that give every centroid its frames; see `audiot.attention.routing`."""
+"""Triton kernels of `audiot.attention.routing` that give every centroid its frames."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def _scores_kernel(
 
 @operator("centroid_scores")
 def centroid_scores(frames: Tensor, centroids: Tensor, resolution: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Products of centroids with frames in steps, and each frame's nearest centroid.
+    """Products of centroids with frames, counted in steps, and each frame's nearest centroid.
 
     Args:
         frames: (B, H, T, D), bfloat16 or float16.
         centroids: (H, C, D), float32.
-        resolution: Steps a unit.
+        resolution: Steps per unit.
         limit: Largest absolute number of steps.
 
     Returns:
@@ -82,7 +82,7 @@ def _(frames, centroids, resolution, limit):
 
 @triton.jit
 def _largest_kernel(
-    steps, valid, chosen, num_frames, size, rows_a_sequence,
+    steps, valid, chosen, num_frames, size, rows_per_sequence,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -90,7 +90,7 @@ def _largest_kernel(
     real = t < num_frames
     score = tl.load(steps + row * num_frames + t, mask=real, other=0).to(tl.int32) + LIMIT  # 15 bits
     if HAS_VALID:
-        real = real & (tl.load(valid + (row // rows_a_sequence) * num_frames + t, mask=real, other=0) != 0)
+        real = real & (tl.load(valid + (row // rows_per_sequence) * num_frames + t, mask=real, other=0) != 0)
     # The highest score that `size` frames reach, digit by digit to the base of 4: three bars are tried at a time, and one
     # sum counts the frames that reach each of them.
     bar = 0
@@ -113,12 +113,12 @@ def _largest_kernel(
 
 @operator("largest")
 def largest(steps: Tensor, valid: Tensor | None, size: int, limit: int) -> Tensor:
-    """The `size` real frames with the largest scores of each row; of equal ones the earlier.
+    """The `size` real frames with the largest scores in each row. Of equal ones, the earlier is taken.
 
     Args:
         steps: Scores, int16 (B, H, C, T), T up to `MAX_FRAMES`.
         valid: bool (B, T), True = real frame; None: all.
-        size: At most T.
+        size: Number of frames to take per row, at most T.
         limit: Largest absolute score, below 2¹⁴.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 def stable_sort(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values (N,) in ascending order, equal ones in the order in which they came, and the place that each had before.
 
-    Of a short `Tensor.sort` Inductor writes code itself, which takes Triton minutes to compile.
+    Inductor would write code of its own for a short `Tensor.sort`, and Triton takes minutes to compile it.
     """
     ordered, places = values.sort(stable=True)
     return ordered, places

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from audiot.attention import lsh
+from audiot.attention.search import Chunked, TopK
 from audiot.positions import ALiBi, Rotary
 
 MECHANISMS = [lsh.SimpleLSH, lsh.SimpleALSH, lsh.XBOX, lsh.XBOXQNF, lsh.SignALSH, lsh.SignALSHQNF]
 every_mechanism = pytest.mark.parametrize("kind", MECHANISMS)
-CHUNKED = {"search": "chunked", "chunk_size": 4, "num_bits": 5}
-both_searches = pytest.mark.parametrize("options", [{"attended_keys": 5, "num_bits": 9}, CHUNKED], ids=["topk", "chunked"])
+CHUNKED = {"search": Chunked(chunk_size=4), "num_bits": 5}
+both_searches = pytest.mark.parametrize("options", [{"search": TopK(5), "num_bits": 9}, CHUNKED], ids=["topk", "chunked"])
 B, H, D = 2, 3, 6
 
 
@@ -58,7 +59,7 @@ def slow_transforms(kind, query, key):
 @every_mechanism
 @pytest.mark.parametrize("num_bits", [3, 16])  # 3: most distances are equal
 def test_topk_picks_the_nearest_hashes_and_the_earlier_of_equal_ones(kind, num_bits):
-    mechanism = make(kind, attended_keys=4, num_bits=num_bits)
+    mechanism = make(kind, search=TopK(4), num_bits=num_bits)
     query, key = query_and_key(14)
     valid = torch.rand(B, 14, generator=torch.Generator().manual_seed(2)) < 0.7
     chosen = mechanism.chosen_keys(query=query, key=key, valid=valid)
@@ -164,12 +165,12 @@ def test_more_bits_find_more_of_the_best_keys_and_all_find_more_than_chance():
     [(lsh.SimpleLSH, 0.39), (lsh.SimpleALSH, 0.39), (lsh.XBOX, 0.37), (lsh.XBOXQNF, 0.37), (lsh.SignALSH, 0.39)],
 )
 def test_a_chunked_search_finds_many_of_the_best_keys(kind, clustered):  # chance: 0.094
-    assert found(kind, "clustered", 2048, search="chunked") >= clustered
-    assert found(kind, "independent", 2048, search="chunked") >= 0.15
+    assert found(kind, "clustered", 2048, search=Chunked()) >= clustered
+    assert found(kind, "independent", 2048, search=Chunked()) >= 0.15
 
 
 def test_recall_is_the_share_of_the_largest_products_among_the_chosen_keys():
-    mechanism = make(lsh.XBOX, attended_keys=4)
+    mechanism = make(lsh.XBOX, search=TopK(4))
     query, key = query_and_key(11)
     chosen = mechanism.chosen_keys(query=query, key=key)
     hits = [
@@ -207,7 +208,7 @@ def test_xbox_and_its_query_normalisation_pick_other_keys_than_simple_lsh(option
 
 @every_mechanism
 def test_a_fresh_query_changes_its_own_keys_and_no_others(kind):
-    mechanism = make(kind, attended_keys=10)
+    mechanism = make(kind, search=TopK(10))
     query, key = query_and_key(40)
     query[:, :, 0] *= 12 / query[:, :, 0].norm(dim=-1, keepdim=True)  # the longest: M_q of SimpleALSH stays what it is
     before = mechanism.chosen_keys(query=query, key=key)
@@ -222,11 +223,11 @@ def test_a_fresh_query_changes_its_own_keys_and_no_others(kind):
 
 
 @every_mechanism
-@pytest.mark.parametrize("options", [{"attended_keys": 20}, {"search": "chunked", "chunk_size": 7}], ids=str)
-def test_enough_keys_are_full_attention(kind, options):
+@pytest.mark.parametrize("search", [TopK(20), Chunked(chunk_size=7)], ids=str)
+def test_enough_keys_are_full_attention(kind, search):
     query, key = query_and_key(20)
     value = heads(B, H, 20, D, seed=9)
-    context = make(kind, **options)(query=query, key=key, value=value)
+    context = make(kind, search=search)(query=query, key=key, value=value)
     torch.testing.assert_close(context, torch.softmax(query @ key.mT / D**0.5, dim=-1) @ value)
 
 
@@ -250,7 +251,7 @@ def test_junk_frames_change_no_pick(kind, options, num_frames):
 
 @every_mechanism
 def test_queries_attend_to_all_real_keys_where_there_are_few(kind):
-    mechanism = make(kind, attended_keys=5)
+    mechanism = make(kind, search=TopK(5))
     query, key = query_and_key(12)
     for num_real in (0, 1, 4, 5, 6, 12):
         valid = (torch.arange(12) % 12 < num_real).flip(0).expand(B, -1)
@@ -261,7 +262,7 @@ def test_queries_attend_to_all_real_keys_where_there_are_few(kind):
 @every_mechanism
 def test_equal_frames_give_way_to_the_earliest(kind):
     frames = torch.ones(B, H, 30, D, dtype=torch.float64)
-    chosen = make(kind, attended_keys=5).chosen_keys(query=frames, key=frames)
+    chosen = make(kind, search=TopK(5)).chosen_keys(query=frames, key=frames)
     assert chosen[..., :5].all()
     assert not chosen[..., 5:].any()
 
@@ -320,7 +321,7 @@ def test_shared_queries_are_transformed_as_queries_and_as_keys(options):
 
 @pytest.mark.parametrize("kind", [lsh.SimpleALSH, lsh.XBOX])
 def test_rounds_attend_to_the_keys_of_every_round_in_one_softmax(kind):
-    mechanism = make(kind, **CHUNKED, num_rounds=3)
+    mechanism = make(kind, search=Chunked(chunk_size=4, num_rounds=3), num_bits=5)
     single = make(kind, **CHUNKED)
     query, key = query_and_key(50)
     value = heads(B, H, 50, D, seed=9)
@@ -334,26 +335,35 @@ def test_rounds_attend_to_the_keys_of_every_round_in_one_softmax(kind):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "message"),
     [
-        ({"num_rounds": 3}, r"num_rounds is 3 but search: topk has one round: raise num_bits instead"),
-        ({"search": "exact"}, r"search is 'exact': set it to one of topk, chunked"),
-        ({"attended_keys": 0}, r"attended_keys is 0: set it to 1 or more"),
-        ({"num_bits": 0}, r"num_bits is 0: set it to 1 or more"),
-        ({"chunk_size": 0}, r"chunk_size is 0: set it to 1 or more"),
-        ({"num_rounds": 0}, r"num_rounds is 0: set it to 1 or more"),
-        ({"num_terms": 0}, r"num_terms is 0: set it to 1 or more"),
-        ({"max_norm": 1.0}, r"max_norm is 1\.0: set it to more than 0 and less than 1"),
+        (lambda: lsh.SignALSH(12, 2, 8, num_bits=0), r"num_bits is 0: set it to 1 or more"),
+        (lambda: lsh.SignALSH(12, 2, 8, num_terms=0), r"num_terms is 0: set it to 1 or more"),
+        (lambda: lsh.SignALSH(12, 2, 8, max_norm=1.0), r"max_norm is 1\.0: set it to more than 0 and less than 1"),
+        (
+            lambda: lsh.SignALSH(12, 2, 8, search="topk"),
+            r"search is 'topk': pass an object of audiot\.attention\.search, such as TopK\(\) or Chunked\(\)",
+        ),
+        (lambda: TopK(attended_keys=0), r"attended_keys is 0: set it to 1 or more"),
+        (lambda: Chunked(chunk_size=0), r"chunk_size is 0: set it to 1 or more"),
+        (lambda: Chunked(num_rounds=0), r"num_rounds is 0: set it to 1 or more"),
     ],
 )
-def test_impossible_options_are_refused_in_one_line(options, message):
+def test_impossible_options_are_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        lsh.SignALSH(12, 2, 8, **options)
+        make()
+
+
+@pytest.mark.parametrize(("search", "columns"), [(None, 64), (TopK(), 64), (Chunked(), 8), (Chunked(num_rounds=3), 24)], ids=str)
+def test_a_search_adds_nothing_to_the_state_but_sizes_the_projections(search, columns):
+    assert {name: value.shape for name, value in lsh.SimpleLSH(12, 2, 8, search=search).state_dict().items()} == {
+        "projections": (2, 7, columns)
+    }
 
 
 def test_xbox_hashes_on_the_scale_of_the_keys():
     query, key = query_and_key(60)
-    mechanism = make(lsh.XBOX, attended_keys=5)
+    mechanism = make(lsh.XBOX, search=TopK(5))
     chosen = mechanism.chosen_keys(query=query, key=key)
     assert torch.equal(mechanism.chosen_keys(query=4 * query, key=4 * key), chosen)
     assert not torch.equal(mechanism.chosen_keys(query=4 * query, key=key), chosen)
@@ -362,7 +372,7 @@ def test_xbox_hashes_on_the_scale_of_the_keys():
 @pytest.mark.parametrize("num_terms", [2, 8])
 def test_long_padded_keys_change_no_cell_of_sign_alsh(num_terms):
     torch.manual_seed(0)
-    mechanism = lsh.SignALSH(16, 2, 40, search="chunked", chunk_size=4, num_terms=num_terms).eval()
+    mechanism = lsh.SignALSH(16, 2, 40, search=Chunked(chunk_size=4), num_terms=num_terms).eval()
     query, key, value = torch.randn(3, 1, 2, 20, 8)
     alone = mechanism(query=query, key=key, value=value)
     junk = 100 * torch.randn(1, 2, 10, 8)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from audiot.attention import build, names
+from audiot.attention import build, command_line, names, parameters
+from audiot.attention.search import Chunked, TopK
 
 PRIMARY = """
 defaults:
@@ -39,12 +44,91 @@ def test_positions_on_the_command_line_win(composed, name):
     assert composed(f"attention={name}", "positions=learned").positions._target_ == "audiot.positions.Learned"
 
 
+def test_a_search_is_chosen_in_its_own_group(composed):
+    assert composed("attention=lsh_simple").attention.search == {"_target_": "audiot.attention.search.TopK", "attended_keys": 32}
+    chosen = composed("attention=alsh_sign", "attention/search=chunked", "attention.search.chunk_size=8").attention.search
+    assert chosen == {"_target_": "audiot.attention.search.Chunked", "chunk_size": 8, "num_rounds": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "sizes"),
+    [
+        ({}, TopK, {"attended_keys": 32}),
+        ({"search": "topk"}, TopK, {"attended_keys": 32}),
+        ({"search": {"attended_keys": 5}}, TopK, {"attended_keys": 5}),
+        ({"search": "chunked"}, Chunked, {"chunk_size": 64, "num_rounds": 1}),
+        ({"search": {"name": "chunked", "num_rounds": 3}}, Chunked, {"chunk_size": 64, "num_rounds": 3}),
+    ],
+)
+def test_build_takes_a_search_by_name_or_as_a_mapping(given, kind, sizes):
+    search = build("lsh_simple", 8, 2, 10, **given).mechanism.search
+    assert type(search) is kind
+    assert {name: getattr(search, name) for name in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search": "exact"}, "unknown search 'exact': choose one of chunked, topk"),
+        (
+            {"search": {"name": "topk", "chunk_size": 3}},
+            "search 'topk' has no parameter 'chunk_size': choose one of attended_keys",
+        ),
+        ({"search": 5}, "search is 5: set it to one of chunked, topk, or {name: …, …}"),
+        (
+            {"attended_keys": 5},
+            "the parameter 'attended_keys' of attention 'lsh_simple' is gone: it is now "
+            "attention/search=topk attention.search.attended_keys=5",
+        ),
+    ],
+)
+def test_a_search_that_there_is_not_is_refused(given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build("lsh_simple", 8, 2, 10, **given)
+
+
+def test_the_form_of_a_random_synthesizer_is_a_mechanism_now():
+    message = "the parameter 'form' of attention 'synthesizer_random' is gone: it is now attention=synthesizer_factorized"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        build("synthesizer_random", 8, 2, 10, form="factorized")
+
+
+def test_plain_parameters_build_the_same_mechanism_again():
+    own = parameters("alsh_sign")
+    assert own["search"] == {"name": "topk", "attended_keys": 32}
+    assert json.loads(json.dumps(own)) == own
+    assert repr(build("alsh_sign", 8, 2, 10, **own)) == repr(build("alsh_sign", 8, 2, 10))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({}, {"attention": "lsh_simple"}),
+        (
+            {"num_bits": 4, "search": "chunked"},
+            {"attention": "lsh_simple", "attention.num_bits": 4, "attention/search": "chunked"},
+        ),
+        ({"search": {"attended_keys": 3}}, {"attention": "lsh_simple", "attention.search.attended_keys": 3}),
+        (
+            {"search": {"name": "chunked", "chunk_size": 8}},
+            {"attention": "lsh_simple", "attention/search": "chunked", "attention.search.chunk_size": 8},
+        ),
+    ],
+)
+def test_parameters_have_words_on_the_command_line(composed, overrides, words):
+    assert command_line("lsh_simple", overrides) == words
+    config = composed(*(f"{key}={value}" for key, value in words.items())).attention
+    built = instantiate(config, embed_dim=8, num_heads=2, max_frames=10)
+    assert repr(built) == repr(build("lsh_simple", 8, 2, 10, **overrides).mechanism)
+
+
 def test_names_are_sorted_and_complete():
     assert names() == sorted(names())
     hashing = {"lsh_simple", "alsh_simple", "alsh_xbox", "alsh_xbox_qnf", "alsh_sign", "alsh_sign_qnf"}
     sparse = {"sparse_strided", "sparse_fixed", "local"}
-    synthesizers = {"synthesizer_dense", "synthesizer_random", "synthesizer_mixture", "local_dense_synthesizer"}
+    synthesizers = {f"synthesizer_{kind}" for kind in ("dense", "random", "relative", "factorized", "mixture")}
     assert set(names()) >= hashing | sparse | synthesizers | {"query_key", "shared_query_key", "routing", "none", "uniform"}
+    assert "search" not in names()  # a group of parts inside the group
 
 
 def test_unknown_name_suggests_the_nearest():
@@ -78,7 +162,7 @@ def test_overrides_replace_the_yaml_values():
         ("local", {"window": None}, "window is None: set it to a whole number"),
         ("sparse_strided", {"stride": float("nan")}, "stride is nan: set it to a whole number"),
         ("sparse_fixed", {"num_summary": 1.5}, r"num_summary is 1\.5: set it to a whole number"),
-        ("lsh_simple", {"attended_keys": 3.5}, r"attended_keys is 3\.5: set it to a whole number"),
+        ("lsh_simple", {"search": {"attended_keys": 3.5}}, r"attended_keys is 3\.5: set it to a whole number"),
         ("alsh_sign", {"max_norm": "x"}, "max_norm is 'x': set it to a number"),
         ("routing", {"cluster_size": 2.5}, r"cluster_size is 2\.5: set it to a whole number"),
         ("routing", {"ema_decay": "x"}, "ema_decay is 'x': set it to a number"),

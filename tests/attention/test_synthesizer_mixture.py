@@ -41,7 +41,7 @@ def partner_score(made, inputs, sequence, head, i, j):
     return query[sequence, head, i] @ key[sequence, head, j] / HEAD_DIM**0.5
 
 
-def expected_context(made, inputs, valid, bias=lambda head, i, j: 0.0):
+def expected_context(made, mixture_of, inputs, valid, bias=lambda head, i, j: 0.0):
     """The published formula, one row at a time; zeros on padded frames."""
     num_frames = inputs["value"].shape[2]
     context = torch.zeros_like(inputs["value"])
@@ -54,7 +54,7 @@ def expected_context(made, inputs, valid, bias=lambda head, i, j: 0.0):
                 table = torch.stack([made.random.logits[head, i, j] for j in real])
                 scores = torch.stack([partner_score(made, inputs, sequence, head, i, j) for j in real])
                 added = torch.tensor([bias(head, i, j) for j in real], dtype=torch.float64)
-                if made.mixture_of == "logits":
+                if mixture_of == "logits":
                     row = (first * table + second * scores + added).softmax(0)
                 else:
                     row = first * table.softmax(0) + second * (scores + added).softmax(0)
@@ -89,7 +89,7 @@ def test_rows_equal_the_published_formula_with_gradients(mixture_of, partner, op
     inputs = {name: tensor.requires_grad_() for name, tensor in tensors(made).items()}
     real = valid[:, None, :, None]
     output = made(**inputs, valid=None if valid.all() else valid)
-    expected = expected_context(made, inputs, valid)
+    expected = expected_context(made, mixture_of, inputs, valid)
     torch.testing.assert_close(output * real, expected)
     assert (output[~valid.any(1)] == 0).all()
     leaves = [*inputs.values(), *made.parameters()]
@@ -104,7 +104,7 @@ def test_a_position_bias_is_added_to_the_mixed_logits_or_to_the_partners_scores(
     made = mechanism("query_key", mixture_of)
     inputs, valid = tensors(made), VALIDS["padded at the end"]
     output = made(**inputs, valid=valid, positions=ALiBi(DIM, HEADS, FRAMES).double())
-    expected = expected_context(made, inputs, valid, bias=lambda head, i, j: -ALIBI_SLOPES[head] * abs(i - j))
+    expected = expected_context(made, mixture_of, inputs, valid, bias=lambda head, i, j: -ALIBI_SLOPES[head] * abs(i - j))
     torch.testing.assert_close(output * valid[:, None, :, None], expected)
 
 
@@ -113,7 +113,7 @@ def test_rotary_positions_turn_queries_and_keys(mixture_of):
     made, rotary = mechanism("query_key", mixture_of), Rotary(DIM, HEADS, FRAMES)
     inputs, valid = tensors(made), VALIDS["nothing padded"]
     turned = inputs | {name: rotary.rotate(inputs[name]) for name in ("query", "key")}
-    torch.testing.assert_close(made(**inputs, positions=rotary), expected_context(made, turned, valid))
+    torch.testing.assert_close(made(**inputs, positions=rotary), expected_context(made, mixture_of, turned, valid))
 
 
 @every_mixture

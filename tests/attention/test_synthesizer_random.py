@@ -1,4 +1,4 @@
-"""The random synthesizer: initial values of its forms, cropping, dropout, precision."""
+"""The random synthesizers: initial values, cropping, dropout, precision."""
 
 from __future__ import annotations
 
@@ -8,23 +8,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiot.attention import build, patterns
 from audiot.attention.patterns import legacy_patterns, offset_patterns
+from audiot.attention.synthesizer_factorized import SynthesizerFactorized
 from audiot.attention.synthesizer_random import SynthesizerRandom
+from audiot.attention.synthesizer_relative import SynthesizerRelative
 from audiot.training.optimization import parameter_groups
 
 RHO = 0.1
-FORMS = [{}, {"anchor": "length"}, {"form": "relative"}, {"form": "factorized", "init": "normal"}]
+FORMS = [{}, {"anchor": "length"}, {"kind": SynthesizerRelative}, {"kind": SynthesizerFactorized}]
 FOLDED = FORMS[:3]  # the batch in the columns of one product
 every_form = pytest.mark.parametrize("options", FORMS, ids=str)
 folded_forms = pytest.mark.parametrize("options", FOLDED, ids=str)
 
 
-def mechanism(max_frames=24, num_heads=7, dropout=0.0, seed=0, **options):
+def mechanism(max_frames=24, num_heads=7, dropout=0.0, seed=0, kind=SynthesizerRandom, **options):
     torch.manual_seed(seed)
-    return SynthesizerRandom(4 * num_heads, num_heads, max_frames, dropout, **options)
+    return kind(4 * num_heads, num_heads, max_frames, dropout, **options)
+
+
+def relative(*args, **options):
+    return mechanism(*args, kind=SynthesizerRelative, **options)
+
+
+def factorized(*args, **options):
+    return mechanism(*args, kind=SynthesizerFactorized, **options)
 
 
 def table(synthesizer):
-    return synthesizer.delta if synthesizer.anchor == "length" else synthesizer.logits
+    (only,) = synthesizer.parameters()
+    return only
 
 
 def values(num_sequences, num_frames, num_heads=7, seed=1, dtype=torch.float32):
@@ -113,7 +124,7 @@ def relative_rows(by_offset, num_frames):
 
 @pytest.mark.parametrize("max_frames", [1, 2, 3, 24])
 def test_relative_form_starts_from_the_patterns_by_offset(max_frames):
-    found = attended(mechanism(max_frames, form="relative"), max_frames)[0]
+    found = attended(relative(max_frames), max_frames)[0]
     for head, by_offset in enumerate(offset_patterns(max_frames).values()):
         expected = relative_rows(by_offset, max_frames).float()
         torch.testing.assert_close(found[head], expected, rtol=0, atol=1e-6)
@@ -123,7 +134,7 @@ def test_relative_form_starts_from_the_patterns_by_offset(max_frames):
 
 def test_relative_form_is_exact_away_from_the_ends():
     num_frames = 24
-    found, expected = attended(mechanism(num_frames, form="relative"), num_frames)[0], floored(num_frames)
+    found, expected = attended(relative(num_frames), num_frames)[0], floored(num_frames)
     for head, name, rows in (
         (0, "current", slice(None)),
         (1, "previous", slice(1, None)),
@@ -140,7 +151,7 @@ def test_relative_form_is_exact_away_from_the_ends():
 
 @pytest.mark.parametrize("num_frames", [1, 3, 8, 9, 21])
 def test_relative_logits_equal_a_loop_at_any_length_with_gradients(num_frames):
-    synthesizer = mechanism(8, num_heads=2, form="relative", init="normal").double()
+    synthesizer = relative(8, num_heads=2, init="normal").double()
     with torch.no_grad():
         synthesizer.columns.normal_()
     offsets, columns = synthesizer.offsets, synthesizer.columns
@@ -160,8 +171,8 @@ def test_relative_logits_equal_a_loop_at_any_length_with_gradients(num_frames):
 
 def test_relative_heads_beyond_the_patterns_and_normal_init_draw_the_offsets():
     for offsets, columns in (
-        (mechanism(200, num_heads=12, form="relative").offsets[7:], mechanism(200, num_heads=12, form="relative").columns[7:]),
-        (mechanism(200, form="relative", init="normal").offsets, mechanism(200, form="relative", init="normal").columns),
+        (relative(200, num_heads=12).offsets[7:], relative(200, num_heads=12).columns[7:]),
+        (relative(200, init="normal").offsets, relative(200, init="normal").columns),
     ):
         assert abs(offsets.mean()) < 0.1
         assert 0.95 < offsets.std() < 1.05
@@ -171,7 +182,7 @@ def test_relative_heads_beyond_the_patterns_and_normal_init_draw_the_offsets():
 @pytest.mark.parametrize(("rank", "num_frames"), [(1, 5), (8, 12), (11, 9)])  # below, at and beyond a multiple of 8
 @pytest.mark.parametrize("padded", [False, True])
 def test_factorized_form_equals_the_explicit_product(rank, num_frames, padded):
-    synthesizer = mechanism(24, form="factorized", init="normal", rank=rank).double()
+    synthesizer = factorized(24, rank=rank).double()
     value = values(2, num_frames, dtype=torch.float64)
     lengths = [num_frames, num_frames // 2] if padded else [num_frames] * 2
     output = synthesizer(value=value, valid=valid_of(lengths, num_frames) if padded else None)
@@ -185,7 +196,7 @@ def test_factorized_form_equals_the_explicit_product(rank, num_frames, padded):
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_factorized_logits_start_with_variance_one(rank):
-    synthesizer = mechanism(60, num_heads=40, form="factorized", init="normal", rank=rank)
+    synthesizer = factorized(60, num_heads=40, rank=rank)
     logits = synthesizer.left @ synthesizer.right.transpose(1, 2)
     assert abs(logits.mean()) < 0.05
     assert 0.9 < logits.var() < 1.1
@@ -292,7 +303,7 @@ def test_training_in_bfloat16_makes_no_float32_copy_of_the_values(options, padde
     with Shapes() as made:
         synthesizer(value=value, valid=valid_of([12] * 49 + [5], 12) if padded else None).sum().backward()
     # Tables are float32; what the batch multiplies is not. On CPUs, fused attention of bfloat16 computes in float32 itself.
-    assert max(made.float32) < value.numel() / 2 or synthesizer.form == "factorized"
+    assert max(made.float32) < value.numel() / 2 or options.get("kind") is SynthesizerFactorized
 
 
 @pytest.mark.parametrize("spread", [1, 10, 15])
@@ -320,7 +331,7 @@ def test_logits_outside_the_crop_do_not_count_in_evaluation():
 
 def test_relative_form_makes_no_matrix_at_construction():
     with Sizes() as made:
-        mechanism(100, form="relative")
+        relative(100)
     assert max(made.numel) < 100 * 100
 
 
@@ -331,7 +342,7 @@ def test_left_padding_is_refused_where_patterns_follow_the_length():
 
 @torch.no_grad()
 def test_sequences_beyond_the_table_of_offsets_are_exact():
-    synthesizer = mechanism(12, form="relative", init="normal").eval()
+    synthesizer = relative(12, init="normal").eval()
     for num_frames in (5, 20, 5, 15):
         value = values(2, num_frames)
         expected = synthesizer.weights(hidden=torch.zeros(2, num_frames, 28)) @ value
@@ -363,16 +374,10 @@ def test_parameters_made_in_inference_mode_work():
         ({"anchor": "end"}, "anchor is 'end': set it to one of max_frames, length"),
         ({"init_floor": 0.0}, "init_floor is 0.0: set it above 0"),
         ({"anchor": "length", "init": "normal"}, "anchor=length needs init=handcrafted, but init is normal"),
-        ({"form": "sparse"}, "form is 'sparse': set it to one of full, relative, factorized"),
-        ({"rank": 0}, "rank is 0: set it to 1 or more"),
-        (
-            {"form": "relative", "anchor": "length"},
-            "anchor=length needs a logit for every pair.* form=relative lacks: set anchor=",
-        ),
-        ({"form": "factorized", "init": "normal", "anchor": "length"}, "anchor=length needs .* form=factorized lacks"),
-        ({"form": "factorized"}, "only start and end have a low rank; set init=normal"),
-        ({"form": "relative", "init": "legacy"}, "init=legacy is .* but form is relative: set init=normal"),
-        ({"form": "factorized", "init": "legacy"}, "init=legacy is .* but form is factorized: set init=normal"),
+        ({"init_floor": "low"}, "init_floor is 'low': set it to a number"),
+        ({"kind": SynthesizerRelative, "init": "legacy"}, "init is 'legacy': set it to one of handcrafted, normal"),
+        ({"kind": SynthesizerRelative, "init_floor": 1.5}, "init_floor is 1.5: set it above 0"),
+        ({"kind": SynthesizerFactorized, "rank": 0}, "rank is 0: set it to 1 or more"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

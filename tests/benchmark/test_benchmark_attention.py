@@ -163,8 +163,8 @@ def test_training_computes_every_gradient_in_the_precision_of_training(name, sco
 
 def test_hashing_has_a_recall_at_every_length():
     mechanisms = [
-        {"name": "lsh_simple", "label": "all", "overrides": {"attended_keys": 64, "num_bits": 4}},
-        {"name": "lsh_simple", "label": "few", "overrides": {"attended_keys": 1, "num_bits": 4}, "max_length": 12},
+        {"name": "lsh_simple", "label": "all", "overrides": {"search": {"attended_keys": 64}, "num_bits": 4}},
+        {"name": "lsh_simple", "label": "few", "overrides": {"search": {"attended_keys": 1}, "num_bits": 4}, "max_length": 12},
         "synthesizer_random",
     ]
     rows = run(mechanisms=mechanisms, lengths=[12, 64], directions=["inference"])
@@ -239,6 +239,14 @@ def test_what_to_run_next_is_the_fastest_mechanism_that_learns_attention():
     rows = [*line("query_key", [1, 1, 3]), *line("mine", [2, 2, 2]), *line("uniform", [1, 1, 1])]
     assert what.next_command(rows) == "audiot pretrain attention=synthesizer_random attention.init=normal"
     assert what.next_command(line("uniform", [1, 1, 1])) == "audiot benchmark --help"
+    hashed = {
+        "name": "lsh_simple",
+        "label": "hashed",
+        "overrides": {"search": {"name": "chunked", "chunk_size": 8}, "num_bits": 4},
+    }
+    what = AttentionBenchmark(**SMALL | {"mechanisms": [hashed]})
+    expected = "audiot pretrain attention=lsh_simple attention/search=chunked attention.search.chunk_size=8 attention.num_bits=4"
+    assert what.next_command(line("hashed", [1, 1, 1])) == expected
 
 
 @pytest.mark.parametrize("option", ["attention", "attention_gpu"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hydra.utils import get_class
+from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 import audiot.attention
-from audiot.base.groups import read_option
+import audiot.commands.launch  # registers the config's resolvers
 from audiot.commands.analyze import draw_attention, draw_both, draw_tables
 from audiot.model import Encoder
 
@@ -22,14 +23,13 @@ def drawn(monkeypatch):
     return figures
 
 
-def encoder(name, seed=0, **overrides):
+def encoder(name, *overrides, seed=0):
     torch.manual_seed(seed)
-    options = read_option("attention", name)
-    del options["defaults"]
-    assert get_class(options["_target_"])
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        options = OmegaConf.to_container(compose("pretrain", [f"attention={name}", *overrides]).attention)
     positions = {"_target_": "audiot.positions.NoPositions"}
     sizes = {"embed_dim": 24, "num_layers": 2, "num_heads": 4, "ffn_dim": 24, "max_frames": 12}
-    return Encoder(6, attention=options | overrides, positions=positions, **sizes).eval()
+    return Encoder(6, attention=options, positions=positions, **sizes).eval()
 
 
 def images(figure: Figure, columns: int):
@@ -39,8 +39,11 @@ def images(figure: Figure, columns: int):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["lsh_simple", "routing"])
 def test_chosen_keys_are_drawn_beside_the_weights(tmp_path, drawn, name):
-    small = {"attended_keys": 3} if name == "lsh_simple" else {"num_clusters": 3, "cluster_size": 4}
-    model, tokens = encoder(name, **small), torch.randn(1, 10, 6)
+    small = {
+        "lsh_simple": ["attention.search.attended_keys=3"],
+        "routing": ["attention.num_clusters=3", "attention.cluster_size=4"],
+    }
+    model, tokens = encoder(name, *small[name]), torch.randn(1, 10, 6)
     draw_attention(model, tokens, "x", tmp_path / "attention.png")
     weights, keys = images(drawn["attention.png"], 4), images(drawn["attention-keys.png"], 4)
     assert len(keys) == 2
@@ -77,7 +80,7 @@ def test_tables_are_drawn_untrained_and_trained_under_the_names_of_their_pattern
 
 @torch.no_grad()
 def test_titles_tell_the_trained_model_from_the_untrained_one(tmp_path, drawn):
-    untrained, trained = encoder("lsh_simple", attended_keys=3), encoder("lsh_simple", seed=1, attended_keys=3)
+    untrained, trained = (encoder("lsh_simple", "attention.search.attended_keys=3", seed=seed) for seed in (0, 1))
     draw_both(untrained, trained, torch.randn(1, 10, 6), "UTT", tmp_path)
     titles = {name: figure.get_suptitle() for name, figure in drawn.items()}
     assert titles["attention.png"] == "Attention, trained model, UTT"

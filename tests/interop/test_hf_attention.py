@@ -547,6 +547,17 @@ def test_what_cannot_be_replaced_is_refused_in_one_line(model, options, message)
     assert model.state_dict().keys() == untouched.keys()
 
 
+def test_a_model_that_version_1_saved_is_read(tmp_path):
+    own = {"form": "relative", "rank": 8, "anchor": "max_frames"}  # beside today's, as version 1 had them
+    model = replace_self_attention(make("Bert", double=False), "synthesizer_relative").eval()
+    model.config.audiot_attention[0]["name"] = "synthesizer_random"
+    model.config.audiot_attention[0]["parameters"] |= own
+    model.save_pretrained(tmp_path)
+    again, inputs = load(tmp_path), inputs_of("Bert")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
 def test_load_refuses_what_does_not_fit(tmp_path):
     make("Bert", double=False).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"plain records no attention of audiot .*: read it with from_pretrained"):

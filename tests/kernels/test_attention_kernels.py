@@ -41,7 +41,7 @@ CASES = {
     "fixed": ("sparse_fixed", {"block_size": 4}),
     "fixed, two summaries": ("sparse_fixed", {"block_size": 5, "num_summary": 2}),
     "routing": ("routing", {"num_clusters": 3, "cluster_size": 7}),
-    "hashed": ("lsh_simple", {"search": "chunked", "chunk_size": 8}),
+    "hashed": ("lsh_simple", {"search": {"name": "chunked", "chunk_size": 8}}),
 }
 
 
