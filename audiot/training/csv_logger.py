@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from audiot.base.private import has_begun
+from audiot.base.private import has_opened_file
 
 
 class RunCSVLogger(CSVLogger):
@@ -44,6 +44,6 @@ class RunCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
-        if has_begun(self):
+        if has_opened_file(self):
             self._restore(None)
         super().finalize(status)

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from audiot.base.devices import to_host
-from audiot.base.private import no_question_of_sigterm
+from audiot.base.private import skip_sigterm_broadcast
 from audiot.data.batches import Batch
 from audiot.runs import Interrupted
 
@@ -72,7 +72,7 @@ class GracefulInterrupt(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals."""
-        no_question_of_sigterm(trainer)
+        skip_sigterm_broadcast(trainer)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
 

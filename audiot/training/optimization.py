@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from audiot.attention import after_step
-from audiot.base.private import clips_unscaled
+from audiot.base.private import unscale_before_clipping
 
 
 class Schedule(LambdaLR):
@@ -116,7 +116,7 @@ def configure(
     if total_steps in (-1, float("inf")):
         raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
     built = optimizer(parameter_groups(module, weight_decay))
-    clips_unscaled(built)
+    unscale_before_clipping(built)
     settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in built.param_groups]
 
     def with_settings(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
