@@ -27,7 +27,7 @@ from audiot.model import length_mask
 from audiot.objectives.corruption import Corruption
 from audiot.objectives.reconstruction import ReconstructionHead, interpolate_masked, masked_l1
 from audiot.training.accumulation import Mean, WeightedSteps
-from audiot.training.fsdp import gather, is_sharded, release, shard, whole
+from audiot.training.fsdp import full_tensor, gather, is_sharded, release, shard
 from audiot.training.optimization import configure
 
 
@@ -206,7 +206,7 @@ class MaskedAcousticModel(WeightedSteps):
         """Clip as the trainer says. Log the norm before clipping every ``log_every_n_steps``."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self.log("pretrain/gradient_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+            self.log("pretrain/gradient_norm", full_tensor(torch.nn.utils.get_total_norm(gradients)))
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def configure_model(self) -> None:
