@@ -377,7 +377,7 @@ def test_labels_that_the_data_has_not(folder):
     [
         ("data.train='take>=9'", "no utterance of audio is left for train (take>=9): change data.train"),
         ("data.train='tak>=2'", "unknown field tak: did you mean take?"),
-        ("data.train='take>>2'", "take >> 2 is no comparison"),
+        ("data.train='take>>2'", "take >> 2 is not a comparison"),
         ("data.pattern='{keyword}_{speaker'", "data.pattern '{keyword}_{speaker': expected '}' before end of string"),
     ],
 )

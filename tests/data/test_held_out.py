@@ -67,9 +67,9 @@ def test_training_keeps_half_of_the_utterances_and_every_label_that_speakers_sha
 @pytest.mark.parametrize(
     ("labels_of", "said"),
     [
-        (corpus("abc"), "3 speakers are too few to hold some out: validation and test will hear speakers of training\n"),
-        (corpus("a"), "1 speaker is too few to hold some out: validation and test will hear speakers of training\n"),
-        (corpus("abcd") | {"x": {}}, "some utterances have no speaker: validation and test may hear speakers of training\n"),
+        (corpus("abc"), "3 speakers are too few to hold some out: validation and test will have speakers of training\n"),
+        (corpus("a"), "1 speaker is too few to hold some out: validation and test will have speakers of training\n"),
+        (corpus("abcd") | {"x": {}}, "some utterances have no speaker: validation and test may have speakers of training\n"),
         ({str(n): {} for n in range(20)}, ""),  # nothing is known of speakers, and nothing asked for
     ],
 )

@@ -196,7 +196,7 @@ SEGMENT = {"id": "s", "recording_id": "r", "start": 0, "duration": 1}
         ([SEGMENT | {"language": 3}], r"supervisions\[0\]\.language must be text, found 3"),
         ([SEGMENT | {"custom": ["a"]}], r"not a Lhotse cut|supervisions\[0\]\.custom must be an object"),
         ([SEGMENT | {"start": True}], r"supervisions\[0\]\.start must be a number of seconds, found True"),
-        ([SEGMENT | {"duration": -1}], r"supervisions\[0\]\.duration must not be below 0, found -1"),
+        ([SEGMENT | {"duration": -1}], r"supervisions\[0\]\.duration must be at least 0, found -1"),
         ([SEGMENT | {"duration": float("nan")}], r"supervisions\[0\]\.duration must be a number, found nan"),
         (
             [SEGMENT | {"alignment": {"phone": [[7, 0, 1]]}}],

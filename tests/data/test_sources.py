@@ -300,7 +300,7 @@ def test_an_update_that_is_interrupted_while_it_takes_the_old_ones_place_is_fini
         patch.setattr(os, "replace", some)
         with pytest.raises(KeyboardInterrupt):
             project.open()
-    with pytest.raises(FileNotFoundError, match="not prepared to the end: run the preparation again"):
+    with pytest.raises(FileNotFoundError, match="not completely prepared: run the preparation again"):
         PreparedCorpus.load(project.prepared)
     assert keywords(project.open("check")) == expected(project)
     assert contents(project.prepared) == project.fresh(tmp_path / "fresh")
@@ -347,7 +347,7 @@ def test_a_folder_without_a_record_is_used_only_when_asked_to_keep_it(project, d
     path.write_text(json.dumps(content))
     assert project.open("keep").content is None
     PreparedCorpus.load(project.prepared).check_audio()
-    with pytest.raises(ValueError, match="an earlier audiot prepared it and noted no sources"):
+    with pytest.raises(ValueError, match="an earlier audiot prepared it and recorded no sources"):
         project.open("check")
     decoded.clear()
     project.open()
@@ -597,10 +597,10 @@ def test_a_folder_of_an_earlier_version_is_said_and_kept_apart(tmp_path, monkeyp
     prepare(lambda: project.corpus().manifests(False), former, progress=False, num_jobs=1)
     opened = common.open_corpus(cfg)
     assert opened.directory != former
-    assert f"{former} is of an earlier audiot, which noted neither place nor state of its sources" in caplog.text
+    assert f"{former} was prepared by an earlier audiot, which recorded no sources" in caplog.text
     caplog.clear()
     common.open_corpus(cfg)
-    assert "noted neither" not in caplog.text
+    assert "recorded no sources" not in caplog.text
 
 
 def test_a_corpus_without_sources_is_refused(tmp_path, monkeypatch):

@@ -234,9 +234,9 @@ def test_arrays_with_a_rate_give_what_their_files_give(runs, speech, tmp_path):
         ((np.full(16000, 5000), 16000), "found int64"),
         (np.zeros(16000), r"a path or a pair \(samples, sample_rate\), found ndarray"),
         (None, "found NoneType"),
-        (([[0.1, 0.2], [0.3]], 16000), "samples are no array: "),
-        ((torch.full((16000,), 0.1, dtype=torch.bfloat16), 16000), "samples are no array: .*BFloat16"),
-        ((torch.full((16000,), 0.1).to_sparse(), 16000), "samples are no array: "),
+        (([[0.1, 0.2], [0.3]], 16000), "samples are not an array: "),
+        ((torch.full((16000,), 0.1, dtype=torch.bfloat16), 16000), "samples are not an array: .*BFloat16"),
+        ((torch.full((16000,), 0.1).to_sparse(), 16000), "samples are not an array: "),
     ],
 )
 def test_an_array_that_cannot_be_used_says_why(runs, speech, item, reason):
@@ -278,7 +278,7 @@ def test_batches_hold_every_file_once_within_the_budget():
 
 def test_a_pretraining_run_is_refused_with_the_command_that_makes_a_classifier_of_it(runs, tmp_path):
     (tmp_path / "run" / "encoder").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"its encoder is not a classifier: fine-tune it: audiot finetune .*run/encoder"):
+    with pytest.raises(ValueError, match=r"whose encoder is not a classifier: fine-tune it with audiot finetune .*run/encoder"):
         load_classifier(tmp_path / "run")
     shutil.copytree(runs / "keyword", tmp_path / "run" / "probes" / "mine")
     with pytest.raises(ValueError, match=r"not a classifier.*below it: .*run/probes/mine"):
@@ -323,7 +323,7 @@ def test_loading_runs_no_code_of_the_checkpoint(runs, tmp_path):
 
 
 def test_damaged_and_foreign_checkpoints_are_named(runs, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint of this audiot's finetune"):
+    with pytest.raises(ValueError, match="not a checkpoint of this audiot's finetune"):
         load_classifier(changed(runs, tmp_path / "foreign", lambda content: content.pop("hyper_parameters")))
     whole = (runs / "keyword" / "checkpoints" / "best.ckpt").read_bytes()
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)

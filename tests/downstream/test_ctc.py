@@ -379,7 +379,7 @@ def test_a_lexicon_of_the_beam_may_begin_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("lexicon", "WORD AA\nOTHER B Q\n", "file:2: 'Q' of the word 'OTHER' is none of the model's 4 tokens"),
+        ("lexicon", "WORD AA\nOTHER B Q\n", "file:2: 'Q' of the word 'OTHER' is not one of the model's 4 tokens"),
         ("lexicon", "\nWORD\n", "file:2: the word 'WORD' has no tokens"),
         ("lexicon", "\n", "file has no word"),
         ("language_model", "hello\n", 'file: .*first non-empty line was "hello" not'),
