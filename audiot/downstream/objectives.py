@@ -248,7 +248,7 @@ class Slots(Objective):
         return metrics
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
-        """``label`` (the values of all slots), its ``score`` (the product of theirs), and ``slots``, the label and score of each."""
+        """``label`` (the values of all slots), ``score`` (the product of theirs), and ``slots``: label and score of each."""
         said = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
         found = []
         for number in range(len(outputs)):

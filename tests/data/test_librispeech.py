@@ -185,7 +185,7 @@ def test_one_subset_may_be_given_without_brackets(whole):
 
 def test_an_utterance_in_two_subsets_is_refused(root):
     shutil.copytree(root / "dev-clean" / "84", root / "train-clean-5" / "84")
-    with pytest.raises(ValueError, match=r"84-121123-0000 is in train-clean-5 and in dev-clean \(Mini LibriSpeech's"):
+    with pytest.raises(ValueError, match=r"84-121123-0000 is in train-clean-5 and in dev-clean \(Mini LibriSpeech is part of"):
         read(root, train=["train-clean-5"], partial=True)
 
 

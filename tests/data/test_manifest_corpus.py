@@ -206,7 +206,10 @@ SEGMENT = {"id": "s", "recording_id": "r", "start": 0, "duration": 1}
             [SEGMENT | {"alignment": {"phone": [["a", "0", 1]]}}],
             r"a start of supervisions\[0\]\.alignment\.phone must be a number",
         ),
-        ([SEGMENT | {"alignment": {"phone": [["a", 0, -1]]}}], r"a duration of supervisions\[0\]\.alignment\.phone must not be"),
+        (
+            [SEGMENT | {"alignment": {"phone": [["a", 0, -1]]}}],
+            r"a duration of supervisions\[0\]\.alignment\.phone must be at least 0",
+        ),
         ([SEGMENT | {"alignment": {"phone": "abc"}}], r"not a Lhotse cut"),
         ([SEGMENT | {"alignment": {"phone": [[]]}}], r"not a Lhotse cut"),
         ("abc", r"not a Lhotse cut"),

@@ -290,14 +290,14 @@ def test_the_feature_extractor_pads_and_nothing_else(folder, monkeypatch):
     assert [len(values) for values in short["input_values"]] == [50, 50]
     with pytest.raises(ValueError, match="the waveforms are at 8000 Hz, but this model takes 16000 Hz: resample"):
         extractor(one, sampling_rate=8000)
-    with pytest.raises(ValueError, match=r"waveform 0 is int16, but floats in \[-1, 1\] were expected"):
+    with pytest.raises(ValueError, match=r"waveform 0 must be floats in \[-1, 1\], found int16"):
         extractor(np.zeros(10, dtype=np.int16), sampling_rate=16000)
-    with pytest.raises(ValueError, match=r"waveform 0 is \(2, 10\), but \(samples,\) was expected: mix"):
+    with pytest.raises(ValueError, match=r"waveform 0 must have the shape \(samples,\), found \(2, 10\): mix"):
         extractor(np.zeros((1, 2, 10), dtype=np.float32), sampling_rate=16000)
     warned = []
     monkeypatch.setattr("audiot.interop.hf_model.log", SimpleNamespace(warning_once=warned.append))
     extractor(one)
-    assert warned == ["no sampling_rate was given, so that 16000 Hz is taken on trust"]
+    assert warned == ["no sampling_rate was given: 16000 Hz is assumed"]
 
 
 SUMMARY = {
