@@ -732,7 +732,7 @@ def resample(mono: np.ndarray, sample_rate: int, new_rate: int) -> np.ndarray:
     return mono if sample_rate == new_rate else soxr.resample(mono, sample_rate, new_rate, quality="HQ")
 
 
-def heard(mono: np.ndarray, sample_rate: int, new_rate: int, silence_dbfs: float = SILENCE_DBFS) -> np.ndarray:
+def resample_checked(mono: np.ndarray, sample_rate: int, new_rate: int, silence_dbfs: float = SILENCE_DBFS) -> np.ndarray:
     """Resample samples (N,) after checking them as preparation does by default.
 
     Raises:
@@ -774,4 +774,4 @@ def read_audio(path: str | Path, sample_rate: int, silence_dbfs: float = SILENCE
         BadAudioError: the file is missing, unreadable, truncated, too short, non-finite, silent, … The message is the reason.
     """
     with AudioFile(path) as file:
-        return heard(file.read_mono(), file.sample_rate, sample_rate, silence_dbfs)
+        return resample_checked(file.read_mono(), file.sample_rate, sample_rate, silence_dbfs)

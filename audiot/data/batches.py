@@ -27,7 +27,7 @@ from audiot.base.private import shared_storage
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, values_of
-from audiot.data.shared_memory import REMEDY, room_told
+from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
 WINDOW = 20_000  # cuts that are shuffled together when a manifest is streamed from disk
@@ -196,7 +196,7 @@ class BatchStream(Sampler[Item]):
         self.world_size = world_size
         self.start = start
 
-    def _similar(self, epoch: int) -> Iterator[CutSet]:
+    def _similar_durations(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
         assert isinstance(cuts, CutSet)
         held = not cuts.is_lazy
@@ -235,7 +235,7 @@ class BatchStream(Sampler[Item]):
             )
         return min(count // self.world_size, self.max_utterances or count)
 
-    def _alike(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
+    def _equal_lengths(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
         """Uncropped cuts, in batches that get one length. The caller crops them.
 
         A manifest in memory is shuffled as a whole. A streamed one is shuffled within windows: for each cut taken from a window,
@@ -282,7 +282,8 @@ class BatchStream(Sampler[Item]):
         while True:
             turn: list[Any] = []
             full_turns = 0
-            for number, cuts in enumerate(self._similar(epoch) if self.lengths is None else self._alike(self.lengths, epoch)):
+            batches = self._similar_durations(epoch) if self.lengths is None else self._equal_lengths(self.lengths, epoch)
+            for number, cuts in enumerate(batches):
                 if not self.training:
                     if number % self.world_size == self.rank:
                         yield (epoch, number), cuts
@@ -330,8 +331,8 @@ class SpeechDataset(Dataset[Batch]):
         pieces = [Piece.of(cut) for cut in cuts]
         batch: Batch = {
             "waveforms": load(pieces),
-            "lengths": _few([piece.num_samples for piece in pieces]),
-            "keys": _few([self._key(piece.id, position[0]) for piece in pieces]),
+            "lengths": _small_tensor([piece.num_samples for piece in pieces]),
+            "keys": _small_tensor([self._key(piece.id, position[0]) for piece in pieces]),
             "ids": [piece.id for piece in pieces],
             "position": position,
         }
@@ -370,7 +371,7 @@ def _shared(num_rows: int, num_columns: int) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(num_rows, num_columns, dtype=torch.int16)
     size = 2 * num_rows * num_columns
-    with room_told(size):
+    with shared_memory_errors(size):
         storage = shared_storage(size)
     return torch.empty(0, dtype=torch.int16).set_(storage, 0, (num_rows, num_columns))  # type: ignore[call-overload]
 
@@ -379,11 +380,11 @@ def shared(tensor: Tensor, remedy: str = REMEDY) -> Tensor:
     """The tensor, moved to shared memory in a worker. A lack of room is reported here, which the sending thread cannot do."""
     if get_worker_info() is None:
         return tensor
-    with room_told(tensor.nbytes, remedy):
+    with shared_memory_errors(tensor.nbytes, remedy):
         return tensor.share_memory_()
 
 
-class _Few:
+class _SmallTensor:
     """Small tensor sent as numbers in the message, which is faster than the file descriptor that PyTorch sends."""
 
     def __init__(self, numbers: list[int]) -> None:
@@ -393,8 +394,8 @@ class _Few:
         return torch.tensor, (self.numbers,)
 
 
-def _few(numbers: list[int]) -> Tensor | _Few:
-    return torch.tensor(numbers) if get_worker_info() is None else _Few(numbers)
+def _small_tensor(numbers: list[int]) -> Tensor | _SmallTensor:
+    return torch.tensor(numbers) if get_worker_info() is None else _SmallTensor(numbers)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -730,11 +730,11 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
             supervision = fastcopy(supervision, alignment=shifted)
         if supervision.alignment and cut.has_recording and isinstance(cut, MonoCut) and cut.duration < cut.recording.duration:
             # The cut is a window into a longer recording. Speech outside it is not in the new recording.
-            heard = {
+            inside = {
                 name: [item.trim(duration) for item in tier if item.start < duration and item.end > 0]
                 for name, tier in supervision.alignment.items()
             }
-            supervision = fastcopy(supervision, alignment={name: tier for name, tier in heard.items() if tier} or None)
+            supervision = fastcopy(supervision, alignment={name: tier for name, tier in inside.items() if tier} or None)
         if 0 <= supervision.start < duration < supervision.end <= cut.duration + 1e-6:
             # It ended with the cut, which is now shorter by a fraction of a sample or by a decoder's last frame.
             tiers = supervision.alignment or {}

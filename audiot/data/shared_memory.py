@@ -47,7 +47,7 @@ def check_room(workers: int, batches: int, batch_bytes: float, training_processe
 
 
 @contextmanager
-def room_told(batch_bytes: float, remedy: str = REMEDY) -> Iterator[None]:
+def shared_memory_errors(batch_bytes: float, remedy: str = REMEDY) -> Iterator[None]:
     """Explain PyTorch's error about missing space for a batch.
 
     Raises:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from audiot.base.pairing import torchaudio
 from audiot.data.labels import SILENCE, CharacterLabels, PhoneSequence, TokenLabels
-from audiot.downstream.classifier import Classifier, by_length, collate, frame_edges, together
+from audiot.downstream.classifier import Classifier, by_length, collate, compute_with_fallback, frame_edges
 from audiot.downstream.ctc import BLANK
 
 SILENCES = ("", "<eps>", SILENCE)  # symbols of silence that aligners write
@@ -268,7 +268,7 @@ class Aligner:
             except ValueError as reason:
                 found[number] = str(reason)
         for batch in by_length({number: cuts[number].duration for number in names}, self.batch_s):
-            answers = together([(cuts[number], names[number]) for number in batch], self._align)
+            answers = compute_with_fallback([(cuts[number], names[number]) for number in batch], self._align)
             for number, answer in zip(batch, answers, strict=True):
                 found[number] = answer
         return found

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from audiot.base.devices import find_device
 from audiot.checkpoint import check_targets, check_waveforms
-from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio, reason
+from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, read_audio, reason, resample_checked
 from audiot.data.labels import Framing
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
@@ -98,7 +98,7 @@ class Classifier(nn.Module):
         if isinstance(item, (str, Path)):
             samples = torch.from_numpy(read_audio(item, self.sample_rate, silence_dbfs))
         else:
-            samples = torch.from_numpy(heard(as_mono(*_array(item)), item[1], self.sample_rate, silence_dbfs))
+            samples = torch.from_numpy(resample_checked(as_mono(*_array(item)), item[1], self.sample_rate, silence_dbfs))
         if self.features.num_tokens(len(samples)) < 1:
             raise BadAudioError(f"too short: {len(samples) / self.sample_rate:.3f} s do not fill a frame of the model")
         return samples
@@ -168,7 +168,7 @@ class Classifier(nn.Module):
                     waveforms[number] = self.read(items[number], silence_dbfs)
                 except BadAudioError as reason:
                     rows[number]["error"] = str(reason)
-            answers = together(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
+            answers = compute_with_fallback(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
             for number, answer in zip(waveforms, answers, strict=True):
                 rows[number] |= {"error": answer} if isinstance(answer, str) else answer
             bar.update(len(batch))
@@ -269,7 +269,7 @@ def by_length(seconds: Mapping[int, float], batch_s: float) -> list[list[int]]:
     return batches
 
 
-def together(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer | str]:
+def compute_with_fallback(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer | str]:
     """Return ``compute(items)``. If it fails, compute each item alone and return the reasons of those that fail.
 
     So one utterance that is too long for the model does not prevent the others of its batch.
@@ -279,4 +279,4 @@ def together(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Ans
     except (ValueError, torch.OutOfMemoryError) as error:
         if len(items) == 1:
             return [" ".join(str(error).split())]
-    return [answer for item in items for answer in together([item], compute)]
+    return [answer for item in items for answer in compute_with_fallback([item], compute)]

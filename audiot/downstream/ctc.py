@@ -58,9 +58,10 @@ class CTC(Objective):
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
         """Decode, and store references and hypotheses."""
         beam = self.stage == "test"
-        for name, labels, heard in zip(batch["ids"], batch["labels"].tolist(), self._decode(outputs, lengths, beam), strict=True):
-            said = [self.classes[label] for label in labels if label != IGNORED]
-            self.rows.append({"utterance": name, "reference": self.join(said), "hypothesis": self.join(heard)})
+        hypotheses = self._decode(outputs, lengths, beam)
+        for name, labels, hypothesis in zip(batch["ids"], batch["labels"].tolist(), hypotheses, strict=True):
+            reference = [self.classes[label] for label in labels if label != IGNORED]
+            self.rows.append({"utterance": name, "reference": self.join(reference), "hypothesis": self.join(hypothesis)})
 
     def reset(self, stage: str) -> None:
         """Clear the stored utterances."""
@@ -83,7 +84,7 @@ class CTC(Objective):
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
         """``text`` of each utterance, and ``score``, the mean over frames of the best output's probability."""
         best = outputs.float().softmax(-1).amax(-1)
-        texts = [self.join(heard) for heard in self._decode(outputs, lengths, beam=True)]
+        texts = [self.join(hypothesis) for hypothesis in self._decode(outputs, lengths, beam=True)]
         scores = [float(row[:length].mean()) for row, length in zip(best, lengths.tolist(), strict=True)]
         return [{"text": text, "score": score} for text, score in zip(texts, scores, strict=True)]
 
@@ -109,16 +110,18 @@ class CTC(Objective):
         aligned = self._aligned(rows)
         pairs: Counter[tuple[str, str]] = Counter()
         table = []
-        for row, said, heard, chunks in zip(rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True):
+        for row, reference, hypothesis, chunks in zip(
+            rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True
+        ):
             errors: Counter[str] = Counter()
             for chunk in chunks:
-                true = said[chunk.ref_start_idx : chunk.ref_end_idx] or [NOTHING] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
-                found = heard[chunk.hyp_start_idx : chunk.hyp_end_idx] or [NOTHING] * len(true)
+                true = reference[chunk.ref_start_idx : chunk.ref_end_idx] or [NOTHING] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
+                found = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx] or [NOTHING] * len(true)
                 pairs.update(zip(true, found, strict=True))
                 if chunk.type != "equal":
                     errors[chunk.type] += len(true)
             counted = {name: errors[kind] for name, kind in KINDS.items()}
-            table.append({**row, "tokens": len(said), **counted})
+            table.append({**row, "tokens": len(reference), **counted})
         names = [*sorted({SPACE if name == " " else name for name in self.classes}), NOTHING]
         counts = torch.tensor([[pairs[true, found] for found in names] for true in names], dtype=torch.float64)
         per_class = []

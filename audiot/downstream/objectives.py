@@ -249,10 +249,10 @@ class Slots(Objective):
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
         """``label`` (the values of all slots), ``score`` (the product of theirs), and ``slots``: label and score of each."""
-        said = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
+        predictions = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
         found = []
         for number in range(len(outputs)):
-            slots = {field: rows[number] for field, rows in said.items()}
+            slots = {field: rows[number] for field, rows in predictions.items()}
             score = 1.0
             for slot in slots.values():
                 score *= slot["score"]

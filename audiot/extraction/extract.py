@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.files import write_csv
-from audiot.data.audio import AudioFile, BadAudioError, heard, read_audio, resample
+from audiot.data.audio import AudioFile, BadAudioError, read_audio, resample, resample_checked
 from audiot.data.batches import ignore_interrupt, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
-from audiot.downstream.classifier import by_length, collate, together
+from audiot.downstream.classifier import by_length, collate, compute_with_fallback
 from audiot.downstream.upstream import Upstream
 from audiot.extraction.states import Failures, shard_path, stored, write_shard
 
@@ -57,7 +57,7 @@ class Utterance(NamedTuple):
             BadAudioError: the audio cannot be used. The message is the reason.
         """
         if not isinstance(self.source, str):
-            return heard(read_cut(self.source), self.sample_rate, sample_rate)
+            return resample_checked(read_cut(self.source), self.sample_rate, sample_rate)
         if not self.prepared:
             return read_audio(self.source, sample_rate)
         with AudioFile(self.source) as file:
@@ -304,7 +304,7 @@ class Extractor:
             lengths = batch.lengths[list(rows)]
             return self._launch(batch.waveforms[list(rows), : int(lengths.max())], lengths)
 
-        return together(range(len(batch.ids)), compute)
+        return compute_with_fallback(range(len(batch.ids)), compute)
 
     def _launch(self, waveforms: Tensor, lengths: Tensor) -> list[_Place]:
         hidden, num_frames = self.upstream(waveforms.to(self.device, non_blocking=True), lengths)

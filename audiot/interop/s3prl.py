@@ -212,10 +212,10 @@ def _kaldi_defaults(kind: str) -> dict[str, Any]:
 
 
 def _stft_features(audio: Mapping[str, Any]) -> dict[str, Any]:
-    heard = audio["input"]
-    kind = heard["feat_type"]
+    section = audio["input"]
+    kind = section["feat_type"]
     _check("audio.input.feat_type", kind, *STFT)
-    _check("audio.input.log", bool(heard.get("log", False)), True)
+    _check("audio.input.log", bool(section.get("log", False)), True)
     rate, floor = int(audio.get("sample_rate", SAMPLE_RATE)), float(audio.get("eps", FLOOR))
     return {
         "_target_": f"audiot.features.{STFT[kind].__name__}",
@@ -226,10 +226,10 @@ def _stft_features(audio: Mapping[str, Any]) -> dict[str, Any]:
         "floor": floor,
         "add_floor": True,
         "sample_rate": rate,
-        "delta_order": int(heard.get("delta", 0)),
+        "delta_order": int(section.get("delta", 0)),
         "center": True,
         "level_db": float(audio["target_level"]),
-        **_cmvn(heard.get("cmvn", False), floor),
+        **_cmvn(section.get("cmvn", False), floor),
     }
 
 
@@ -446,7 +446,7 @@ def _kaldi_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]
 
 def _stft_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]:
     (kind,) = (kind for kind, known in STFT.items() if known is front_end)
-    heard = {
+    section = {
         "feat_type": kind,
         "channel": 0,
         "log": True,
@@ -461,8 +461,8 @@ def _stft_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]:
         "n_mels": features.get("n_mels", 80),
         "n_mfcc": 13,
         **({} if features["floor"] == FLOOR else {"eps": features["floor"]}),
-        "input": heard,
-        "target": heard | {"channel": 1},
+        "input": section,
+        "target": section | {"channel": 1},
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from test_cli import run
 
 from audiot.data import shared_memory
-from audiot.data.shared_memory import check_room, room_told
+from audiot.data.shared_memory import check_room, shared_memory_errors
 
 MB = 2**20
 
@@ -53,7 +53,7 @@ def test_a_system_without_shared_memory_files_has_nothing_to_look_at(monkeypatch
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="something else"), room_told(1):
+    with pytest.raises(RuntimeError, match="something else"), shared_memory_errors(1):
         raise RuntimeError("something else")
 
 

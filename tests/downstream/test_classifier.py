@@ -24,7 +24,7 @@ from audiot.commands import predict as command
 from audiot.commands.arguments import parse
 from audiot.data.audio import BadAudioError, read_audio
 from audiot.data.labels import FrameLabels
-from audiot.downstream.classifier import by_length, load_classifier, together
+from audiot.downstream.classifier import by_length, compute_with_fallback, load_classifier
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import random_encoder
 
@@ -259,9 +259,9 @@ def test_what_is_too_long_for_a_model_does_not_take_its_batch_with_it():
             raise ValueError(f"sequence has {max(items)} frames but\nmax_frames is 9")
         return [item * item for item in items]
 
-    assert together([1, 2, 3], squares) == [1, 4, 9]
-    assert together([1, 12, 3], squares) == [1, "sequence has 12 frames but max_frames is 9", 9]
-    assert together([], squares) == []
+    assert compute_with_fallback([1, 2, 3], squares) == [1, 4, 9]
+    assert compute_with_fallback([1, 12, 3], squares) == [1, "sequence has 12 frames but max_frames is 9", 9]
+    assert compute_with_fallback([], squares) == []
 
 
 def test_batches_hold_every_file_once_within_the_budget():

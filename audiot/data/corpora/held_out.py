@@ -63,15 +63,15 @@ def hold_out_speakers(
         roles: Roles to fill: ``valid``, ``test`` or both.
     """
     of_speaker: dict[str, list[str]] = defaultdict(list)
-    heard: dict[tuple[str, str], set[str]] = defaultdict(set)  # label → its speakers
+    speakers_with: dict[tuple[str, str], set[str]] = defaultdict(set)  # label → its speakers
     for name, labels in labels_of.items():
         of_speaker[labels["speaker"]].append(name)
         for field, value in labels.items():
             if field not in ("path", "text"):
-                heard[field, value].add(labels["speaker"])
+                speakers_with[field, value].add(labels["speaker"])
     if len(of_speaker) < FEWEST_SPEAKERS:
         return None
-    shared = [speakers for speakers in heard.values() if len(speakers) > 1]
+    shared = [speakers for speakers in speakers_with.values() if len(speakers) > 1]
     wanted, left = fraction * len(labels_of), len(labels_of)
     held: dict[str, str] = {}
     candidates = sorted(of_speaker, key=lambda speaker: _hash(seed, speaker))
@@ -137,8 +137,8 @@ def divide(
         print("too few speakers have a second utterance: there are no splits for tasks about known speakers", flush=True)
         return splits | new, {}
     splits |= new | {f"speaker_{role}": names for role, names in known.items()}
-    heard = set(known["train"])
-    splits["pretrain"] = [name for name in new["train"] if name in heard]
+    kept = set(known["train"])
+    splits["pretrain"] = [name for name in new["train"] if name in kept]
     same = {role: f"speaker_{role}" for role in ("train", *roles)}
     return splits, {"pretrain": {"train": "pretrain", "valid": "valid"}, **dict.fromkeys(SPEAKER_TASKS, same)}
 
