@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one clear line, a non-zero exit code, and no traceback."""
+"""Mistakes of a user end in one clear line and a non-zero exit code, without a traceback."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def made(tmp_path_factory, tmp_path, monkeypatch):
 
 
 def refusal(*arguments, **environment):
-    """The one line that a command that must fail says of it, without its beginning."""
+    """The error line of a command that must fail, without its beginning."""
     result = run(*arguments, **environment)
     assert result.code == 1
     assert "Traceback" not in result.out + result.err

@@ -1,4 +1,4 @@
-"""The encoder against a plain computation in NumPy, and what it promises about padding, sharing and initialisation."""
+"""The encoder against a plain computation in NumPy, and its padding, sharing and initialisation."""
 
 from __future__ import annotations
 

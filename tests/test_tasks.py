@@ -56,7 +56,7 @@ FILES = sorted(path.stem for path in (REPOSITORY / "conf" / "downstream").glob("
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny):
-    """A folder for ``AUDIOT_DATA``, and an encoder that has learned nothing."""
+    """A folder for ``AUDIOT_DATA``, and an untrained encoder."""
     pytest.importorskip("espeakng_loader")
     torch.manual_seed(0)
     base = tmp_path_factory.mktemp("tasks")

@@ -1,4 +1,4 @@
-"""Private names of PyTorch and Lightning stand in one module, which has a plain way where one is missing."""
+"""Private names of PyTorch and Lightning are used in one module, which has a fallback for each."""
 
 from __future__ import annotations
 

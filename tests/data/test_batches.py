@@ -27,7 +27,7 @@ def made_up(count, seed=0):
 
 
 def of_lengths(samples):
-    """Cuts of so many samples, without audio."""
+    """Cuts with these numbers of samples, without audio."""
     return CutSet.from_cuts(
         MonoCut(
             f"cut{number:03d}",

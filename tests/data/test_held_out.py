@@ -1,4 +1,4 @@
-"""What is held out where a corpus names no splits: of new speakers where there are enough."""
+"""Held-out utterances of a corpus without splits have new speakers if there are enough."""
 
 import json
 from itertools import chain
@@ -15,7 +15,7 @@ ROLES = ("train", "valid", "test")
 
 
 def corpus(speakers, takes=10, **labels):
-    """Utterance → labels, so many takes of each speaker; ``labels`` are functions of speaker and take."""
+    """Labels by utterance, with a number of takes per speaker; ``labels`` are functions of speaker and take."""
     return {
         f"{speaker}_{take}": {"speaker": speaker, **{name: label(speaker, take) for name, label in labels.items()}}
         for speaker in speakers

@@ -36,7 +36,7 @@ def made_up(items, name="cut", num_samples=8000, **supervision):
 
 
 def by_loop(items, num_samples, index, begin=0):
-    """Class of every 25 ms frame, one each 10 ms, by the sample in its middle; ``begin`` is where the cut begins."""
+    """Class of every 25 ms frame (one per 10 ms), from the sample in its middle. ``begin`` is the start of the cut."""
     classes = []
     for first in range(0, num_samples - 400 + 1, 160):
         label = IGNORED
@@ -397,7 +397,7 @@ def test_a_missing_or_broken_lexicon_is_named(tmp_path):
 
 @pytest.mark.parametrize("stack", [1, 3])
 def test_a_target_is_refused_exactly_where_no_path_of_frames_spells_it(stack):
-    """PyTorch's CTC loss is infinite where there is none."""
+    """PyTorch's CTC loss is infinite if no path exists."""
     rng = np.random.default_rng(0)
     labels = CharacterLabels(LogMel(stack=stack))
     index = {"A": 0, "B": 1}

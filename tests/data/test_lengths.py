@@ -1,4 +1,4 @@
-"""Pre-training crops to few lengths, so that a batch is of one; what workers read and send."""
+"""Pre-training crops to few lengths, and a batch has one length. Also what workers read and send."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch):
-    """What was published is what stands above."""
+    """Publish the counts above as those of the corpus."""
     for subset in TREE:
         monkeypatch.setitem(librispeech.SUBSETS, subset, Subset(len(names(subset)), 12, 0, ""))
 
@@ -541,7 +541,7 @@ def test_frames_of_a_prepared_corpus_have_the_labels_of_the_file(mini, tmp_path)
 
 @pytest.fixture
 def archive(whole, tmp_path, monkeypatch):
-    """An archive of dev-clean, published: its bytes."""
+    """Bytes of an archive of dev-clean that counts as published."""
     path = tmp_path / "dev-clean.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name in ("dev-clean", "SPEAKERS.TXT", "CHAPTERS.TXT"):
@@ -558,7 +558,7 @@ def publish(monkeypatch, content, subset="dev-clean"):
 
 
 class Server(BaseHTTPRequestHandler):
-    """One file, whole or from a byte on; ``broken_after`` bytes of an answer the line goes dead."""
+    """Server of one file, also from an offset. It stops ``broken_after`` bytes into an answer."""
 
     def __init__(self, *arguments, content, requests, broken_after):
         self.content, self.requests, self.broken_after = content, requests, broken_after

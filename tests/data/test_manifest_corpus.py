@@ -42,7 +42,7 @@ def cuts_of(manifests: Manifests) -> dict[str, list]:
 
 
 def all_cuts(corpus: ManifestCorpus) -> list:
-    """Of all splits, by their ids."""
+    """Cuts of all splits by id."""
     return sorted(chain(*cuts_of(corpus.manifests(progress=False)).values()), key=lambda cut: cut.id)
 
 

@@ -274,7 +274,7 @@ def test_time_without_an_interval_is_silence(tmp_path):
 
 
 def test_a_textgrid_may_begin_late_and_a_tier_end_early(tmp_path):
-    """What Praat extracts with its times kept, and tiers that stop with the last word."""
+    """TextGrids as Praat extracts them with times preserved, and tiers that end with the last word."""
     late = LONG.replace("xmin = 0\n", "xmin = 0.2\n").replace(LAST, LAST.replace("1.5", "1.3"))
     write(tmp_path, late.replace('text = "sil"', 'text = "B"').replace('text = ""', 'text = "AH0"'))
     phones = [("SIL", 0.0, 0.2), ("B", 0.2, 0.25), ("AH0", 0.25, 0.9), ("B", 0.9, 1.2), ("AH0", 1.2, 1.3), ("SIL", 1.3, 1.5)]

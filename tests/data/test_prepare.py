@@ -209,7 +209,7 @@ def test_a_supervision_of_the_whole_cut_never_outlasts_it(tmp_path):
 
 
 def bad_files(folder: Path) -> dict[str, str]:
-    """Make one of each; name → the kind of its reason."""
+    """Make one file of each kind. Returns the kind of the expected reason by name."""
     folder.mkdir(parents=True)
     silent = 10 ** (-75 / 20) * math.sqrt(2) * tone(level=1.0)
     write(folder / "silent.wav", silent, subtype="FLOAT")

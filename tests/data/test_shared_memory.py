@@ -1,4 +1,4 @@
-"""A small /dev/shm is told in one line: what it has, what the loaders want, what to do."""
+"""A too small /dev/shm is reported in one line: its free size, the needed size and the remedy."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ MB = 2**20
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Sets how much is free."""
+    """Sets the free size."""
     monkeypatch.setattr(shared_memory, "PLACE", tmp_path)
 
     def set_free(size):

@@ -1,4 +1,4 @@
-"""What becomes of a prepared corpus when its sources change."""
+"""A prepared corpus after changes of its sources."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(path: Path, seed: int = 0, rate: int = 16000) -> Path:
 
 
 def later(path: Path) -> None:
-    """Set a file's time of change a second on: clocks of file systems may be coarse."""
+    """Advance a file's modification time by a second, because clocks of file systems may be coarse."""
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
@@ -65,7 +65,7 @@ class Project:
         return prepare(lambda: self.corpus().manifests(False), self.prepared, when=when, **options)
 
     def fresh(self, folder: Path, **options) -> dict[str, bytes]:
-        """Files of a preparation from nothing."""
+        """Files of a preparation from scratch."""
         options = {"num_jobs": 1, "progress": False, "sources": lambda: self.corpus().sources(), **options}
         prepare(lambda: self.corpus().manifests(False), folder, **options)
         return contents(folder)
@@ -501,7 +501,7 @@ def test_files_below_a_folder_are_found_once_whatever_links_lead_to_it(tmp_path)
 
 
 def config(project: Project, data_dir: Path, **prepare_options):
-    """What `open_corpus` takes; places as a user writes them, relative to the current folder."""
+    """Config for `open_corpus`, with paths relative to the current folder as a user writes them."""
     loading = OmegaConf.load(Path(__file__).parents[2] / "conf" / "data" / "_loading.yaml").prepare
     corpus = {"_target_": "audiot.data.corpora.folder.FolderCorpus", "root": "wavs", "labels": "labels.csv"}
     options = OmegaConf.merge(loading, {"sample_rate": 16000, "num_jobs": 1}, prepare_options)

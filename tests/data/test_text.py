@@ -1,4 +1,4 @@
-"""Text that users bring: encodings, tables, JSON, types."""
+"""Users' text files: encodings, tables, JSON, types."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""A fine-tuned model by itself: what it says of files, in which order, and what it refuses."""
+"""Inference with a fine-tuned model: its predictions, their order, and what it refuses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def save(module, run):
-    """What `audiot finetune` leaves of a module: Lightning's checkpoint."""
+    """The Lightning checkpoint that `audiot finetune` writes for a module."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(run / "checkpoints" / "best.ckpt")
@@ -83,7 +83,7 @@ def speech(demo_corpus):
 
 
 def outputs_alone(run, path):
-    """The head's outputs (frames, C) or (C,) for a file by itself, in plain steps, and its samples."""
+    """Outputs of the head, (frames, C) or (C,), for one file in plain steps, and its samples."""
     module = DownstreamModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=False).eval()
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_audio_of_any_kind_is_read_as_mono_at_the_rate_of_the_model(tmp_path, su
 
 
 def bad_files(folder):
-    """Path → what its reason says."""
+    """Expected reason by path."""
     soundfile.write(folder / "short.wav", np.full(500, 0.1), 16000)
     soundfile.write(folder / "endless.wav", np.array([0.1, np.inf] * 8000), 16000, subtype="FLOAT")
     (folder / "words.wav").write_text("not audio")
@@ -294,7 +294,7 @@ def test_a_folder_without_a_model_names_those_below_it(runs, tmp_path):
 
 
 def changed(runs, folder, change):
-    """A run whose checkpoint is another one's after ``change``."""
+    """A run whose checkpoint is a copy of another one, changed by ``change``."""
     content = torch.load(runs / "keyword" / "checkpoints" / "best.ckpt", weights_only=True)
     change(content)
     (folder / "checkpoints").mkdir(parents=True)
@@ -303,7 +303,7 @@ def changed(runs, folder, change):
 
 
 class Malicious:
-    """Unpickled, it makes a folder."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder

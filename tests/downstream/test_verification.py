@@ -23,9 +23,9 @@ def draw(*shape, seed=0):
 
 
 def by_thresholds(scores, same, p_target):
-    """Equal error rate and minimum cost by trying every threshold: accepted is what scores at least that.
+    """Equal error rate and minimum cost by trying every threshold. Scores of at least the threshold are accepted.
 
-    The equal error rate is where S3PRL's evaluation of SUPERB finds it: a root of 1 − x − hits(x), interpolated.
+    The equal error rate is computed as in S3PRL's evaluation of SUPERB: a root of 1 − x − hits(x), interpolated.
     """
     targets = [score for score, kind in zip(scores, same, strict=True) if kind]
     others = [score for score, kind in zip(scores, same, strict=True) if not kind]

@@ -1,4 +1,4 @@
-"""audiot's encoders in transformers: the same states, whatever loads them, and an export that says what it is."""
+"""audiot's encoders in transformers give the same states however they are loaded, and exports are documented."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def folder(encoder, tmp_path):
 
 
 def check_same(encoder, model):
-    """States and every buffer, saved or not, are the encoder's to the bit."""
+    """States and all buffers, saved or not, equal the encoder's bit by bit."""
     expected, lengths = encoder(speech(), LENGTHS)
     output = model(speech(), attention_mask=MASK, output_hidden_states=True)
     assert torch.stack(output.hidden_states).equal(expected)
@@ -188,7 +188,7 @@ def test_half_precision_is_that_of_the_encoder_itself(tiny, published_attention,
 
 
 def test_a_model_of_ones_own_may_hold_an_encoder(encoder, folder, tmp_path):
-    """The constants are right there too, where no from_pretrained of audiot's is called."""
+    """Constants are correct even without audiot's from_pretrained."""
 
     class Classifier(PreTrainedModel):
         config_class = AudiotConfig
@@ -333,7 +333,7 @@ SETTINGS = {
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """A pre-training run's folder, as far as the export reads it."""
+    """The files of a pre-training run that the export reads."""
     folder = tmp_path / "run"
     save_encoder(folder / "encoder", build(tiny["features"] | {"cmvn": "global"}, tiny["model"]))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))

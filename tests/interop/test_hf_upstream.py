@@ -1,4 +1,4 @@
-"""Encoders of transformers as upstreams: what transformers itself gives for each utterance alone, in any batch."""
+"""Encoders of transformers as upstreams give, in any batch, the states that transformers gives for each utterance."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def speech(samples=8000, count=4):
 
 
 def batch():
-    """A padded batch; what lies behind an utterance's end is loud."""
+    """A padded batch with loud padding."""
     waveforms = speech()
     waveforms[torch.arange(8000) >= LENGTHS[:, None]] = 0.9
     return waveforms
@@ -127,7 +127,7 @@ def batch():
 
 @torch.no_grad()
 def expected(folder, waveform):
-    """What transformers gives for one utterance by its own feature extractor: (layers + 1, T, d)."""
+    """States from transformers for one utterance, with its own feature extractor: (layers + 1, T, d)."""
     model, extract = AutoModel.from_pretrained(folder).eval(), AutoFeatureExtractor.from_pretrained(folder)
     if model.config.model_type == "whisper":
         size, states = 20 * 320, []
@@ -229,7 +229,7 @@ def test_frames_equal_a_chain_of_averages(stages):
 
 
 def test_labels_can_be_built_on_these_frames(saved):
-    """Hydra takes an object of any kind but a dataclass, which it would make a config of."""
+    """Hydra passes such an object on. It would turn a dataclass into a config."""
     frames = hf(saved("hubert")).features
     labels = instantiate({"_target_": "audiot.data.labels.FrameLabels", "tier": "phones"}, features=frames)
     assert labels.features is frames
@@ -290,7 +290,7 @@ def test_rebuild_needs_the_config_alone(saved, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_trained_and_training_mode_is_reproducible(saved, name):
-    """Nothing but dropout acts; no parameter without a gradient, which distributed training would refuse."""
+    """Only dropout acts in training mode, and every parameter has a gradient, which distributed training needs."""
     upstream = hf(saved(name)).train()
 
     def run(seed):
@@ -348,7 +348,7 @@ def test_checkpoints_with_a_head_give_their_encoder(tmp_path):
 
 
 def test_a_processor_holds_the_feature_extractor_too(tmp_path):
-    """So transformers saves what was fine-tuned to recognise speech."""
+    """Transformers saves models fine-tuned for speech recognition in this form."""
     folder = save(CONFIGS["hubert"], tmp_path)
     expected = hf(folder)(batch(), LENGTHS)[0]
     (tmp_path / "preprocessor_config.json").unlink()

@@ -1,4 +1,4 @@
-"""S3PRL's checkpoints in and out: against S3PRL's own results where they are at hand, and a plain computation everywhere."""
+"""Reading and writing S3PRL's checkpoints, compared with a plain computation, and with S3PRL's results if available."""
 
 import argparse
 import builtins
@@ -131,7 +131,7 @@ def checkpoint(audio, num_channels, layers=2, shared=False, pre=False, sequence_
 
 
 def plain_features(audio, waveform):
-    """Of one waveform (T, C)."""
+    """Features of one waveform (T, C)."""
     if "kaldi" in audio:
         kind = audio["kaldi"]["feat_type"]
         frames = getattr(kaldi, kind)(waveform[None], sample_frequency=16000, **audio["kaldi"][kind])
@@ -318,7 +318,7 @@ def test_a_head_for_another_target_is_left_out(tmp_path):
 
 
 class Code:
-    """Pickled as a call."""
+    """Object that is pickled as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
