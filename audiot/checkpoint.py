@@ -88,7 +88,7 @@ class AudioEncoder(nn.Module):
         and batches of one.
 
         Args:
-            args, options: Of torch.compile; ``dynamic`` is True unless given.
+            args, options: Arguments of torch.compile; ``dynamic`` is True unless given.
         """
         self.encoder.compile(*args, **{"dynamic": True} | options)
 
@@ -126,8 +126,8 @@ def load_encoder(
         trusted: Packages from outside audiot whose classes the config may name: those of your own mechanisms.
         head: A reconstruction head to fill with the one that was saved.
         compile: Generate faster code on first use; see `AudioEncoder.compile`.
-        dtype: Of the weights and hidden states, float32, bfloat16 or float16, or their names; None: as they were saved. Features
-            are float32 always.
+        dtype: Type of the weights and hidden states, float32, bfloat16 or float16, or its name; None: as they were saved.
+            Features are always float32.
         device: ``cpu``, ``cuda``, …; ``auto``: a GPU if there is one.
 
     Raises:

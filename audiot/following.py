@@ -1,4 +1,4 @@
-"""What to run next: commands that run as they are printed, on the corpus of a run and for labels that it has."""
+"""Suggestions for the next command. They run as printed, on the run's corpus and for labels that it has."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.runs import choices, has_config, run_config, run_overrides, written_config
 
 CARRIED = re.compile(r"[+~]*(data[=.]|data_dir=|hydra\.searchpath=)")
-RATE = 16000  # Hz, what a corpus is prepared for unless it is told another rate
+RATE = 16000  # Hz, the default sample rate of a prepared corpus
 SLOTS = ("action", "object", "location")  # of downstream=intent
 Task = list[tuple[str, Value]]
 DEMO_TASK: Task = [("downstream", "phone_linear")]
 
 
 def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "checkpoint") -> str:
-    """What to run on the encoder of a pre-training run: the task that fits its corpus, or without labels the extraction.
+    """The next command after pre-training: a task whose labels the corpus has, else the extraction of hidden states.
 
     Args:
         run: Folder of the run.
-        encoder: Where the encoder lies now, unless in the run.
-        upstream: Its kind, the option of ``upstream``.
+        encoder: Current path of the encoder, if it is not in the run.
+        upstream: Option of the ``upstream`` group for this kind of encoder.
     """
     encoder = encoder or run / "encoder"
     settings = _settings(run)
-    if OmegaConf.select(settings, "data.name") in (None, "demo"):  # which is made when it is needed
+    if OmegaConf.select(settings, "data.name") in (None, "demo"):  # the demo corpus is made when it is needed
         return _finetune(DEMO_TASK, encoder, upstream, same_data(run))
     known = "_target_" in settings.data.corpus  # else it is of a package from outside audiot
     folder = corpus_folder(settings)[0] if known else None
@@ -56,7 +56,7 @@ def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "ch
 
 
 def demo_command(encoder: Path, sample_rate: int, upstream: str = "checkpoint") -> str:
-    """What to run on an encoder of whose corpus nothing is known: a task of the demo corpus."""
+    """A command for an encoder whose corpus is unknown: a task of the demo corpus."""
     rate = [] if sample_rate == RATE else [argument("data.prepare.sample_rate", sample_rate)]
     return _finetune(DEMO_TASK, encoder, upstream, rate)
 
@@ -68,10 +68,10 @@ def _finetune(task: Task, encoder: Path, upstream: str, data: Sequence[str]) -> 
 
 
 def same_data(run: Path) -> list[str]:
-    """The data settings that a run was started with, as arguments for another command to open the same corpus.
+    """The data settings of a run, as arguments with which another command opens the same corpus.
 
-    They are what was given on the command line, then what an experiment changed, and the sampling rate where it is not the usual
-    one. Relative paths count from the folder where the run was started.
+    They are the overrides of the command line, then the changes of an experiment, and a sample rate other than the default.
+    Relative paths start at the folder where the run was started.
     """
     given = [override for override in run_overrides(run) if CARRIED.match(override)]
     settings, chosen = _settings(run), choices(run).get("data")
@@ -84,7 +84,7 @@ def same_data(run: Path) -> list[str]:
         return arguments
     written = flat(written_config(run, trusted=None)) if has_config(run) else {}
     for name, raw in flat(composed).items():
-        follows = str(raw).startswith("${data") and written.get(name) == raw  # another key of the data
+        follows = str(raw).startswith("${data") and written.get(name) == raw  # interpolates another data key
         if not name.startswith("data.") or isinstance(raw, dict) or isinstance(written.get(name, {}), dict):
             continue
         if name.split(".")[1] not in _loading() and not follows:
@@ -95,16 +95,16 @@ def same_data(run: Path) -> list[str]:
 
 
 def fitting_task(corpus: PreparedCorpus, settings: DictConfig) -> Task | None:
-    """A task whose labels all utterances of its splits have; None: there is no such task.
+    """A task whose labels every utterance of its splits has; None if there is no such task.
 
     Args:
-        corpus: The corpus, prepared.
-        settings: A run's config, whose front end says how many frames a transcript may fill.
+        corpus: Prepared corpus.
+        settings: Config of a run. Its front end tells how many frames a transcript may use.
     """
     if _has_phones(corpus):
         return [("downstream", "phone_linear")]
     fields = list(_fields(corpus.directory, corpus.split_for("pretrain", "train")))
-    for field in sorted(fields, key=lambda name: name != "keyword"):  # the rest in their order
+    for field in sorted(fields, key=lambda name: name != "keyword"):  # keyword first, the rest in order
         if field == "speaker" and _fits(corpus, "speaker", field):
             return [("downstream", "speaker_utterance")]
         if field == SLOTS[0] and all(_fits(corpus, "intent", slot) for slot in SLOTS):
@@ -112,7 +112,7 @@ def fitting_task(corpus: PreparedCorpus, settings: DictConfig) -> Task | None:
         own: Task = [] if field == "keyword" else [("downstream.labels.field", field)]
         if field != "speaker" and _fits(corpus, "keyword", field):
             return [("downstream", "keyword"), *own]
-        if field != "speaker" and _fits(corpus, "speaker", field):  # a label of speakers: on those that training has heard
+        if field != "speaker" and _fits(corpus, "speaker", field):  # a label of speakers, tested on speakers seen in training
             return [("downstream", "keyword"), *own, ("downstream.task", "speaker")]
     characters: list[Task] = [[("downstream", "asr")], [("downstream", "asr"), ("downstream.labels.alphabet", None)]]
     return next((task for task in characters if _is_transcribed(corpus, settings, task)), None)
@@ -140,14 +140,14 @@ def _plain(cfg: DictConfig, name: str) -> Any:
 
 
 def _lines(directory: Path, split: str) -> Iterator[dict[str, Any]]:
-    """The cuts of a prepared split as they are written: to make Lhotse's objects of them takes ten times longer."""
+    """The cuts of a prepared split as plain dicts. Making Lhotse objects of them would take ten times as long."""
     with gzip.open(directory / f"{split}.jsonl.gz", "rb") as stream:
         yield from map(json.loads, stream)
 
 
 @cache
 def _fields(directory: Path, split: str) -> Mapping[str, Counter[str]]:
-    """Label fields that every utterance of a split has, with what they hold how often."""
+    """Label fields that every utterance of a split has, each with the counts of its values."""
     found: dict[str, Counter[str]] = {}
     count = 0
     for line in _lines(directory, split):
@@ -157,13 +157,13 @@ def _fields(directory: Path, split: str) -> Mapping[str, Counter[str]]:
         if supervision.get("speaker") is not None:
             labels["speaker"] = supervision["speaker"]
         for name, value in labels.items():
-            if isinstance(value, (str, int, float)) and name != "text":  # a transcript is no class
+            if isinstance(value, (str, int, float)) and name != "text":  # a transcript is not a class
                 found.setdefault(name, Counter())[str(value)] += 1
     return {name: values for name, values in found.items() if values.total() == count}
 
 
 def _fits(corpus: PreparedCorpus, task: str, field: str) -> bool:
-    """Whether a field has two classes or more, all of which training knows."""
+    """Whether a field has at least two classes, and training has all of them."""
     try:
         values = [_fields(corpus.directory, corpus.split_for(task, role)).get(field, Counter()) for role in ROLES]
     except ValueError:  # no such split
@@ -173,7 +173,7 @@ def _fits(corpus: PreparedCorpus, task: str, field: str) -> bool:
 
 
 def _has_phones(corpus: PreparedCorpus) -> bool:
-    """Whether the first utterance of each split has them, as is looked for before pre-training too."""
+    """Whether the first utterance of each split has phones. Pre-training checks its probes in the same way."""
     try:
         first = [next(_lines(corpus.directory, corpus.split_for("phone", role))) for role in ROLES]
     except ValueError:
@@ -183,7 +183,7 @@ def _has_phones(corpus: PreparedCorpus) -> bool:
 
 
 def _is_transcribed(corpus: PreparedCorpus, settings: DictConfig, task: Sequence[tuple[str, Value]]) -> bool:
-    """Whether every utterance has a transcript that its frames can spell."""
+    """Whether every utterance has a transcript that fits into its frames."""
     labels = compose_command("finetune", [f"{name}={'null' if value is None else value}" for name, value in task])
     try:
         read = instantiate(labels.downstream.labels, features=instantiate(settings.features))

@@ -1,6 +1,6 @@
 """A transformer layer: attention and a feed-forward network, each with a residual sum, LayerNorm and dropout.
 
-Where there are kernels for it (half precision on a CUDA device), the parts that only move memory are one pass each.
+In half precision on a CUDA device, kernels compute the parts that only move memory in one pass each.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward network, each with a residual connection.
 
     Args:
-        attention: (B, T, d) → (B, T, d).
-        embed_dim: d.
-        ffn_dim: Width of the feed-forward network.
-        dropout: Probability, on the output of both blocks.
+        attention: Self-attention module, (B, T, d) → (B, T, d).
+        embed_dim: Size d of a frame.
+        ffn_dim: Hidden width of the feed-forward network.
+        dropout: Dropout probability on the output of both blocks.
         norm: ``post`` normalises after the residual sum (Vaswani et al. 2017), ``pre`` before the block (Xiong et al. 2020).
-        norm_eps: Added to the variance in the LayerNorms.
+        norm_eps: Constant added to the variance in the LayerNorms.
     """
 
     def __init__(
@@ -51,37 +51,37 @@ class EncoderLayer(nn.Module):
         self.pre_norm = norm == "pre"
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Map (B, T, d) to (B, T, d); ``valid`` is bool (B, T) or None where nothing is padded."""
+        """Map (B, T, d) to (B, T, d). ``valid`` is bool (B, T), or None where nothing is padded."""
         if self.pre_norm:
             hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
             return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))
         dropout = self.dropout.p if self.training else 0.0
-        # Rows (B·T, d): so `SumsInPlace` can add a product's part of the residual's gradient inside the product.
+        # Flatten to rows (B·T, d) so that `SumsInPlace` can fuse a product and its addition to the residual's gradient.
         rows = hidden.flatten(0, 1)
         attended = self.attention(rows.view(hidden.shape), valid)
         rows = residual_norm(rows, attended.flatten(0, 1), self.attention_norm, dropout)
         return residual_norm(rows, self.ffn(rows), self.ffn_norm, dropout).view(hidden.shape)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
-        """What the attention sees of the layer's input (B, T, d)."""
+        """The input of the attention, from the layer's input (B, T, d)."""
         return self.attention_norm(hidden) if self.pre_norm else hidden
 
 
 class FeedForward(nn.Sequential):
     """Feed-forward network (Vaswani et al. 2017, arXiv:1706.03762, section 3.3) with GELU, (…, d) → (…, d).
 
-    In half precision on a CUDA device a kernel computes the gradient of GELU and all that is read off it in one pass.
+    In half precision on a CUDA device, one kernel pass computes the gradient of GELU and everything derived from it.
 
     Args:
-        embed_dim: d.
-        ffn_dim: Width in between.
+        embed_dim: Size d of a frame.
+        ffn_dim: Hidden width.
     """
 
     def __init__(self, embed_dim: int, ffn_dim: int) -> None:
         super().__init__(nn.Linear(embed_dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, embed_dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map each frame of (…, d) by itself."""
+        """Map each frame of (…, d) independently."""
         if not self.has_kernel(hidden):
             return super().forward(hidden)
         assert feed_forward_kernels is not None
@@ -92,19 +92,19 @@ class FeedForward(nn.Sequential):
 
     def has_kernel(self, hidden: Tensor) -> bool:
         """Whether a kernel computes the gradients for this input."""
-        plain = type(self[0]) is nn.Linear and type(self[1]) is nn.GELU and type(self[2]) is nn.Linear  # not an adapter, say
+        plain = type(self[0]) is nn.Linear and type(self[1]) is nn.GELU and type(self[2]) is nn.Linear  # false for adapters
         return plain and feed_forward_kernels is not None and in_half_precision(hidden)
 
 
 def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm, dropout: float = 0.0) -> Tensor:
-    """LayerNorm(residual + dropout(update)), the sum in float32 or better.
+    """LayerNorm(residual + dropout(update)). The sum is computed in float32 or better.
 
-    In half precision on a CUDA device one kernel does it all, forward and backward, and keeps no mask: what is dropped is drawn
-    again from its seed. Everywhere else it is what it says.
+    In half precision on a CUDA device, one kernel computes all of it, forward and backward. The kernel stores no dropout mask but
+    draws it again from its seed. Elsewhere plain PyTorch computes it.
 
     Args:
-        residual: (…, d).
-        update: (…, d), what a block adds to it.
+        residual: Residual stream (…, d).
+        update: Output of a block (…, d), which is added to the residual.
         norm: LayerNorm over d, with weight and bias.
         dropout: Probability of dropping an element of ``update``.
 
@@ -120,12 +120,12 @@ def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm, dropout:
 
 
 def norm_dropout(states: Tensor, norm: nn.LayerNorm, dropout: float = 0.0) -> Tensor:
-    """dropout(LayerNorm(states)), the norm in float32 or better; with a kernel as `residual_norm` has it.
+    """dropout(LayerNorm(states)). The norm is computed in float32 or better, by a kernel where `residual_norm` has one.
 
     Args:
-        states: (…, d).
+        states: Frames (…, d).
         norm: LayerNorm over d, with weight and bias.
-        dropout: Probability of dropping an element of what comes out.
+        dropout: Probability of dropping an element of the result.
 
     Returns:
         (…, d) in the dtype of ``states``.
@@ -143,7 +143,7 @@ def _norm(states: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def has_norm_kernel(update: Tensor, norm: nn.LayerNorm) -> bool:
-    """Whether a kernel would be taken for these states."""
+    """Whether a kernel is used for these states."""
     if residual_kernels is None or not update.is_cuda or norm.weight is None or norm.bias is None:
         return False
     return update.dtype in HALF and update.shape[-1] <= residual_kernels.MAX_DIM

@@ -1,4 +1,4 @@
-"""Mockingjay's transformer encoder (Liu et al. 2020, arXiv:1910.12638) with a mechanism of one's choice in place of attention."""
+"""Mockingjay's transformer encoder (Liu et al. 2020, arXiv:1910.12638) with a choice of attention mechanisms."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Encoder(nn.Module):
     """Transformer encoder over spectrogram frames.
 
     Args:
-        input_dim: C, size of a feature frame.
-        embed_dim: d.
-        num_layers: Layers.
-        num_heads: Heads of each layer.
+        input_dim: Size C of a feature frame.
+        embed_dim: Size d of a hidden state.
+        num_layers: Number of layers.
+        num_heads: Number of heads in each layer.
         ffn_dim: Width of the feed-forward networks.
-        max_frames: Longest input, in encoder frames; mechanisms without a limit ignore it.
+        max_frames: Longest input, in encoder frames. Mechanisms without a limit ignore it.
         attention: Config of the mechanism (``_target_`` and its parameters), built anew for every layer.
         positions: Config of the positions.
-        dropout: Probability, on the input and on every block's output.
+        dropout: Dropout probability on the input and on every block's output.
         norm: ``post`` (as published) or ``pre``.
-        share_layers: One set of parameters for all layers (AudioALBERT, arXiv:2005.08575).
+        share_layers: Whether all layers share one set of parameters (AudioALBERT, arXiv:2005.08575).
         init_std: Standard deviation of the linear layers' weights, N(0, init_std).
-        input_init: ``xavier`` (uniform, Glorot and Bengio 2010) or ``normal`` (N(0, init_std), as published, where the positions
-            drown the features at first) for the input projection. Its bias starts from N(0, init_std), where the published
-            one is 0: a frame of zeros, as masks make them, would else be a zero vector wherever positions add nothing and
-            attention brings nothing, and gradients would explode in its LayerNorms.
-        norm_states: With ``pre``, give each hidden state a LayerNorm of its own, as S3PRL does, not the last one alone. Layers
-            hear each other without them, so pre-training doesn't train them.
-        norm_eps: Added to the variance in the LayerNorms.
-        chunk_frames: Encode an input that is longer in the fewest equal chunks of at most so many frames, each by itself with
-            positions from 0, as S3PRL does; None encodes any input whole.
+        input_init: Initialisation of the input projection: ``xavier`` (uniform, Glorot and Bengio 2010) or ``normal``
+            (N(0, init_std), as published). With ``normal``, positions are much larger than the features at first. The bias
+            starts from N(0, init_std); the published one starts at 0. With a zero bias, a masked frame can stay a zero vector
+            (where positions and attention add nothing), and gradients explode in its LayerNorms.
+        norm_states: With ``pre``, give each hidden state its own LayerNorm, as S3PRL does. Without it, only the last state has
+            one. The layers do not use these norms, so pre-training does not train them.
+        norm_eps: Constant added to the variance in the LayerNorms.
+        chunk_frames: Longest input that is encoded whole; None means any. A longer input is split into the fewest equal chunks of
+            at most this many frames. Each chunk is encoded separately, with positions from 0, as S3PRL does.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         ]
         self.layers = nn.ModuleList(layers)
         norms = [nn.LayerNorm(embed_dim, eps=norm_eps) if norm_states else nn.Identity() for _ in range(num_layers)]
-        self.state_norms = nn.ModuleList(norms).requires_grad_(False)  # until a downstream task asks for it
+        self.state_norms = nn.ModuleList(norms).requires_grad_(False)  # a downstream task may train them
         self.output_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm == "pre" else nn.Identity()
         initialise_linear(self, init_std)
         nn.init.normal_(self.input.bias, std=init_std)
@@ -103,16 +103,16 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(self.input.weight)
 
     def layer(self, index: int) -> EncoderLayer:
-        """Layer ``index`` of ``num_layers``; the same one every time where layers are shared."""
+        """Layer ``index`` of ``num_layers``. With shared layers it is always the same module."""
         layer = self.layers[index % len(self.layers)]
         assert isinstance(layer, EncoderLayer)
         return layer
 
     def embed(self, features: Tensor) -> Tensor:
-        """Input embedding: features (B, T, C) → (B, T, d)."""
+        """Embed features (B, T, C) as the first layer's input (B, T, d)."""
         embedded = self.positions(self.input(features))
-        # LayerNorm gives float32 under autocast. With pre-LN states are one long sum, which would round more with every layer;
-        # with post-LN every state is normalised anew and half precision will do: layers read and write half as much.
+        # LayerNorm gives float32 under autocast. Pre-LN keeps that: its states are one long sum, and rounding would grow with
+        # every layer. Post-LN normalises every state anew, so half precision suffices and the layers move half the memory.
         if self.pre_norm:
             return self.dropout(self.input_norm(embedded))
         return norm_dropout(embedded, self.input_norm, self.dropout.p if self.training else 0.0)
@@ -121,12 +121,12 @@ class Encoder(nn.Module):
         """Encode a batch.
 
         Args:
-            features: (B, T, C).
-            valid: bool (B, T), True = real frame; None where nothing is padded.
+            features: Feature frames (B, T, C).
+            valid: Mask, bool (B, T), True for a real frame; None where nothing is padded.
 
         Returns:
-            The input embedding and the output of each layer, ``num_layers + 1`` tensors (B, T, d). With pre-LN the last one is
-            normalised, the others with ``norm_states`` alone. Under autocast with post-LN they are in half precision.
+            The input embedding and the output of each layer: ``num_layers + 1`` tensors (B, T, d). With pre-LN, the last state is
+            normalised, and the others only with ``norm_states``. With post-LN, states are in half precision under autocast.
         """
         if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
             return self._in_chunks(features, valid, self.chunk_frames)
@@ -134,14 +134,14 @@ class Encoder(nn.Module):
         return [norm(state) for norm, state in zip(norms, self._states(features, valid), strict=True)]
 
     def _states(self, features: Tensor, valid: Tensor | None) -> list[Tensor]:
-        """The input of each layer, and the output of the last."""
+        """The input of each layer, then the output of the last layer."""
         states = [self.embed(features)]
         for index in range(self.num_layers):
             states.append(self.layer(index)(states[-1], valid))
         return states
 
     def _in_chunks(self, features: Tensor, valid: Tensor | None, longest: int) -> list[Tensor]:
-        """Hidden states of chunks of each utterance, put together again; zero behind an utterance's end."""
+        """Encode chunks of each utterance and join their hidden states. Padding is zero."""
         if valid is None:
             valid = features.new_ones(features.shape[:2], dtype=torch.bool)
         chunks: list[Tensor] = []
@@ -162,12 +162,12 @@ class Encoder(nn.Module):
         """Every layer's attention and its input (B, T, d) for features (B, T, C).
 
         Raises:
-            ValueError: the input is longer than ``chunk_frames``: attention does not reach from one chunk to another.
+            ValueError: the input is longer than ``chunk_frames``. Attention does not cross chunks.
         """
         if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
             raise ValueError(
-                f"attention over {features.shape[1]} frames, where the model encodes chunks of at most {self.chunk_frames} by "
-                "themselves (model.chunk_frames): take a shorter utterance"
+                f"attention needs at most model.chunk_frames = {self.chunk_frames} frames, found {features.shape[1]}: longer "
+                "inputs are encoded in separate chunks, so take a shorter utterance"
             )
         layers = [self.layer(index) for index in range(self.num_layers)]
         states = self._states(features, valid)
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
 
 
 def initialise_linear(module: nn.Module, std: float) -> None:
-    """Set every ``nn.Linear`` inside to weights N(0, std) and zero bias, as BERT and Mockingjay do."""
+    """Initialise every ``nn.Linear`` inside with weights N(0, std) and zero bias, as BERT and Mockingjay do."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=std)
@@ -191,9 +191,9 @@ def length_mask(lengths: Tensor, num_frames: int, device: torch.device | str | N
     """Mask of real frames, or None where nothing is padded.
 
     Args:
-        lengths: (B,) frames. Kept on the CPU, it costs no synchronisation to see that nothing is padded.
-        num_frames: T.
-        device: Of the mask; default: of ``lengths``.
+        lengths: Frames of each utterance (B,). On the CPU, checking that nothing is padded needs no synchronisation.
+        num_frames: Frames T of the padded batch.
+        device: Device of the mask; by default the one of ``lengths``.
 
     Returns:
         bool (B, T) or None.

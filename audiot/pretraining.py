@@ -27,7 +27,7 @@ from audiot.model import length_mask
 from audiot.objectives.corruption import Corruption
 from audiot.objectives.reconstruction import ReconstructionHead, interpolate_masked, masked_l1
 from audiot.training.accumulation import Mean, WeightedSteps
-from audiot.training.fsdp import gather, is_sharded, release, shard, whole
+from audiot.training.fsdp import full_tensor, gather, is_sharded, release, shard
 from audiot.training.optimization import configure_from
 from audiot.training.saved import Saved
 
@@ -37,7 +37,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     Args:
         features, model, objective, optimizer, scheduler: Configs, as plain dicts.
-        seed: Seed of the dropout; the masks' seed comes with the batches.
+        seed: Seed of the dropout. The seed of the masks comes with the batches.
     """
 
     SETTINGS = ("features", "model", "objective")
@@ -58,23 +58,23 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         self.head = ReconstructionHead(self.model.encoder.embed_dim, self.model.features.output_dim)
         self.objective: Corruption = make(objective)
         self.stack = self.model.features.stack
-        self.trained_steps = 0  # of a loaded checkpoint
+        self.trained_steps = 0  # optimiser steps of a loaded checkpoint
         self._graphs = False
         self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Mean] = self.loss
         names = ("val_l1", "zero_l1", "interpolation_l1")
-        # A loss that is not a number would be left out; nan takes its place (and "disable" would leave out the weights).
+        # MeanMetric would skip a NaN loss. With nan_strategy=nan the mean becomes NaN. ("disable" would ignore the weights.)
         self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy=float("nan")) for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how far the checkpoint was trained.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: the checkpoint has another model.
         """
         self.trained_steps = checkpoint["global_step"]
-        if not checkpoint.get("MixedPrecision", True):  # of bfloat16, which has no scale: float16 begins with one of its own
+        if not checkpoint.get("MixedPrecision", True):  # bfloat16 saves no loss scale; float16 starts with a new one
             del checkpoint["MixedPrecision"]
-        theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # `ShardedStrategy` has loaded its own already
+        theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # None: `ShardedStrategy` has loaded it
         if theirs is None or {name: value.shape for name, value in theirs.items()} == {n: v.shape for n, v in ours.items()}:
             return
         saved, ours_named = checkpoint.get("hyper_parameters", {}), named(dict(self.hparams))
@@ -87,36 +87,36 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         raise ValueError(f"the checkpoint is of another model: {', '.join(apart) or 'its parameters have other names or shapes'}")
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of every layer, as :class:`AudioEncoder` gives them."""
+        """Hidden states of every layer, as `AudioEncoder` returns them."""
         return self.model(waveforms, lengths)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout of a batch is drawn from the seed and the batch alone, so that a resumed run repeats it."""
+        """Seed dropout from the seed and the batch's position alone, so that a resumed run repeats it."""
         seed_torch(key("dropout", self.hparams["seed"], *batch["position"]), self.device)
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, num_tokens = self.model.features(batch["waveforms"], batch["lengths"])
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
-        # Stacked frames that were cut from longer ones have strides of their own, for which a graph would be compiled anew.
+        # Stacked frames that were cropped have unusual strides, and each new layout of strides would be compiled again.
         return tokens.contiguous(), num_tokens.to(tokens.device, non_blocking=True), valid
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """L1 of the reconstruction where something was corrupted."""
+        """L1 loss of the reconstruction on the corrupted elements."""
         tokens, lengths, valid = self._features(batch)
         return self.weighted(self.step_loss(tokens, lengths, batch["keys"], valid), batch_idx)
 
     def log_loss(self, loss: Tensor) -> None:
-        """Log the L1 of all batches of a step."""
+        """Log the L1 over all batches of a step."""
         self.log("pretrain/train_l1", loss)
 
     def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
-        """Corrupt a batch and score its reconstruction; what `compile_step` compiles.
+        """Corrupt a batch and score its reconstruction. `compile_step` compiles this method.
 
         Args:
             tokens: Features (B, T, C).
-            lengths: (B,) valid frames, on the features' device.
-            keys: (B,) random keys, on the features' device.
-            valid: bool (B, T), or None where nothing is padded.
+            lengths: Valid frames of each utterance (B,), on the features' device.
+            keys: Random keys (B,), on the features' device.
+            valid: Mask, bool (B, T); None where nothing is padded.
         """
         corrupted = self.objective(tokens, lengths, keys, self.stack)
         hidden = self.model.encoder(corrupted.features, valid)[-1]
@@ -127,22 +127,22 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         return masked_l1(prediction, target, weight)
 
     def step_loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
-        """`loss` as training computes it: compiled, if `compile_step` was called."""
+        """`loss`, compiled if `compile_step` was called."""
         if not self._graphs:
             return self._loss(tokens, lengths, keys, valid)
         torch.compiler.cudagraph_mark_step_begin()
         value, count = self._loss(tokens, lengths, keys, valid)
-        return Mean(value.clone(), count.clone())  # out of the graph's own memory, which the next step writes again
+        return Mean(value.clone(), count.clone())  # copies, because the next step overwrites the graph's memory
 
     def compile_step(self, graphs: bool = False) -> None:
-        """Compile `loss` with `torch.compile` for training; validation stays as it is.
+        """Compile `loss` with `torch.compile` for training. Validation is not compiled.
 
-        The first batch's shape gets a graph of its own; with the first other shape comes one for any number of utterances of any
-        length. Mechanisms whose graph depends on the length get one for each, and there are few (`data.num_lengths`).
+        The first shape gets its own graph. The second shape gets a graph for any batch size and length. Mechanisms whose graph
+        depends on the length get one graph per length, of which there are few (`data.num_lengths`).
 
         Args:
-            graphs: Replay each shape as a CUDA graph, so that the host has next to nothing to do. Gradients then lie in the
-                graph's memory: they can't be accumulated over several batches.
+            graphs: Whether to replay each shape as a CUDA graph, which leaves the host almost nothing to do. Gradients then lie
+                in the graph's memory and cannot be accumulated over batches.
         """
         self._graphs = graphs
         compile_ddp_whole()
@@ -151,10 +151,10 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         self._loss = compiled(self.loss, graphs)
 
     def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predictions for masked frames alone. How many are gathered follows from the shape, so no device is waited for."""
+        """Predict masked frames only. Their maximal number follows from the shape, so no device synchronisation is needed."""
         num_frames = tokens.shape[1]
         count = self.objective.max_masked(num_frames)
-        # Masked frames first, in their order: topk of different numbers, since Inductor writes slow code of a sort.
+        # Masked frames first, in order of time. topk over distinct ranks replaces a sort: Inductor's code for a sort is slow.
         rank = frames.int() * num_frames - torch.arange(num_frames, device=frames.device, dtype=torch.int32)
         index = rank.topk(count, dim=1, sorted=True).indices
         chosen = frames.gather(1, index)[..., None]
@@ -163,7 +163,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         return self.head(hidden), target, chosen
 
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Validation's view of a batch: every span zeroed.
+        """Reconstruct a validation batch with every span zeroed.
 
         Returns:
             ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels);
@@ -185,7 +185,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """L1 on the masked frames, of the model and of two trivial reconstructions: zeros and linear interpolation."""
+        """Update the L1 on masked frames of the model and of two trivial reconstructions: zeros and linear interpolation."""
         view = self.reconstruct(batch)
         masked = view["masked"]
         guesses = {
@@ -199,7 +199,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
             metric.update(masked_l1(guess, view["target"], masked[..., None]).value, weight=masked.sum())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all processes, each of which has to ask for them: one may have had no batch."""
+        """Log means over all processes. Every process must take part, even one without batches."""
         for name, metric in self.validation_metrics.items():
             assert isinstance(metric, MeanMetric)
             self.log(f"pretrain/{name}", metric, prog_bar=name == "val_l1")
@@ -207,23 +207,23 @@ class MaskedAcousticModel(WeightedSteps, Saved):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as the trainer says, and log the norm before clipping every ``log_every_n_steps``."""
+        """Clip as the trainer says. Log the norm before clipping every ``log_every_n_steps``."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self.log("pretrain/gradient_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+            self.log("pretrain/gradient_norm", full_tensor(torch.nn.utils.get_total_norm(gradients)))
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def configure_model(self) -> None:
-        """Share the parameters out among the processes, with `audiot.training.fsdp.ShardedStrategy`."""
+        """Shard the parameters among the processes under `audiot.training.fsdp.ShardedStrategy`."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self.model.encoder, self.head, self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
-        """Processes may have different numbers of batches, and one of them draws a picture: all need all parameters."""
+        """Gather all parameters. Processes may have different numbers of batches, and only one draws pictures."""
         gather(self)
 
     def on_validation_end(self) -> None:
-        """Training goes on with what is shared out."""
+        """Shard the parameters again for training."""
         release(self)
 
     def configure_optimizers(self) -> Any:
@@ -232,7 +232,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
 
 def build(cfg: DictConfig) -> MaskedAcousticModel:
-    """The module of a config: new, or going on from the exported encoder ``cfg.init``, with its features and model."""
+    """The module for a config: new, or started from the exported encoder ``cfg.init`` with its features and model."""
     options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
     if not cfg.init:
         return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
@@ -249,7 +249,7 @@ def build(cfg: DictConfig) -> MaskedAcousticModel:
 
 
 def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
-    """Batches for pre-training; fits the global statistics of the features, where they have some and none yet."""
+    """Open the batches for pre-training. Fit the global statistics of the features if they have none yet."""
     features = module.model.features
     lengths = crop_lengths(features, cfg.data.crop_s, cfg.data.num_lengths)
     data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))

@@ -1,6 +1,6 @@
 import sys
 
-if __name__ == "__main__":  # worker processes import this file again: nothing heavy above
+if __name__ == "__main__":  # worker processes import this file again, so heavy imports stay inside
     from audiot.cli import main
 
     main(["align", *sys.argv[1:]])

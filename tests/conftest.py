@@ -1,4 +1,4 @@
-"""What many tests share: a tiny prepared corpus, and plain configs of a tiny model."""
+"""Fixtures of many tests: a tiny prepared corpus, and plain configs of a tiny model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST = ("test_contract.py", "test_readme.py", "test_bad_input.py", "test_cli.
 
 
 def pytest_collection_modifyitems(items):
-    """What takes minutes comes first, for the other processes not to wait for it in the end."""
+    """Run the slowest tests first, so that no process waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
@@ -53,7 +53,7 @@ def tiny():
 
 @pytest.fixture(scope="session", autouse=True)
 def defaults_are_composed_once():
-    """Commands check their overrides against the composed defaults, which take longest: nothing changes these here."""
+    """Compose the defaults of a command once: composing takes longest, and no test changes them."""
     from audiot.commands import launch
 
     compose = launch.compose
@@ -65,7 +65,7 @@ def defaults_are_composed_once():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures that were saved."""
+    """Saved figures."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
@@ -80,7 +80,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def blank_pictures(monkeypatch):
-    """Empty files for pictures, whose drawing takes longest of what a tiny run does."""
+    """Write empty files instead of pictures, which take the longest time in a tiny run."""
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
@@ -126,7 +126,7 @@ def demo_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretraining(demo_corpus):
-    """Makers of a tiny pre-training's parts: ``module``, ``data`` and ``trainer``, which stops after nine steps."""
+    """Makers of the parts of a tiny pre-training: ``module``, ``data`` and ``trainer``, which stops after nine steps."""
     import pytorch_lightning as pl
     import torch
 

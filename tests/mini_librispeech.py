@@ -26,11 +26,11 @@ SUBSETS = tuple(dict.fromkeys(subset for _, _, subset in READERS))
 
 
 class MiniLibriSpeech(NamedTuple):
-    """Where everything is.
+    """Paths of the corpus.
 
     Args:
         root: The folder LibriSpeech.
-        phones: converted_aligned_phones.txt of train-clean-100: the place of the phone in ``PHONES``, every 10 ms.
+        phones: converted_aligned_phones.txt of train-clean-100: index of the phone in ``PHONES``, per 10 ms.
         phone_train: List of four of five utterances of train-clean-100.
         phone_test: List of the others.
         textgrids: Folder of TextGrids of all subsets, their only tier ``phones``; an empty interval is silence.
@@ -48,7 +48,7 @@ class MiniLibriSpeech(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """What a command needs to be told; the default subsets, S3PRL's labels and lists."""
+        """Arguments for a command: the default subsets, S3PRL's labels and lists."""
         values = {
             "data": "librispeech",
             "data.root": self.root,
@@ -136,7 +136,7 @@ def upper(cut: Cut) -> str:
 
 
 def frame_labels(cut: Cut) -> list[int]:
-    """The phone in the middle of every full frame of 25 ms, one each 10 ms."""
+    """The phone in the middle of every full frame of 25 ms, one per 10 ms."""
     items = cut.supervisions[0].alignment["phone"]
     centers = [(first + 200) / 16000 for first in range(0, cut.num_samples - 400 + 1, 160)]
     symbols = [next(item.symbol for item in items if center < item.end) for center in centers]

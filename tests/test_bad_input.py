@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one clear line, a non-zero exit code, and no traceback."""
+"""Mistakes of a user end in one clear line and a non-zero exit code, without a traceback."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def made(tmp_path_factory, tmp_path, monkeypatch):
 
 
 def refusal(*arguments, **environment):
-    """The one line that a command that must fail says of it, without its beginning."""
+    """The error line of a command that must fail, without its beginning."""
     result = run(*arguments, **environment)
     assert result.code == 1
     assert "Traceback" not in result.out + result.err
@@ -100,7 +100,7 @@ def test_pretraining_refuses(made, argument, expected):
 def test_what_sharded_parameters_exclude_is_told(made):
     sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
     assert refusal("pretrain", *TINY, *sharded, "probe=false", "compile=true") == (
-        "compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto"
+        "compile=true does not work with trainer=fsdp, which fetches parameters between the layers: set compile=auto"
     )
     assert refusal("finetune", *TINY, *sharded, "upstream=checkpoint", f"upstream.path={made.run}/encoder") == (
         "trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu"
@@ -395,7 +395,7 @@ def test_labels_that_the_data_has_not(folder):
     [
         ("data.train='take>=9'", "no utterance of audio is left for train (take>=9): change data.train"),
         ("data.train='tak>=2'", "unknown field tak: did you mean take?"),
-        ("data.train='take>>2'", "take >> 2 is no comparison"),
+        ("data.train='take>>2'", "take >> 2 is not a comparison"),
         ("data.pattern='{keyword}_{speaker'", "data.pattern '{keyword}_{speaker': expected '}' before end of string"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, on a tiny demo corpus."""
+"""The command line on a tiny demo corpus."""
 
 import contextlib
 import csv
@@ -50,7 +50,7 @@ blank = pytest.mark.usefixtures("blank_pictures")
 
 
 def run(*arguments, **environment):
-    """What `audiot ARGUMENTS` does, in this process: exit ``code``, ``out`` and ``err`` without progress bars."""
+    """Run `audiot ARGUMENTS` in this process. Returns exit ``code``, ``out`` and ``err`` without progress bars."""
     out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
     kept = root.handlers[:], root.level
     with (
@@ -86,7 +86,7 @@ def succeed(*arguments, **environment):
 def prepared(base):
     """A folder for ``AUDIOT_DATA`` and a pre-training run with every probe of the demo, two steps each.
 
-    Made once, in a folder that all of pytest's processes share: whoever comes second waits.
+    Made once, in a folder that all of pytest's processes share: the second one waits.
     """
     pytest.importorskip("espeakng_loader")
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -101,7 +101,7 @@ def prepared(base):
 
 
 def pretrain_with_probes(base, made):
-    """What the command says."""
+    """Output of the command."""
     demo = yaml.safe_load((REPOSITORY / "conf" / "probes" / "demo.yaml").read_text())
     short = ["trainer.max_steps=2", "trainer.val_check_interval=1"]
     probes = {
@@ -284,7 +284,7 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
 
 
 def without_probes(made, folder, kept, missing):
-    """A copy of the pre-training run with probes of these names alone, the latter not done yet."""
+    """A copy of the pre-training run with only these probes, the latter not done yet."""
     copy_run(made, folder)
     config = OmegaConf.load(folder / "config.yaml")
     config.probes = {name: config.probes[name] for name in (*kept, *missing)}

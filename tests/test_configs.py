@@ -1,4 +1,4 @@
-"""Every file of every config group, alone and in the combinations that users make."""
+"""Every file of every config group, alone and in typical combinations."""
 
 import inspect
 from functools import cache

@@ -1,61 +1,70 @@
-"""What docstrings say of arguments: every line begins with a noun phrase that says what the argument is."""
-
-from __future__ import annotations
+"""Every argument and attribute in a docstring is described by what it is, not by a reference to something else."""
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import audiot
-
-ROOT = Path(audiot.__file__).parent
-ROOMS = ("attention", "kernels", "positions.py")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py") if (ROOT / room).is_dir() else [ROOT / room])]
-RIDDLE = re.compile(r"(Of|See|Likewise)\b", re.IGNORECASE)
-
-
-def arguments(docstring):
-    """The first line of each argument in a docstring without indentation: its name and what the line says."""
-    section = re.search(r"^Args:\n((?: {4}.*(?:\n|$)|\n)+)", docstring, re.MULTILINE)
-    return [] if section is None else re.findall(r"^ {4}(\w[\w, ]*): (.*)$", section[1], re.MULTILINE)
+PACKAGE = Path(__file__).parent.parent / "audiot"
+ROOMS = tuple(sorted(path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()))
+SECTION = re.compile(r"( *)(Args|Attributes):")
+ENTRY = re.compile(r"([\w*, ]+): (.*)")
+REFERENCES = ("Of ", "See ", "Likewise", "As ")
 
 
-def riddles(source):
-    """Arguments that a docstring of a module describes with a riddle, in order."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
-    return [name for text in docstrings if text for name, line in arguments(text) if RIDDLE.match(line)]
+def argument_lines(docstring: str) -> Iterator[tuple[str, str]]:
+    """Names and first line of the description of each entry under ``Args:`` and ``Attributes:``."""
+    indent = None  # of the entries of the current section
+    for line in docstring.splitlines():
+        if heading := SECTION.fullmatch(line):
+            indent = len(heading[1]) + 4
+        elif line.strip() and indent is not None:
+            depth = len(line) - len(line.lstrip())
+            if depth < indent:
+                indent = None
+            elif depth == indent and (entry := ENTRY.match(line.strip())):
+                yield entry[1], entry[2]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_an_argument_is_described_by_what_it_is(path):
-    assert not riddles(path.read_text(encoding="utf-8"))
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and docstring of each class and function of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (found := ast.get_docstring(node)):
+            yield node.name, found
 
 
-def test_riddles_are_found():
-    source = '''
-class Thing:
-    """A thing.
+def test_entries_are_told_from_their_continuation_and_from_other_sections():
+    docstring = """Title.
+
+    See: not an entry.
 
     Args:
-        first: Of dropout.
-        second, third: Likewise,
-            see there.
-        fourth: Of course not; but it begins so.
-        fifth: Offset of a frame: see there.
+        first, second: Of dropout.
+            third: a continuation.
+        *rest: Sizes.
 
     Raises:
-        sixth: See below.
+        ValueError: See above.
+
+    Attributes:
+        fourth: As before.
     """
+    found = list(argument_lines(docstring))
+    assert found == [("first, second", "Of dropout."), ("*rest", "Sizes."), ("fourth", "As before.")]
 
-    def method(self):
-        """Do it.
 
-        Args:
-            first: See `Thing`.
-            eighth: Seed.
-        """
-'''
-    assert riddles(source) == ["first", "second, third", "fourth", "first"]
+@pytest.mark.parametrize("room", ROOMS)
+def test_an_argument_is_described_by_what_it_is(room: str) -> None:
+    place = PACKAGE / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    assert files
+    references = [
+        f"{path.relative_to(PACKAGE)}: {owner}: {names}: {text}"
+        for path in files
+        for owner, docstring in docstrings(path)
+        for names, text in argument_lines(docstring)
+        if text.startswith(REFERENCES)
+    ]
+    assert references == []

@@ -1,4 +1,4 @@
-"""The commands that the program prints run as they are printed, whatever a path holds, and fit the corpus."""
+"""Printed commands run as printed, whatever characters a path has, and fit the corpus."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ FOLDERS = ["it's, [a=b] {é} #1", 'say "(x)" $HOME', "-x", "12", "a\\b: ~c;d&e|f
 
 
 def tones(root, names):
-    """A short tone for each name; its pitch says which."""
+    """A short tone for each name, with its own pitch."""
     root.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         times = np.arange(int(RATE * (0.5 + 0.02 * number))) / RATE

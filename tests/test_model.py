@@ -1,4 +1,4 @@
-"""The encoder against a plain computation in NumPy, and what it promises about padding, sharing and initialisation."""
+"""The encoder against a plain computation in NumPy, and its padding, sharing and initialisation."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_long_inputs_are_encoded_in_the_fewest_equal_chunks(norm):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
     for one, other in zip(model(features[:, :5]), whole(features[:, :5]), strict=True):
         assert one.equal(other)
-    with pytest.raises(ValueError, match="attention over 12 frames, where the model encodes chunks of at most 5"):
+    with pytest.raises(ValueError, match=r"attention needs at most model\.chunk_frames = 5 frames, found 12"):
         model.attention_weights(features)
 
 

@@ -196,7 +196,7 @@ def test_a_batch_of_long_utterances_is_full_of_crops_of_1500_frames(name, uttera
 
 def test_every_downstream_option_has_a_preset():
     def shape(*overrides):
-        """What tells one option from another."""
+        """Settings that differ between options."""
         task = composed("finetune", *overrides, "upstream.path=encoder")["downstream"]
         head = task["head"]
         return task["task"], head["_target_"], head.get("context"), head.get("hidden_dim")

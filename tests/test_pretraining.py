@@ -41,7 +41,7 @@ def test_training_lowers_the_loss_on_one_batch(pretraining):
 
 
 def shaped(model, num_utterances, num_tokens, device="cpu"):
-    """A batch of noise, nothing of it padded."""
+    """A batch of noise without padding."""
     generator = torch.Generator().manual_seed(num_utterances + num_tokens)
     waveforms = 0.1 * torch.randn(num_utterances, model.model.features.num_samples(num_tokens), generator=generator)
     keys = torch.arange(num_utterances) + 1

@@ -1,4 +1,4 @@
-"""What is answered without PyTorch and the rest: help, lists and mistakes."""
+"""Help, lists and mistakes are answered without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_pa
 
 
 def failing_start(folder, *arguments):
-    """A command that ends before it has made anything, in a folder."""
+    """Run, in a folder, a command that ends before it makes anything."""
     code = "from audiot.cli import main; main()"
     command = [sys.executable, "-c", code, "pretrain", "data=folder", "data.root=nowhere", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)

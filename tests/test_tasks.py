@@ -56,7 +56,7 @@ FILES = sorted(path.stem for path in (REPOSITORY / "conf" / "downstream").glob("
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny):
-    """A folder for ``AUDIOT_DATA``, and an encoder that has learned nothing."""
+    """A folder for ``AUDIOT_DATA``, and an untrained encoder."""
     pytest.importorskip("espeakng_loader")
     torch.manual_seed(0)
     base = tmp_path_factory.mktemp("tasks")
@@ -160,5 +160,5 @@ def test_a_list_of_trials_is_checked_before_training(made, tmp_path):
     (tmp_path / "trials.txt").write_text("1 test000-test-0000 test000-test-0001\n0 test000-test-0000 nobody\n")
     options = ["downstream=speaker_verification", f"upstream.path={made.encoder}", *TASKS["speaker_verification"][0]]
     failed = run("finetune", *SHORT, *options, "downstream.objective.trials=trials.txt", f"hydra.run.dir={tmp_path / 'run'}")
-    assert "audiot: error: trials.txt names 1 utterances that the test split has not, nobody of line 2 first" in failed.err
+    assert "audiot: error: trials.txt names 1 utterances that the test split lacks, nobody of line 2 first" in failed.err
     assert not (tmp_path / "run" / "checkpoints").exists()

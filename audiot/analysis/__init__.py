@@ -1,1 +1,1 @@
-"""Pictures of runs: curves, reconstructions, attention."""
+"""Pictures of runs: curves, reconstructions and attention."""

@@ -26,13 +26,13 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
-    """Frames, what the encoder sees of them, what it makes of that, and what interpolation makes of it.
+    """Plot an utterance four times: true frames, corrupted frames, the encoder's reconstruction and the interpolation.
 
     Args:
-        view: Of one utterance, as ``MaskedAcousticModel.reconstruct`` gives it; a reconstruction is shown in the
-            masked frames, the true frames elsewhere.
-        title: Of the figure.
-        path: PNG.
+        view: One utterance as ``MaskedAcousticModel.reconstruct`` returns it. Reconstructions are shown in the masked frames,
+            true frames elsewhere.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     length = int(view["lengths"][0])
     masked = view["masked"][0, :length].cpu().numpy()
@@ -59,7 +59,7 @@ def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path
 
 
 def plot_training(metrics_csv: str | Path, path: str | Path) -> None:
-    """Training and validation L1 against the two baselines, throughput, learning rate and gradient norm, from ``metrics.csv``."""
+    """Plot ``metrics.csv``: training and validation L1, the two baselines, throughput, learning rate and gradient norm."""
     with open(metrics_csv, newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -89,7 +89,7 @@ def plot_training(metrics_csv: str | Path, path: str | Path) -> None:
 
 
 def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Bars of test accuracy, one group a task, from the ``probe/…`` and ``finetune/…`` entries of a summary."""
+    """Bars of test accuracy, grouped by task, from the ``probe/…`` and ``finetune/…`` entries of a summary."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in summary.items():
         if name.startswith(("probe/", "finetune/")):
@@ -128,12 +128,12 @@ def plot_attention(
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
 ) -> None:
-    """Matrices of attending by attended frames, layers down, heads across.
+    """Matrices of attending × attended frames. Rows are layers and columns are heads.
 
     Args:
-        weights: One (H, T, T) a layer: weights, or bool for the keys that may be attended to.
-        title: Of the figure.
-        path: PNG.
+        weights: One tensor (H, T, T) per layer: weights, or bool for the keys that may be attended to.
+        title: Title of the figure.
+        path: Path of the PNG.
         rows: Names of the rows; default: layer 1, layer 2, …
         columns: Names of the columns; default: head 1, head 2, …
     """
@@ -146,7 +146,7 @@ def plot_attention(
     for layer, matrices in enumerate(weights):
         for head, matrix in enumerate(matrices.float().cpu().numpy()):
             axis = axes[layer][head]
-            # A square root shows weak weights too; each map has its own scale.
+            # The square root makes weak weights visible. Each matrix has its own scale.
             axis.imshow(np.sqrt(matrix), cmap="viridis", interpolation="nearest", vmin=0)
             axis.set(xticks=[], yticks=[])
             if matrices.dtype != torch.bool:
@@ -161,20 +161,20 @@ def plot_attention(
 
 
 def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str | Path) -> None:
-    """Confusion matrix, each true class's row as shares.
+    """Confusion matrix. Each row shows the shares of one true class.
 
     Args:
-        counts: (classes, classes), rows true, columns predicted.
-        classes: Names.
-        title: Of the figure.
-        path: PNG.
+        counts: Counts (classes, classes). Rows are true, columns predicted.
+        classes: Names of the classes.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
     size = min(4 + 0.2 * len(classes), 18)
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(classes) <= 120:  # more names than that nobody can read
+    if len(classes) <= 120:  # more names would not be legible
         small = max(4, min(9, 300 / len(classes)))
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=small)
         axis.set_yticks(range(len(classes)), classes, fontsize=small)
@@ -184,12 +184,12 @@ def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str
 
 
 def plot_scores(kinds: Mapping[str, Sequence[float]], title: str, path: str | Path) -> None:
-    """Histograms of the scores of trials, each kind's as a density.
+    """Histograms of the scores of trials, as densities.
 
     Args:
-        kinds: Name of a kind of trial → its scores, in [−1, 1].
-        title: Of the figure.
-        path: PNG.
+        kinds: Scores in [−1, 1] by kind of trial.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -203,13 +203,13 @@ def plot_scores(kinds: Mapping[str, Sequence[float]], title: str, path: str | Pa
 
 
 def plot_layer_weights(weights: Sequence[float], names: Sequence[str], title: str, path: str | Path) -> None:
-    """Bars of the share that each hidden state has in a learned weighted sum.
+    """Bars of the weights of the hidden states in a learned weighted sum.
 
     Args:
-        weights: Shares, which add up to 1.
-        names: Of the hidden states.
-        title: Of the figure.
-        path: PNG.
+        weights: Weights, which add up to 1.
+        names: Names of the hidden states.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     figure = Figure(figsize=(2 + 0.6 * len(weights), 3.5), layout="constrained")
     axis = figure.subplots()
@@ -225,25 +225,25 @@ def plot_layer_weights(weights: Sequence[float], names: Sequence[str], title: st
 def plot_benchmark(
     panels: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]], baseline: str, title: str, path: str | Path
 ) -> None:
-    """Curves against the length of the sequence, both axes logarithmic; rings where a mechanism passes the baseline.
+    """Curves over the sequence length, both axes logarithmic. Rings mark where a mechanism crosses the baseline.
 
     Args:
-        panels: Title, name of the values, and for each mechanism its ``lengths``, ``values``, ``crossings`` with the baseline
-            and ``label`` in the legend.
+        panels: One tuple per panel: title, name of the values, and for each mechanism a mapping with ``lengths``, ``values``,
+            ``crossings`` with the baseline and ``label`` for the legend.
         baseline: Mechanism drawn in black.
-        title: Of the figure.
-        path: PNG.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     names = list(dict.fromkeys(name for _, _, lines in panels for name in lines if name != baseline))
     styles = {name: (LINE_COLOURS[place % 8], ("-", "--", ":")[place // 8 % 3]) for place, name in enumerate(names)}
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(10 * columns, 4.2 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"{title}; rings: where a mechanism passes {baseline}")
+    figure.suptitle(f"{title}; rings: where a mechanism crosses {baseline}")
     for axis, (name, unit, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
         base = lines[baseline]
         ticks = sorted({length for line in lines.values() for length in line["lengths"]})
-        # The legend's order is that of the curves at the right.
+        # The legend has the order of the curves at the right edge.
         order = sorted(lines, key=lambda mechanism: -lines[mechanism]["values"][-1] if lines[mechanism]["values"] else 0)
         for mechanism in order:
             line = lines[mechanism]
@@ -260,7 +260,7 @@ def plot_benchmark(
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.minorticks_off()
-        if base["values"]:  # what does next to nothing would squeeze all other curves together
+        if base["values"]:  # a mechanism that costs almost nothing would squeeze all other curves
             axis.set_ylim(bottom=max(axis.get_ylim()[0], min(base["values"]) / 50))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
@@ -273,10 +273,10 @@ def plot_step_parts(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str
     """Stacked bars: where the time of a training step goes, one bar per configuration.
 
     Args:
-        bars: Name of a configuration → part → its milliseconds per 10,000 frames.
-        parts: In the order of the bars; those without time are left out.
-        title: Of the figure.
-        path: PNG.
+        bars: Configuration → part → its milliseconds per 10,000 frames.
+        parts: Parts in the order of drawing. Parts without time are left out.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     drawn = [part for part in parts if any(bar.get(part) for bar in bars.values())]
     colours = dict(zip(parts, ("#aa3377", "#66bbdd", "#bbaa22", BLUE, ORANGE, GREEN, GREY), strict=False))
@@ -290,7 +290,7 @@ def plot_step_parts(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str
         for part in drawn:
             width = bar.get(part, 0.0)
             axis.barh(row, width, 0.72, left=left, color=colours[part], edgecolor="white", linewidth=0.6)
-            if width > 0.035 * longest:  # else it does not fit
+            if width > 0.035 * longest:  # narrower bars have no room for text
                 share = f"{100 * width / totals[name]:.0f}%"
                 axis.text(left + width / 2, row, share, ha="center", va="center", fontsize=8, color="white")
             left += width
@@ -308,14 +308,14 @@ def plot_step_parts(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str
 def plot_roofline(
     points: Sequence[tuple[str, str, str, float, float]], peak: float, bandwidth: float, title: str, path: str | Path
 ) -> None:
-    """What configurations compute per second, under what the device can do: its matrix products, and its memory.
+    """Roofline: the measured speed of configurations below the limits of the device's matrix products and memory.
 
     Args:
-        points: Label, colour group, marker group, FLOPs per byte of memory traffic, and TFLOP/s.
+        points: One tuple per point: label, colour group, marker group, FLOPs per byte of memory traffic, and TFLOP/s.
         peak: Measured TFLOP/s of matrix products.
         bandwidth: Measured TB/s of memory.
-        title: Of the figure.
-        path: PNG.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     scale, prefix = (1.0, "T") if peak >= 1 else (1000.0, "G")
     peak, bandwidth = peak * scale, bandwidth * scale
@@ -332,7 +332,7 @@ def plot_roofline(
     groups = list(dict.fromkeys(point[1] for point in points))
     markers = dict(zip(dict.fromkeys(point[2] for point in points), "os^vD", strict=False))
     ordered = sorted(points, key=lambda point: -point[4])
-    # Points crowd together, so their labels stand in a column beside the axes, in the points' order.
+    # Points lie close together, so their labels form a column beside the axes, in the order of the points.
     for row, (label, group, marker, intensity, rate) in enumerate(ordered):
         colour = LINE_COLOURS[groups.index(group) % len(LINE_COLOURS)]
         axis.plot(intensity, rate, markers[marker], color=colour, markersize=7, markeredgecolor="white", zorder=5)
@@ -347,7 +347,7 @@ def plot_roofline(
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)},
         )
     axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top), ylabel=f"{prefix}FLOP/s")
-    axis.set_xlabel("FLOPs per byte that the matrix products move at least")
+    axis.set_xlabel("FLOPs per byte that the matrix products must move")
     signs = dict(zip("os^vD", "●■▲▼◆", strict=True))
     kinds = ", ".join(f"{signs[marker]} {name}" for name, marker in markers.items())
     axis.set_title(f"{title}; {kinds}", fontsize=10, loc="left")
@@ -362,13 +362,13 @@ def plot_roofline(
 def plot_lengths(
     panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], baseline: str, title: str, path: str | Path
 ) -> None:
-    """Curves against the length of the sequence, both axes logarithmic; the legend tells each one's slope.
+    """Curves over the sequence length, both axes logarithmic. The legend shows each slope.
 
     Args:
-        panels: Title → name of a curve → (frames of a sequence, value).
+        panels: Title of a panel → name of a curve → points (frames per sequence, value).
         baseline: Curve drawn in black.
-        title: Of the figure.
-        path: PNG.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != baseline))
     styles = {
@@ -379,7 +379,7 @@ def plot_lengths(
     figure.suptitle(f"{title}; slope: of the longer half", fontsize=10)
     for axis, (name, lines) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
         ticks = sorted({length for line in lines.values() for length, _ in line})
-        # The legend's order is that of the curves at the right.
+        # The legend has the order of the curves at the right edge.
         for curve in sorted(lines, key=lambda curve: -lines[curve][-1][1]):
             lengths, values = zip(*lines[curve], strict=True)
             slope = log_slope(lengths, values)
@@ -399,7 +399,7 @@ def plot_lengths(
 
 
 def log_slope(lengths: Sequence[float], values: Sequence[float]) -> float | None:
-    """Slope of the longer half of a curve, two points at least, on logarithmic axes; None where there are fewer."""
+    """Slope of the longer half of a curve (at least two points) on logarithmic axes; None if it has fewer points."""
     if len(lengths) < 2:
         return None
     half = max(2, -(-len(lengths) // 2))
@@ -407,12 +407,12 @@ def log_slope(lengths: Sequence[float], values: Sequence[float]) -> float | None
 
 
 def plot_speeds(speeds: Mapping[str, float], title: str, path: str | Path) -> None:
-    """Horizontal bars of speeds that lie orders of magnitude apart, on a logarithmic axis; one colour a stage.
+    """Horizontal bars of speeds on a logarithmic axis, one colour per stage.
 
     Args:
-        speeds: ``stage, setting`` → speed.
-        title: Of the figure.
-        path: PNG.
+        speeds: Speeds by ``stage, setting``.
+        title: Title of the figure.
+        path: Path of the PNG.
     """
     stages = list(dict.fromkeys(name.split(", ")[0] for name in speeds))
     figure = Figure(figsize=(10, 1.2 + 0.4 * len(speeds)), layout="constrained")

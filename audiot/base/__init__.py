@@ -1,1 +1,1 @@
-"""What everything else stands on: devices, files, random streams, text for the terminal, and the config groups."""
+"""The foundation of all other rooms: devices, files, streams of random numbers, text for the terminal, and the config groups."""

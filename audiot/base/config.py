@@ -1,4 +1,4 @@
-"""A command's config: composed, its overrides read in Hydra's grammar and compared with it, and as plain dicts."""
+"""A command's config: composing it, checking overrides against it, and turning it into plain dicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from audiot.base.framing import num_frames, samples_in
 from audiot.base.quoting import argument
 
-# A number, a list or auto; a truth value or a number; a number or a share.
+# Keys that take several types: a number, a list or auto; a truth value or a number; a number or a share.
 OF_SEVERAL_TYPES = ("trainer.devices", "trainer.fast_dev_run", "trainer.limit_val_batches", "trainer.overfit_batches")
 
 
@@ -37,10 +37,10 @@ OmegaConf.register_new_resolver("frames", frames, replace=True)
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """Overrides as Hydra reads them.
+    """Overrides, parsed by Hydra.
 
     Raises:
-        ValueError: one is not in Hydra's grammar.
+        ValueError: an override is not in Hydra's grammar.
     """
     try:
         return OverridesParser.create().parse_overrides(overrides)
@@ -49,18 +49,18 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def _remedy(error: OverrideParseException) -> str:
-    """How to write what Hydra refuses, if it is a text whose quotes the shell took away; else Hydra's own words."""
+    """How to write an override that Hydra refuses: with the quotes that the shell has removed, or else in Hydra's own words."""
     key, equals, value = error.override.partition("=")
-    value = value.strip("'\"")  # one that is not closed
+    value = value.strip("'\"")  # a quote that is not closed
     if equals and value and not value.startswith("["):
-        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker==x was speaker=='x' in the shell
+        if key in ("data.train", "data.valid", "data.test") and "'" not in value:  # speaker=='x' lost its quotes in the shell
             value = re.sub(r"([=!]=\s*)([^\W\d]\w*)", r"\1'\2'", value)
         return f"write {argument(key, value)}"
     return [line for line in error.message.splitlines() if line.strip(" ^") and not line.startswith("See ")][-1]
 
 
 def check_type(name: str, before: object, after: object) -> None:
-    """Refuse a word in place of a number or a truth value; whoever uses the value says what else is wrong with it."""
+    """Refuse a word in place of a number or a truth value. Other mistakes are found by the code that uses the value."""
     wanted: dict[type | tuple[type, ...], str] = {
         bool: "true or false",
         int: f"a whole number, such as {before}",
@@ -77,7 +77,7 @@ def check_type(name: str, before: object, after: object) -> None:
 
 
 def flat(cfg: DictConfig) -> dict[str, object]:
-    """Full names of all keys with what they hold, interpolations as they are written."""
+    """Full names of all keys with their values. Interpolations stay as they are written."""
 
     def walk(node: object, prefix: str) -> Iterator[tuple[str, object]]:
         for name, value in node.items() if isinstance(node, dict) else ():
@@ -88,14 +88,14 @@ def flat(cfg: DictConfig) -> dict[str, object]:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations resolved."""
+    """A config as plain dicts and lists. Interpolations are resolved."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(name): value for name, value in container.items()}
 
 
 def compose_command(command: str, overrides: Sequence[str]) -> DictConfig:
-    """The config of a command, also inside another one."""
+    """The config of a command. It may be called while Hydra runs another command."""
     if GlobalHydra.instance().is_initialized():
         return compose(command, list(overrides))
     with initialize_config_module("audiot.conf", version_base="1.3"):  # a tool, or a resumed run

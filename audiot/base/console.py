@@ -1,4 +1,4 @@
-"""What a run says: on the terminal and in its log."""
+"""Messages of a run, on the terminal and in its log."""
 
 from __future__ import annotations
 

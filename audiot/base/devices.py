@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Choosing a device, and what depends on its kind."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def find_device(name: str, complaint: str) -> torch.device:
-    """The device of a name; ``auto``: a GPU if there is one, else the CPU.
+    """The device with a name. ``auto`` takes a GPU if there is one, else the CPU.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda``, …
-        complaint: What an error says of a device that is not there, before PyTorch's reason.
+        complaint: Beginning of the error when the device does not exist. PyTorch's reason follows it.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no device has that name.
     """
     if name == "auto":
         name = _kind_at_hand()
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without this kind of device
         raise ValueError(f"{complaint}: {str(error).splitlines()[0]}") from error
 
 
@@ -34,13 +34,13 @@ def _kind_at_hand() -> str:
 
 
 def fast_precision(accelerator: str) -> str:
-    """Lightning's name of the precision to train in where Lightning finds the device.
+    """Lightning's name for the fastest precision on the device that Lightning will choose.
 
     Args:
-        accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, …
+        accelerator: Lightning's ``accelerator``: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, …
 
     Returns:
-        ``bf16-mixed`` where the device has instructions for products of bfloat16 matrices, else ``32-true``.
+        ``bf16-mixed`` where the device has instructions for bfloat16 matrix products, else ``32-true``.
     """
     kind = _kind_at_hand() if accelerator == "auto" else accelerator
     fast = False
@@ -53,7 +53,7 @@ def fast_precision(accelerator: str) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -61,15 +61,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def attention_of_any_shape() -> AbstractContextManager:
-    """PyTorch's fused attention without cuDNN's: for batches of which hardly two have the same shape.
+    """Context without cuDNN's fused attention, for batches whose shapes rarely repeat.
 
-    CuDNN plans anew for each shape, which takes longer than to compute it.
+    CuDNN makes a plan for each new shape, and planning takes longer than computing.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision that a matrix product with this tensor is computed in."""
+    """The dtype in which a matrix product with this tensor is computed."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -80,15 +80,15 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def in_half_precision(tensor: Tensor) -> bool:
-    """Whether matrix products with this tensor are in half precision on a CUDA device, where kernels of our own may be used."""
+    """Whether matrix products with this tensor run in half precision on a CUDA device, where our own kernels may be used."""
     return tensor.is_cuda and autocast_dtype(tensor) in HALF
 
 
 def to_host(*tensors: Tensor) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """Copies of tensors of one device on the CPU, which the host need not wait for.
+    """Copy tensors of one device to the CPU without waiting.
 
     Returns:
-        The copies, and the event with which they have arrived; None where they are there already.
+        The copies, and the event that marks their arrival. The event is None when they are there already.
     """
     if tensors[0].device.type != "cuda":
         return [tensor.cpu() for tensor in tensors], None

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never finds half of one."""
+"""Reading and writing files. A reader never finds a half-written one."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import yaml
 
 
 def printable(name: str) -> str:
-    """A file name that isn't UTF-8 with its odd bytes as ``\\xNN``, and one that no file can have with ``\\uNNNN``."""
+    """A file name as printable text: bytes that are not UTF-8 become ``\\xNN``, lone surrogates become ``\\uNNNN``."""
     try:
         return name_bytes(name).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half a character, as JSON may have it
+    except UnicodeEncodeError:  # a lone surrogate, which JSON may contain
         return name.encode("utf-8", "backslashreplace").decode()
 
 
 def name_text(path: str | Path) -> str:
-    """A path as text in UTF-8; Python gives one in the locale's encoding. Bytes that are no UTF-8 become surrogates."""
+    """A path as UTF-8 text, whatever the locale's encoding. Bytes that are not UTF-8 become surrogates."""
     try:
         return os.fsencode(path).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # text that doesn't come from this locale, but from a config or a manifest
+    except UnicodeEncodeError:  # the text comes from a config or a manifest, not from this locale
         return str(path)
 
 
 def name_bytes(path: str | Path) -> bytes:
-    """The bytes of a path that is text in UTF-8, as manifests and `name_text` have it."""
+    """The bytes of a path given as UTF-8 text, the form that manifests and `name_text` use."""
     return str(path).encode("utf-8", "surrogateescape")
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; it becomes ``path`` when the block ends, and goes away if it fails."""
+    """A temporary name beside ``path`` to write to. It becomes ``path`` when the block ends and is deleted if the block fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -51,14 +51,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_text(path: str | Path) -> Iterator[IO[str]]:
-    """`replacing`, open for text in UTF-8 whose line ends stay as they are written."""
+    """`replacing`, opened for UTF-8 text. Line ends stay as they are written."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         yield stream
 
 
 @contextmanager
 def replacing_gzip(path: str | Path) -> Iterator[gzip.GzipFile]:
-    """`replacing`, open for bytes to be compressed; no name and no time inside, so that the same content has the same bytes."""
+    """`replacing`, opened for bytes to compress. It stores no name and no time, so equal content gives equal bytes."""
     with (
         replacing(path) as temporary,
         temporary.open("wb") as raw,
@@ -68,7 +68,7 @@ def replacing_gzip(path: str | Path) -> Iterator[gzip.GzipFile]:
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys, a header first."""
+    """Write rows that all have the same keys, below a header."""
     rows = list(rows)
     with replacing_text(path) as stream:
         writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
@@ -88,11 +88,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; ``what`` names the file's kind in errors.
+    """Read a JSON object. ``what`` names the kind of file in errors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or no object.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not JSON, or holds no JSON object.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The groups of the config: `audiot.conf` is the registry of everything that a command can choose."""
+"""The config groups. They are the registry of everything that a command can choose."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def options(group: str) -> list[str]:
     if group not in groups():
         raise ValueError(f"no config group {group!r}{nearest(group, groups())}; groups: {', '.join(groups())}")
     names = sorted(entry.name for entry in (files("audiot.conf") / group).iterdir())
-    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name[0] != "_"]  # _… is a part of others
+    # Files with a leading underscore are parts of other files.
+    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name[0] != "_"]
 
 
 def described(group: str) -> dict[str, str]:
-    """Option of a config group → the first line of its file, which says what it is."""
+    """Options of a config group, each with the first comment line of its file, which describes it."""
     found = {}
     for name in options(group):
         lines = (files("audiot.conf") / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
@@ -60,6 +61,6 @@ def read_option(group: str, name: str) -> dict[str, Any]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """What was probably meant, in words that follow an error; nothing where no name is near."""
+    """The name that was probably meant, as words to append to an error; empty when no known name is similar."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -1,4 +1,4 @@
-"""torchaudio, loaded where it is needed alone: a release of it loads beside some releases of PyTorch and not beside others."""
+"""Import torchaudio only where it is needed, because each release of it works with certain PyTorch releases only."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-# Tried on Linux with PyPI's builds: what loads beside which release of PyTorch.
-LATER = "2.11.1"  # wants a symbol that PyTorch 2.11 lacks
-FIRST = ("2.11.", "2.11.0")  # releases of PyTorch that begin so, and torchaudio for them
+# Found by trying PyPI's builds on Linux.
+LATER = "2.11.1"  # needs a symbol that PyTorch 2.11 lacks
+FIRST = ("2.11.", "2.11.0")  # prefix of PyTorch releases, and the torchaudio release for them
 
 
 def torchaudio(part: str) -> Any:
-    """A module of torchaudio: ``functional``, ``compliance.kaldi``, …
+    """Import a module of torchaudio: ``functional``, ``compliance.kaldi``, …
 
     Raises:
-        ImportError: torchaudio is not installed, or does not load beside this PyTorch; the message has pip's command.
+        ImportError: torchaudio is not installed or does not work with this PyTorch. The message has pip's command.
     """
     try:
         return importlib.import_module(f"torchaudio.{part}")
     except (OSError, ImportError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("torchaudio"):
-            raise  # something else is missing: flashlight-text, say
+            raise  # another package is missing, such as flashlight-text
         raise ImportError(_remedy()) from error
 
 
@@ -36,6 +36,6 @@ def _remedy() -> str:
     problem = f"torchaudio {found} does not load beside torch {torch}"
     if found.partition("+")[0] != wanted:
         return f"{problem}: pip install torchaudio=={wanted}"
-    if build != found.partition("+")[2]:  # a build of PyTorch for CPUs beside PyPI's torchaudio, say
+    if build != found.partition("+")[2]:  # such as a CPU build of PyTorch with PyPI's torchaudio
         return f"{problem}, a build of another kind: pip install --force-reinstall torch=={public} torchaudio=={wanted}"
     return f"{problem}: pip install --force-reinstall --no-deps torchaudio=={wanted}"

@@ -1,4 +1,4 @@
-"""Names that PyTorch and Lightning don't promise to keep: each is used here alone, and where it is missing there is a plain way.
+"""Names that PyTorch and Lightning may change. They are used only here, and each has a fallback.
 
 Tested with PyTorch 2.11.0, 2.14.1 and 2.15.0, and with Lightning 2.6.0 and 2.6.6.
 """
@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 
 def graph_pass() -> tuple[type, Any] | None:
-    """Base class of a pass over the graphs that `torch.compile` optimises, and the function that digests files for its cache.
+    """Base class of a pass over `torch.compile`'s graphs, and the function that hashes files for its cache.
 
-    None where there is no such class: the graphs stay as Inductor makes them, which costs a few per cent of a step.
+    None if this PyTorch has no such class. Graphs then stay as Inductor makes them, which costs a few per cent of a step.
     """
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -31,21 +31,21 @@ def graph_pass() -> tuple[type, Any] | None:
 
 
 def compile_ddp_whole() -> None:
-    """Compile a step under DDP as one graph, where Dynamo would cut it wherever a bucket of gradients is full.
+    """Compile a DDP step as one graph. By default Dynamo splits it wherever a gradient bucket is full.
 
-    Without that setting the graph is cut: the same results, slower.
+    If PyTorch lacks the setting, the graph is split: the results are the same, but slower.
     """
     _set_dynamo("optimize_ddp", False)
 
 
 def many_compilations() -> AbstractContextManager:
-    """A context in which one function may be compiled 100 times; where Dynamo has no such limit, there is nothing to do."""
+    """Context in which one function may be compiled 100 times. It does nothing where Dynamo has no such limit."""
     config: Any = getattr(getattr(torch, "_dynamo", None), "config", None)
     return config.patch(recompile_limit=100) if hasattr(config, "recompile_limit") else nullcontext()
 
 
 def compile_error() -> type[Exception]:
-    """What `torch.compile` raises where generated code can't be built; the class above it where that one is missing."""
+    """The error that `torch.compile` raises when generated code cannot be built, or its base class in PyTorch without it."""
     try:
         from torch._dynamo.exc import BackendCompilerFailed
     except ImportError:
@@ -57,7 +57,7 @@ def dispatch_mode() -> type:
     """Base class of a context that sees every operation of PyTorch.
 
     Raises:
-        RuntimeError: this PyTorch has none; benchmarks leave out what is counted by it.
+        RuntimeError: this PyTorch has no such class. Benchmarks then leave out the operations they would count.
     """
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,7 +67,7 @@ def dispatch_mode() -> type:
 
 
 def shared_storage(num_bytes: int) -> torch.UntypedStorage:
-    """Memory that other processes can map, without values; by way of an ordinary tensor where PyTorch makes none at once."""
+    """Uninitialised memory that other processes can map. Where PyTorch cannot allocate it directly, a tensor provides it."""
     make = getattr(torch.UntypedStorage, "_new_shared", None)
     if make is not None:
         return make(num_bytes, device="cpu")
@@ -75,7 +75,7 @@ def shared_storage(num_bytes: int) -> torch.UntypedStorage:
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors in place, in a few kernels for all of them; one after the other where PyTorch has no such function."""
+    """Multiply tensors in place with a few kernels for all of them, or one by one where PyTorch has no such function."""
     together = getattr(torch, "_foreach_mul_", None)
     if together is not None:
         together(tensors, factor)
@@ -84,18 +84,18 @@ def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-def clips_unscaled(optimizer: Optimizer) -> None:
-    """Tell Lightning that an optimiser does not undo the scale of float16's gradients by itself, as fused ones claim to do.
+def unscale_before_clipping(optimizer: Optimizer) -> None:
+    """Tell Lightning that the optimiser does not unscale float16 gradients itself, although fused optimisers claim to.
 
-    Lightning then undoes it before it clips. Where it no longer asks for this attribute, nothing comes of it.
+    Lightning then unscales them before it clips. A Lightning that ignores this attribute is not affected.
     """
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 class DDPWithoutDevice(DDPStrategy):
-    """Lightning's strategy for DDP, which is not told of its device and so leaves batches where they lie.
+    """Lightning's DDP strategy that does not tell DDP its device, so that batches stay where they are.
 
-    Where Lightning makes DDP's wrapper in another method, this one is not called: lengths go to the GPU, and steps wait for them.
+    If Lightning creates the DDP wrapper in another method, this one is not called. Lengths then go to the GPU and steps wait.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -107,29 +107,29 @@ class DDPWithoutDevice(DDPStrategy):
 
 
 class AllProcessesShareData(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, where every process has data of its own: Lightning counts one a machine.
+    """Lightning's FSDP2 strategy in which every process has its own data. Lightning itself counts one data part per machine.
 
-    Where Lightning keeps that number under another name, it refuses a mesh of the wrong size.
+    If Lightning keeps that number under another name, it refuses the mesh because of its size.
     """
 
     def setup_environment(self) -> None:
-        """Set the number, before the mesh is made of it."""
+        """Set the number before Lightning builds the mesh from it."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
-def no_question_of_sigterm(trainer: pl.Trainer) -> None:
-    """Keep Lightning from asking all processes in every batch for SIGTERM, which waits for the GPU (its issue 21487).
+def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
+    """Stop Lightning from asking all processes about SIGTERM in every batch, which waits for the GPU (Lightning issue 21487).
 
-    Where it asks in another way, training waits.
+    If Lightning asks in another way, training still waits.
     """
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def has_begun(logger: CSVLogger) -> bool:
-    """Whether a logger has opened its file, and so deleted an earlier one; taken for true where it can't be told."""
+def has_opened_file(logger: CSVLogger) -> bool:
+    """Whether a logger has opened its file, which deletes an earlier one. True if Lightning does not tell."""
     return getattr(logger, "_experiment", logger) is not None
 
 

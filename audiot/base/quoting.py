@@ -1,4 +1,4 @@
-"""Commands that run as printed: values quoted for Hydra's override grammar, and the whole for a POSIX shell."""
+"""Commands that can be pasted: values are quoted for Hydra's override grammar, arguments for a POSIX shell."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ Value: TypeAlias = "str | PurePath | bool | int | float | Sequence[Value] | None
 
 
 def override(key: str, value: Value) -> str:
-    """``key=value`` in Hydra's grammar, one of a program's arguments: quoted only where it would else mean another thing.
+    """``key=value`` in Hydra's grammar, as one argument of a program. Quotes are added only where the meaning needs them.
 
     Args:
         key: Name of a config key or group.
-        value: What the key is to hold. A text stays text: ``"12"`` is not the number 12, and ``${`` is no interpolation.
+        value: Value of the key. A text stays text: ``"12"`` is not the number 12, and ``${`` starts no interpolation.
     """
     return f"{key}={_element(value)}"
 
 
 def argument(key: str, value: Value) -> str:
-    """`override`, ready to be pasted into a POSIX shell."""
+    """`override`, quoted for a POSIX shell."""
     return quoted(override(key, value))
 
 
 def path(name: str | os.PathLike[str]) -> str:
-    """A path as an argument that is no ``key=value``, ready to be pasted: one that begins with a dash is no option."""
+    """A path as an argument that is not ``key=value``, quoted for a POSIX shell. A leading dash does not make it an option."""
     text = os.fspath(name)
     return quoted(f"./{text}" if text.startswith("-") else text)
 
 
 def quoted(text: str) -> str:
-    """One word of a POSIX shell, in double quotes where it has apostrophes, which `shlex.quote` makes hard to read."""
+    """One word of a POSIX shell. Words with apostrophes get double quotes, since `shlex.quote` makes them hard to read."""
     if "'" in text and not re.search(r"[$`\\!]", text):
         return '"' + text.replace('"', '\\"') + '"'
     return shlex.quote(text)
 
 
 def parsed(text: str) -> Any:
-    """The value of one ``key=value`` in Hydra's grammar, quotes taken off; None where it is no such text, or names several."""
+    """The unquoted value of one ``key=value`` in Hydra's grammar; None if the text is not one or names several values."""
     try:
         found = OverridesParser.create().parse_override(text)
         return None if found.is_sweep_override() else found.value()
@@ -55,7 +55,7 @@ def parsed(text: str) -> Any:
 
 def _element(value: Value) -> str:
     if isinstance(value, (str, PurePath)):
-        # OmegaConf takes what stands between ${ and } for an interpolation, unless a backslash is before it.
+        # OmegaConf reads text between ${ and } as an interpolation unless a backslash precedes it.
         text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
         plain = parsed(f"key=[{text}]") == [text] and parsed(f"key={text}") == text
         return text if plain else QuotedString(text, Quote.double).with_quotes()

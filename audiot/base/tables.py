@@ -1,4 +1,4 @@
-"""Tables of text, the first line being the header."""
+"""Tables as text. The first line is the header."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is the header."""
+    """A Markdown table. The first line is the header."""
     header, *body = lines
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *body))
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal, names to the left and values to the right."""
+    """A table for the terminal. Names are left-aligned and values right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -86,7 +86,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
     """The model card: what the encoder is, and how its run trained and measured it, as far as there is a run.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         encoder: What is exported.
         run: The run's folder; what it does not hold is left out.
         license_id: The licence of the weights, or None.

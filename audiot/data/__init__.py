@@ -1,1 +1,1 @@
-"""Lhotse data: corpora, preparation, batches."""
+"""Data with Lhotse: corpora, preparation and batches."""

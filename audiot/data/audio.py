@@ -1,7 +1,7 @@
-"""Audio files: found, opened and read to their end. Preparation, prediction and extraction share what is here.
+"""Finding, opening and decoding audio files. Preparation, prediction and extraction use this module.
 
-No header is believed. What an MP3, Ogg or FLAC holds is told by its frames and pages, every whole file is decoded until nothing
-comes any more, and a header that says more or less than there is ends in a `BadAudioError` that names the reason.
+Headers are not trusted. The content of an MP3, Ogg or FLAC follows from its frames and pages, and a whole file is decoded to its
+real end. A header that declares more or less than the file holds raises a `BadAudioError` with the reason.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ from audiot.base.files import name_bytes, name_text
 from audiot.data.sources import is_prepared
 
 READABLE = ("wav", "wave", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64", "sph")
-# Audio too, but soundfile can't read it: such files are reported as unreadable rather than passed over.
+# Other audio that soundfile cannot read. Such files are reported as unreadable, not ignored.
 UNREADABLE = ("m4a", "aac", "mp4", "wma", "webm", "amr", "ape", "wv")
 
-SHORTFALL_S = 0.08  # a decoder may stop one lossy frame early (MP3 at 8 kHz: 576 samples); with less, it was cut off
+SHORTFALL_S = 0.08  # a decoder may stop one frame early (MP3 at 8 kHz: 576 samples); more means a truncated file
 MIN_DURATION_S = 0.1
 SILENCE_DBFS = -70.0
 
-# What one utterance may cost, whatever its header says.
+# Limits for one utterance, whatever its header says.
 MAX_SAMPLES = 2**29  # 9.3 hours at 16 kHz, 3.1 at 48 kHz; 2 GiB of float32
 MAX_DECODE_S = 3600.0
-MAX_SAMPLES_PER_BYTE = 8192  # FLAC comes closest: 65,535 equal samples in 13 bytes
+MAX_SAMPLES_PER_BYTE = 8192  # FLAC comes closest, with 65,535 equal samples in 13 bytes
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz
-BLOCK = 2**18  # values that are decoded at a time, of all channels together
-LOUDEST = 8.0  # of floats: resampling and mixing exceed 1 a little, 16-bit integers by far
-UNKNOWN = 2**62  # libsndfile gives 2^63 - 1 where it doesn't know the number of samples
+BLOCK = 2**18  # values decoded at a time, over all channels
+LOUDEST = 8.0  # limit for floats: resampling and mixing exceed 1 a little, unscaled integers by far
+UNKNOWN = 2**62  # libsndfile gives 2^63 - 1 for an unknown number of samples
 
 
 class BadAudioError(Exception):
-    """Audio that can't be used; its message is the reason that rejected.csv gives: a kind, then ``: details``."""
+    """Audio that cannot be used. The message is the reason in rejected.csv: a kind, then ``: details``."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line that says something: Lhotse adds pages of context."""
+    """The first informative line of an error. Lhotse adds pages of context."""
     text = getattr(error, "error_string", None) or str(error)
     return next((line.strip()[:200] for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Make whatever a decoder raises a `BadAudioError`: a broken file may break it in any way."""
+    """Turn any error of a decoder into a `BadAudioError`, because a broken file may cause any error."""
     try:
         yield
     except BadAudioError:
         raise
     except MemoryError:
-        raise BadAudioError("unreadable: it does not fit into the memory") from None
+        raise BadAudioError("unreadable: it does not fit into memory") from None
     except Exception as error:
         raise BadAudioError(f"unreadable: {reason(error)}") from None
 
@@ -72,18 +72,18 @@ def _named() -> Iterator[None]:
 
 
 def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADABLE)) -> list[str]:
-    """Paths of the audio files below a folder, '/' between folders, sorted; the same under any locale (see `name_text`).
+    """Sorted paths of the audio files below a folder, with '/' as separator, equal under any locale (see `name_text`).
 
-    Linked folders are followed, and read once where several ways lead to them. Names that begin with a dot are passed over, and
-    so are prepared corpora below the folder.
+    Linked folders are followed, and read once if several links lead to them. Names that begin with a dot and prepared corpora
+    below the folder are skipped.
 
     Args:
-        root: The folder.
-        suffixes: Suffixes of audio files, lower case, without dot.
+        root: Folder to search.
+        suffixes: Suffixes of audio files, in lower case and without a dot.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: a folder can't be read.
+        FileNotFoundError: there are no audio files.
+        OSError: a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -113,10 +113,10 @@ def find_audio(root: str | Path, suffixes: Iterable[str] = (*READABLE, *UNREADAB
 
 
 def audio_files(name: str | Path) -> list[str]:
-    """The file of that name, or all audio below the folder of that name (see `find_audio`).
+    """The named file, or all audio files below the named folder (see `find_audio`).
 
     Raises:
-        FileNotFoundError: the folder has none.
+        FileNotFoundError: the folder has no audio files.
     """
     name = name_text(name)
     return [str(Path(name, path)) for path in find_audio(name)] if os.path.isdir(name_bytes(name)) else [name]
@@ -126,7 +126,7 @@ def audio_files(name: str | Path) -> list[str]:
 
 
 class _Part(NamedTuple):
-    """Bytes of a file that make a file for a decoder: ``head``, then those from ``start`` to ``stop``."""
+    """Bytes of a file that a decoder reads as a file of their own: ``head``, then bytes ``start`` to ``stop``."""
 
     start: int
     stop: int
@@ -134,7 +134,7 @@ class _Part(NamedTuple):
 
 
 class _View(io.RawIOBase):
-    """A `_Part` to read from. What the system raises is kept in ``error``, as C code calls this."""
+    """File object over a `_Part`. C code calls it, so an OSError is stored in ``error`` instead of raised."""
 
     def __init__(self, descriptor: int, part: _Part) -> None:
         self.descriptor = descriptor
@@ -165,25 +165,25 @@ class _View(io.RawIOBase):
 
 
 class _Forward(soundfile.SoundFile):
-    """Read from front to back: soundfile else seeks after each read, which a stream of unknown length refuses."""
+    """SoundFile that reads forward only. soundfile would seek after each read, which fails in a stream of unknown length."""
 
     def seekable(self) -> bool:
         return False
 
 
 class AudioFile:
-    """A regular file of audio, opened; ``with`` closes it.
+    """An opened audio file. It must be a regular file, and ``with`` closes it.
 
     Args:
-        path: The file. Text stands for its bytes in UTF-8, under any locale.
+        path: Path of the file. Text is encoded in UTF-8, under any locale.
 
     Attributes:
-        sample_rate: Hz.
-        channels: How many.
-        format: Container and coding, as soundfile names them: ``("WAV", "PCM_16")``.
+        sample_rate: Sample rate in Hz.
+        channels: Number of channels.
+        format: Container and coding as soundfile names them, such as ``("WAV", "PCM_16")``.
 
     Raises:
-        BadAudioError: missing, not a regular file, unreadable, truncated, empty, or longer than its header or `MAX_SAMPLES`.
+        BadAudioError: the file is missing, not regular, unreadable, truncated, empty, or longer than its header or `MAX_SAMPLES`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -202,13 +202,13 @@ class AudioFile:
         self.close()
 
     def close(self) -> None:
-        """Give the file back to the system."""
+        """Close the file."""
         os.close(self._descriptor)
 
     def _look(self) -> None:
-        # What decoders read: the file as it is (None), or parts of it.
+        # Parts of the file that decoders read; None stands for the whole file.
         self._parts: list[_Part | None] = [None]
-        self._unbounded: _Part | None = None  # for reading a FLAC to its end
+        self._unbounded: _Part | None = None  # for decoding a FLAC to its real end
         self._lengths: list[int | None] = []
         with open(self._descriptor, "rb", closefd=False) as stream:
             start = _behind_tags(stream)
@@ -261,24 +261,24 @@ class AudioFile:
 
     @cached_property
     def num_samples(self) -> int:
-        """Samples of a channel; counted by decoding where the header doesn't tell.
+        """Samples per channel. If the header does not tell, they are counted by decoding.
 
         Raises:
-            BadAudioError: as of `blocks`.
+            BadAudioError: same errors as `blocks`.
         """
         if None in self._lengths:
             return sum(map(len, self.blocks()))
         return sum(length for length in self._lengths if length)
 
     def blocks(self, start: int = 0, num_samples: int | None = None) -> Iterator[np.ndarray]:
-        """Decode: blocks (n, channels) of float32, one after the other.
+        """Decode to successive blocks (n, channels) of float32.
 
         Args:
             start: First sample.
-            num_samples: How many; None: all there are.
+            num_samples: Number of samples; None means all.
 
         Raises:
-            BadAudioError: unreadable, truncated, longer than its header, or over the budget (`MAX_SAMPLES`, `MAX_DECODE_S`).
+            BadAudioError: the file is unreadable, truncated, longer than its header, or over `MAX_SAMPLES` or `MAX_DECODE_S`.
         """
         until = time.monotonic() + MAX_DECODE_S
         count = 0
@@ -305,7 +305,7 @@ class AudioFile:
                     raise BadAudioError(f"longer than its header says: more than {length} samples")
 
     def _goes_on(self, file: soundfile.SoundFile) -> bool:
-        """Whether audio comes behind the last sample that a FLAC's header gives. A tag breaks its decoder, and does no harm."""
+        """Whether a FLAC has audio behind the last sample of its header. A tag there stops the decoder and is harmless."""
         assert self._unbounded is not None
         try:
             return len(file.read(4096)) > 0
@@ -321,7 +321,7 @@ class AudioFile:
                 start -= length
                 continue
             with self._decoder(part if length is not None else self._unbounded) as file:
-                if start and length is None:  # it can't be sought in
+                if start and length is None:  # it is not seekable
                     for _ in _read(file, start):
                         pass
                 elif start:
@@ -336,19 +336,19 @@ class AudioFile:
             raise BadAudioError(f"truncated: {num_samples - left} samples of {num_samples}")
 
     def read_mono(self, channels: Sequence[int] | None = None, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        """Samples (N,) in float32, the average of ``channels`` (None: all). Arguments and errors are those of `blocks`."""
+        """Samples (N,) in float32, averaged over ``channels`` (None: all). Arguments and errors are those of `blocks`."""
         chosen = slice(None) if channels is None else list(channels)
-        with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN, which is refused later
+        with np.errstate(invalid="ignore"):  # inf - inf gives NaN, which is refused later
             means = [block[:, chosen].mean(axis=1) for block in self.blocks(start, num_samples)]
         with _named():
             return np.concatenate(means)
 
 
 def _open(path: str | Path) -> tuple[int, int]:
-    """Descriptor and size of a regular file; a pipe or a device, which might be waited for for ever, is not opened."""
+    """Descriptor and size of a regular file. Pipes and devices are not opened, because reading them may block forever."""
     try:
         name = name_bytes(path)
-        # Another kind may have taken the name between the two calls; O_NONBLOCK then doesn't wait.
+        # The file may be replaced by a pipe between the two calls. O_NONBLOCK then prevents blocking.
         if stat.S_ISREG(os.stat(name).st_mode):
             descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             status = os.fstat(descriptor)
@@ -359,22 +359,22 @@ def _open(path: str | Path) -> tuple[int, int]:
                 raise BadAudioError("empty: 0 bytes")
     except (FileNotFoundError, NotADirectoryError):
         raise BadAudioError("missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name, or half a character
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or a lone surrogate in the name
         raise BadAudioError(f"unreadable: {getattr(error, 'strerror', None) or error}") from None
     raise BadAudioError("not a regular file")
 
 
 def check_file(path: str | Path) -> None:
-    """Look at a file that another library is to read, which might wait for a pipe for ever.
+    """Check a file before another library reads it, which could block forever on a pipe.
 
     Raises:
-        BadAudioError: missing, not a regular file, not permitted, or empty.
+        BadAudioError: the file is missing, not regular, not permitted or empty.
     """
     os.close(_open(path)[0])
 
 
 def _read(file: soundfile.SoundFile, num_samples: int | None) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) until so many samples were read, or all."""
+    """Blocks (n, channels) up to a number of samples, or to the end."""
     left = math.inf if num_samples is None else num_samples
     size = max(1, BLOCK // file.channels)
     while left and len(block := file.read(int(min(left, size)), dtype="float32", always_2d=True)):
@@ -386,7 +386,7 @@ def check_budget(num_samples: int) -> None:
     """Refuse more samples than `MAX_SAMPLES`.
 
     Raises:
-        BadAudioError: they are more.
+        BadAudioError: there are more.
     """
     if num_samples > MAX_SAMPLES:
         raise BadAudioError(f"too long: more than {MAX_SAMPLES:,} samples: cut it into pieces")
@@ -397,7 +397,7 @@ def _changes(rate: int, channels: int, new_rate: int, new_channels: int) -> str:
 
 
 def _find(stream: IO[bytes], pattern: re.Pattern[bytes], position: int) -> int | None:
-    """Where a pattern of at most 16 bytes occurs from ``position`` on."""
+    """Position of the first match, from ``position`` on, of a pattern of at most 16 bytes."""
     stream.seek(position)
     window = b""
     while block := stream.read(2**20):
@@ -407,17 +407,17 @@ def _find(stream: IO[bytes], pattern: re.Pattern[bytes], position: int) -> int |
     return None
 
 
-# Chunks of WAV (RIFF, RF64), AIFF, W64, CAF, and the header of AU
+# Chunks of WAV (RIFF, RF64), AIFF, W64 and CAF, and the header of AU
 
 
 class _Sizes(NamedTuple):
-    """Bytes of audio, and of what lies behind that is no chunk."""
+    """Bytes of audio, and bytes behind it that are not a chunk."""
 
     audio: int
     behind: int
 
 
-CHUNKS = {  # magic → where they begin, what each begins with (name, length), to what they are aligned
+CHUNKS = {  # magic → offset of the first chunk, format of a chunk header (name, length), alignment
     b"RIFF": (12, "<4sI", 2),
     b"RIFX": (12, ">4sI", 2),
     b"RF64": (12, "<4sI", 2),
@@ -428,9 +428,9 @@ CHUNKS = {  # magic → where they begin, what each begins with (name, length), 
 
 
 def _chunk_sizes(stream: IO[bytes], magic: bytes, start: int, size: int) -> _Sizes | None:
-    """Compare the length in the header with the file's own, of which libsndfile takes the smaller one and says nothing.
+    """Compare the audio length in the header with the file's size. libsndfile silently takes the smaller one.
 
-    None: not such a file, or a length that was left open, as by a program that writes to a pipe.
+    None if the file is of another kind, or the length was left open, as by a program that writes to a pipe.
 
     Raises:
         BadAudioError: the file ends before its audio.
@@ -446,7 +446,7 @@ def _chunk_sizes(stream: IO[bytes], magic: bytes, start: int, size: int) -> _Siz
     while at + head_size <= size - start:
         stream.seek(start + at)
         name, length = struct.unpack(head, stream.read(head_size))
-        if magic[:4] == b"riff":  # it counts its own head
+        if magic[:4] == b"riff":  # W64 lengths include the chunk header
             length = max(0, length - head_size)
         left = size - start - at - head_size
         if name == b"ds64":
@@ -471,11 +471,11 @@ def _audio_size(length: int, open_from: int, left: int) -> _Sizes | None:
     return _Sizes(length, left - length)
 
 
-# Tags, which may lie before and behind the audio of an MP3 or FLAC
+# Tags, which may lie before or behind the audio of an MP3 or FLAC
 
 
 def _tag(stream: IO[bytes], position: int) -> int:
-    """Bytes of the ID3 or APE tag at a position, 0 where there is none."""
+    """Size in bytes of an ID3 or APE tag at a position; 0 if there is none."""
     stream.seek(position)
     head = stream.read(16)
     if head[:3] == b"ID3" and len(head) >= 10:
@@ -484,7 +484,7 @@ def _tag(stream: IO[bytes], position: int) -> int:
     if head[:3] == b"TAG":
         return 128
     if head[:8] == b"APETAGEX" and len(head) == 16:
-        return int.from_bytes(head[12:16], "little") + 32  # it names the size of items and footer
+        return int.from_bytes(head[12:16], "little") + 32  # the size field covers items and footer
     return 0
 
 
@@ -499,8 +499,8 @@ def _behind_tags(stream: IO[bytes]) -> int:
 
 
 def _flac_without_length(magic: bytes, start: int, size: int) -> _Part:
-    """The stream with a header that leaves the number of samples open, so that it is decoded to its end."""
-    head = bytearray(magic[:26])  # the last 36 bits are the number
+    """The stream with a header whose number of samples is unknown, so that it is decoded to its end."""
+    head = bytearray(magic[:26])  # its last 36 bits are the number of samples
     head[21] &= 0xF0
     head[22:26] = bytes(4)
     return _Part(start + 26, size, bytes(head))
@@ -510,23 +510,22 @@ def _flac_without_length(magic: bytes, start: int, size: int) -> _Part:
 
 
 def _ogg_parts(stream: IO[bytes], size: int) -> list[_Part | None]:
-    """The streams that follow each other in an Ogg file: libsndfile reads the first alone.
+    """The consecutive streams of an Ogg file. libsndfile reads only the first one.
 
     Raises:
-        BadAudioError: a stream does not end with a page that is marked as its last, its positions go back, or there is
-            something else between pages.
+        BadAudioError: a stream lacks its last page, its positions decrease, or there are other bytes between pages.
     """
     starts: list[int] = []
-    positions: dict[bytes, int] = {}  # of each logical stream, in samples
+    positions: dict[bytes, int] = {}  # position of each logical stream, in samples
     at = 0
-    begins = last = False  # what the page before was
+    begins = last = False  # flags of the page before
     while at < size:
         stream.seek(at)
         page = stream.read(27)
         if page[:4] != b"OggS"[: len(page)]:
             if not last or _find(stream, re.compile(b"OggS"), at) is not None:
                 raise BadAudioError(f"unreadable: no Ogg page at byte {at}")
-            size = at  # a tag, say
+            size = at  # a tag at the end
             break
         if len(page) < 27:
             break
@@ -538,7 +537,7 @@ def _ogg_parts(stream: IO[bytes], size: int) -> list[_Part | None]:
         begins, last = bool(page[5] & 2), bool(page[5] & 4)
         (position,) = struct.unpack("<q", page[6:14])
         if position != -1 and position < positions.get(page[14:18], 0):
-            raise BadAudioError(f"unreadable: the Ogg page at byte {at} goes back in time")
+            raise BadAudioError(f"unreadable: the Ogg page at byte {at} has a decreasing position")
         positions[page[14:18]] = max(position, positions.get(page[14:18], 0))
         at += 27 + page[26] + sum(stream.read(page[26]))
     if not last or at != size:
@@ -550,17 +549,17 @@ def _ogg_parts(stream: IO[bytes], size: int) -> list[_Part | None]:
 
 
 class _Frame(NamedTuple):
-    """What the header of a frame says."""
+    """Fields of an MPEG frame header."""
 
     size: int  # bytes
     num_samples: int
     sample_rate: int  # Hz
     channels: int
     layer: int
-    tag_at: int  # where a Xing tag would be
+    tag_at: int  # position of a Xing tag in the frame
 
 
-KBIT_PER_S = {  # by MPEG 1 or 2, and layer
+KBIT_PER_S = {  # keys: MPEG 1 or 2, and layer
     (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -576,7 +575,7 @@ def _mpeg_frame(header: bytes) -> _Frame | None:
         return None
     version, layer, no_crc = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3), header[1] & 1
     bits, rate, padding, mono = header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1, header[3] >> 6 == 3
-    if version == 1 or layer == 4 or bits in (0, 15) or rate == 3:  # reserved, or a size that only the next frame tells
+    if version == 1 or layer == 4 or bits in (0, 15) or rate == 3:  # reserved values, or a free bit rate
         return None
     one = version == 3
     bits_per_s = 1000 * KBIT_PER_S[1 if one else 2, layer][bits - 1]
@@ -590,7 +589,7 @@ def _mpeg_frame(header: bytes) -> _Frame | None:
 
 
 def _mpeg_frames(stream: IO[bytes], at: int, size: int) -> Iterator[tuple[int, _Frame, bytes]]:
-    """Place, header and first bytes of every whole frame; tags and junk between them are passed over."""
+    """Position, header and first bytes of every complete frame. Tags and junk between frames are skipped."""
     while at < size:
         stream.seek(at)
         head = stream.read(64)
@@ -604,7 +603,7 @@ def _mpeg_frames(stream: IO[bytes], at: int, size: int) -> Iterator[tuple[int, _
 
 
 def _next_mpeg_frame(stream: IO[bytes], at: int, size: int) -> int:
-    """Where the next frame that is followed by one of its kind begins; the end of the file if there is none."""
+    """Position of the next frame that is followed by one of the same kind; the end of the file if there is none."""
     sync = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]", re.S)
     while (found := _find(stream, sync, at)) is not None:
         stream.seek(found)
@@ -620,25 +619,25 @@ def _next_mpeg_frame(stream: IO[bytes], at: int, size: int) -> int:
 
 @dataclass
 class _MpegStream:
-    """Frames that follow each other without anything between."""
+    """Consecutive frames with nothing between them."""
 
-    start: int  # of its audio
+    start: int  # position of the audio
     stop: int
     frame: _Frame
-    header: bytes = b""  # of its first frame of audio
-    tag: bytes = b""  # the frame in front that has a Xing tag, and no audio
+    header: bytes = b""  # header of the first audio frame
+    tag: bytes = b""  # the frame with a Xing tag and no audio, in front of the others
     num_frames: int = 0
-    steady: bool = True  # one bit rate
+    steady: bool = True  # whether the bit rate is constant
 
 
 def _mpeg_parts(stream: IO[bytes], start: int, size: int) -> list[_Part | None]:
-    """The streams of an MPEG file, each with a header that says how many frames it has.
+    """The streams of an MPEG file, each with a header that declares its number of frames.
 
-    A decoder believes a Xing tag, or else the bit rate of the first frame, and stops there. So the frames are counted, and
-    where they are more than is said, the decoder gets a true tag.
+    A decoder trusts the Xing tag, or else the bit rate of the first frame, and stops there. So frames are counted here. If there
+    are more than declared, the decoder gets a corrected tag.
 
     Raises:
-        BadAudioError: a Xing tag says more than there is, or the streams are of different kinds.
+        BadAudioError: a Xing tag declares more frames than there are, or the streams differ in kind.
     """
     streams: list[_MpegStream] = []
     for at, frame, head in _mpeg_frames(stream, start, size):
@@ -656,7 +655,7 @@ def _mpeg_parts(stream: IO[bytes], start: int, size: int) -> list[_Part | None]:
         else:
             own.header = own.header or head[:4]
             own.num_frames += 1
-            own.steady = own.steady and abs(frame.size - own.frame.size) <= 4  # of padding
+            own.steady = own.steady and abs(frame.size - own.frame.size) <= 4  # padding changes the size by up to 4 bytes
     parts: list[_Part | None] = [part for own in streams if (part := _mpeg_part(own)) is not None]
     if not parts:
         raise BadAudioError("unreadable: no frame of MPEG audio")
@@ -676,7 +675,7 @@ def _mpeg_part(stream: _MpegStream) -> _Part | None:
         return None
     if flags & 1 and declared >= stream.num_frames:
         return _Part(stream.start - len(tag), stream.stop)
-    if flags & 1:  # kept, as it says how many samples an encoder put around the audio
+    if flags & 1:  # kept, because it holds the encoder's delay and padding
         tag[at + 8 : at + 12] = struct.pack(">I", stream.num_frames)
         if flags & 2:
             tag[at + 12 : at + 16] = struct.pack(">I", stream.stop - stream.start + len(tag))
@@ -686,15 +685,15 @@ def _mpeg_part(stream: _MpegStream) -> _Part | None:
 
 
 def _xing_frame(header: bytes, num_frames: int) -> bytes:
-    """A frame without audio whose tag gives the number of those that follow."""
-    # No CRC, no padding, and the eighth of the bit rates, with which a tag fits into a frame of any sample rate.
+    """A frame without audio whose Xing tag gives the number of following frames."""
+    # No CRC, no padding, and bit rate 8 of the table, with which the tag fits into a frame at any sample rate.
     header = bytes([header[0], header[1] | 1, 0x80 | header[2] & 0x0C, header[3]])
     frame = _mpeg_frame(header)
     assert frame is not None
     return (header.ljust(frame.tag_at, b"\0") + b"Info" + struct.pack(">II", 1, num_frames)).ljust(frame.size, b"\0")
 
 
-# What is heard
+# Checking and converting samples
 
 
 def check_duration(
@@ -703,7 +702,7 @@ def check_duration(
     """Refuse an utterance that is empty, too short or too long.
 
     Raises:
-        BadAudioError: it is.
+        BadAudioError: the utterance is one of these.
     """
     duration = num_samples / sample_rate
     if num_samples == 0:
@@ -715,10 +714,10 @@ def check_duration(
 
 
 def check_sound(mono: np.ndarray, silence_dbfs: float = SILENCE_DBFS) -> None:
-    """Refuse samples (N,) that are not finite, or silent: of an RMS below ``silence_dbfs``; a full-scale square wave has 0.
+    """Refuse samples (N,) that are not finite, or whose RMS is below ``silence_dbfs`` (a full-scale square wave has 0 dBFS).
 
     Raises:
-        BadAudioError: they are.
+        BadAudioError: the samples are not finite, or are silent.
     """
     if not np.isfinite(mono).all():
         raise BadAudioError("non-finite samples")
@@ -729,15 +728,15 @@ def check_sound(mono: np.ndarray, silence_dbfs: float = SILENCE_DBFS) -> None:
 
 
 def resample(mono: np.ndarray, sample_rate: int, new_rate: int) -> np.ndarray:
-    """Samples (N,) at another rate."""
+    """Resample samples (N,)."""
     return mono if sample_rate == new_rate else soxr.resample(mono, sample_rate, new_rate, quality="HQ")
 
 
-def heard(mono: np.ndarray, sample_rate: int, new_rate: int, silence_dbfs: float = SILENCE_DBFS) -> np.ndarray:
-    """Samples (N,) at another rate, if they are fit to be heard by a model: what preparation accepts by default.
+def resample_checked(mono: np.ndarray, sample_rate: int, new_rate: int, silence_dbfs: float = SILENCE_DBFS) -> np.ndarray:
+    """Resample samples (N,) after checking them as preparation does by default.
 
     Raises:
-        BadAudioError: too short, non-finite or silent.
+        BadAudioError: the samples are too short, non-finite or silent.
     """
     check_duration(len(mono), sample_rate)
     check_sound(mono, silence_dbfs)
@@ -745,10 +744,10 @@ def heard(mono: np.ndarray, sample_rate: int, new_rate: int, silence_dbfs: float
 
 
 def as_mono(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Samples (N,) or (N, channels) of floats in [-1, 1] or 16-bit integers as their average (N,) in float32.
+    """Average samples (N,) or (N, channels), floats in [-1, 1] or 16-bit integers, to float32 (N,).
 
     Raises:
-        BadAudioError: they are something else.
+        BadAudioError: the samples have another shape, dtype or range.
     """
     samples = np.asarray(samples)
     expected = "samples must be (N,) or (N, channels) of floats in [-1, 1] or 16-bit integers"
@@ -758,7 +757,7 @@ def as_mono(samples: np.ndarray, sample_rate: int) -> np.ndarray:
         raise BadAudioError(f"{expected}, found {samples.dtype}")
     whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, bool)
     if not whole or not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
-        raise BadAudioError(f"the sample rate must be a whole number of Hz, {SAMPLE_RATES[0]:,} at least, found {sample_rate!r}")
+        raise BadAudioError(f"the sample rate must be a whole number of Hz, at least {SAMPLE_RATES[0]:,}, found {sample_rate!r}")
     check_budget(len(samples))
     floats = samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1)
     with np.errstate(invalid="ignore"):
@@ -769,10 +768,10 @@ def as_mono(samples: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def read_audio(path: str | Path, sample_rate: int, silence_dbfs: float = SILENCE_DBFS) -> np.ndarray:
-    """The samples (N,) of an audio file in float32: the average of its channels, at ``sample_rate``.
+    """Samples (N,) of an audio file in float32 at ``sample_rate``, averaged over its channels.
 
     Raises:
-        BadAudioError: missing, unreadable, truncated, too short, non-finite, silent, …: the message is the reason.
+        BadAudioError: the file is missing, unreadable, truncated, too short, non-finite, silent, … The message is the reason.
     """
     with AudioFile(path) as file:
-        return heard(file.read_mono(), file.sample_rate, sample_rate, silence_dbfs)
+        return resample_checked(file.read_mono(), file.sample_rate, sample_rate, silence_dbfs)

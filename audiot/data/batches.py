@@ -1,4 +1,4 @@
-"""Batches of waveforms: which cuts, in which order, cropped where; a function of seed, epoch and cut alone."""
+"""Batches of waveforms. Their cuts, order and crops depend only on seed, epoch and cut."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from audiot.base.private import shared_storage
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, values_of
-from audiot.data.shared_memory import REMEDY, room_told
+from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
-WINDOW = 20_000  # cuts of a manifest that is read as it goes, shuffled among themselves
-AHEAD = 4  # batches that a loader process makes before they are wanted
-BUCKETED = 10_000  # cuts whose durations tell the buckets
-SCALE = 2.0**-15  # of 16-bit samples, as soundfile reads them to floats
+WINDOW = 20_000  # cuts that are shuffled together when a manifest is streamed from disk
+AHEAD = 4  # batches that a loader process makes in advance
+BUCKETED = 10_000  # cuts from whose durations the bucket limits are computed
+SCALE = 2.0**-15  # factor from 16-bit samples to floats, as in soundfile
 
 Batch = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """Samples [begin, begin + num_samples) of a mono file: all of a cut that a loader without labels needs to know."""
+    """Samples [begin, begin + num_samples) of a mono file. A loader without labels needs no more of a cut."""
 
     id: str
     path: str
     begin: int
     num_samples: int
     sampling_rate: int
-    cut: Cut | None = None  # what only Lhotse can read; ``begin`` counts from its beginning
+    cut: Cut | None = None  # a cut that only Lhotse can read; ``begin`` counts from its start
 
     @classmethod
     def of(cls, cut: Cut | Piece) -> Piece:
-        """The whole of a cut."""
+        """The piece that covers a whole cut."""
         if isinstance(cut, Piece):
             return cut
         recording = cut.recording if isinstance(cut, MonoCut) and cut.has_recording else None
@@ -67,10 +67,10 @@ class Piece(NamedTuple):
         return cls(cut.id, "", 0, cut.num_samples, cut.sampling_rate, cut)
 
     def read(self, out: np.ndarray) -> np.ndarray:
-        """Samples (num_samples,): read into ``out``, int16, where the file has 16 bits; of any other kind as new float32.
+        """Samples (num_samples,). A 16-bit file is read into ``out`` (int16), any other kind into a new float32 array.
 
         Raises:
-            AudioLoadingError: the file went away, or is not what it was.
+            AudioLoadingError: the file is gone or has changed.
         """
         if self.cut is not None:
             cut, rate = self.cut, self.sampling_rate
@@ -105,15 +105,15 @@ Item = tuple[tuple[int, int], Sequence[Piece] | CutSet]
 def crop_lengths(features: Features, crop_s: float | None, num_lengths: int | None) -> list[int] | None:
     """The few lengths that pre-training crops to, in samples: about k/num_lengths of ``crop_s`` for k = 1, …, num_lengths.
 
-    Each gives a number of tokens that matrix products like: a multiple of 64 from 512 on, else of 8 from 8 on.
+    Each gives a number of tokens that is efficient in matrix products: a multiple of 64 from 512 on, else of 8 from 8 on.
 
     Args:
-        features: Of the model.
-        crop_s: Longest piece, seconds; None: whole utterances, and no lengths.
-        num_lengths: At most so many; None: no lengths, crops of ``crop_s`` and whole shorter utterances.
+        features: Front end of the model.
+        crop_s: Longest piece in seconds; None takes whole utterances and returns None.
+        num_lengths: Most lengths; None returns None, and crops have ``crop_s`` or are whole shorter utterances.
 
     Raises:
-        ValueError: there are less than one, or a crop holds no token.
+        ValueError: an argument is not positive, or a crop holds no token.
     """
     if crop_s is None or num_lengths is None:
         return None
@@ -131,7 +131,7 @@ def crop_lengths(features: Features, crop_s: float | None, num_lengths: int | No
 
 
 class Crop:
-    """Cut a piece of ``crop_s`` seconds out of longer cuts: drawn from (seed, epoch, cut id), or with ``seed`` None the first."""
+    """Crop longer cuts to ``crop_s`` seconds at a position drawn from (seed, epoch, cut id), or at the start without a seed."""
 
     def __init__(self, crop_s: float, seed: int | None, epoch: int) -> None:
         self.crop_s = crop_s
@@ -139,7 +139,7 @@ class Crop:
         self.epoch = epoch
 
     def __call__(self, cut: Cut) -> Cut:
-        """The cut itself when it is short enough, else a piece of it under the same id."""
+        """A piece of the cut under the same id, or the cut itself if it is short enough."""
         spare = cut.num_samples - round(self.crop_s * cut.sampling_rate)
         if spare <= 0:
             return cut
@@ -148,30 +148,30 @@ class Crop:
 
 
 class BatchStream(Sampler[Item]):
-    """Batches by length within a budget of seconds: of similar durations from Lhotse's ``DynamicBucketingSampler``, or of one.
+    """Batches within a budget of seconds, with cuts of similar duration (Lhotse's ``DynamicBucketingSampler``) or of one length.
 
-    With ``lengths``, training crops every cut to the longest of them that it has, drawn from (seed, epoch, cut id), and batches
-    cuts of one length together, so that nothing is padded; what is left out of a cut differs from epoch to epoch. A cut shorter
-    than all of them stays whole, in batches of such. Each epoch ends with batches of what filled none.
+    With ``lengths``, training crops each cut to the longest of the lengths that fits, at a position drawn from (seed, epoch, cut
+    id). A batch holds cuts of one length, so nothing is padded. The part of a cut that is left out changes from epoch to epoch.
+    Cuts shorter than all lengths stay whole and share batches. Each epoch ends with the incomplete batches.
 
-    One sampler makes every rank's batches, and rank r of N takes batches r, r + N, …: any number of ranks sees the same ones.
-    Yields ((epoch, batch), cuts).
+    One sampler makes the batches of all ranks, and rank r of N takes batches r, r + N, … So the batches do not depend on the
+    number of ranks. Yields ((epoch, batch), cuts).
 
     Args:
-        cuts: Of one split; pieces will do where nobody asks for labels, or an iterable that reads them as it goes.
-        batch_s: Seconds of audio in a batch, padding not counted.
-        max_utterances: Most utterances in a batch; None: as many as the seconds allow.
-        num_buckets: Buckets of similar duration, without ``lengths``.
-        seed: Of the order and the crops.
-        training: Shuffle, crop at random, and go on epoch after epoch without end; batches that don't fill a turn of all ranks
-            are left out. Otherwise: one pass in order over every cut, of which the first ``crop_s`` seconds are taken, in batches
-            that are small enough for every rank to have one: it would else wait for the others' metrics without any of its own.
-        crop_s: Longest piece of a cut, seconds; None: whole cuts.
-        lengths: In training, what cuts are cropped to instead, in samples, rising; None: to ``crop_s``.
-        start: First (epoch, batch), batch being the number within the epoch over all ranks.
+        cuts: Cuts of one split, held in memory or streamed by an iterable. Without labels they may be pieces.
+        batch_s: Seconds of audio per batch, without padding.
+        max_utterances: Most utterances per batch; None means as many as the seconds allow.
+        num_buckets: Number of buckets of similar duration, used without ``lengths``.
+        seed: Seed of the order and the crops.
+        training: Whether to shuffle, crop at random, and go on for endless epochs. Batches that do not fill a turn of all ranks
+            are then left out. Otherwise there is one ordered pass over the first ``crop_s`` seconds of every cut, in batches
+            small enough that every rank has one: a rank without a batch would wait for the metrics of the others.
+        crop_s: Longest piece of a cut in seconds; None takes whole cuts.
+        lengths: Increasing lengths in samples to which training crops; None crops to ``crop_s``.
+        start: First (epoch, batch). Batches are numbered within the epoch over all ranks.
 
     Raises:
-        ValueError: on iterating, there are fewer training batches, or other cuts, than ranks.
+        ValueError: on iteration, if there are fewer training batches, or fewer cuts, than ranks.
     """
 
     def __init__(
@@ -201,15 +201,15 @@ class BatchStream(Sampler[Item]):
         self.world_size = world_size
         self.start = start
 
-    def _similar(self, epoch: int) -> Iterator[CutSet]:
+    def _similar_durations(self, epoch: int) -> Iterator[CutSet]:
         cuts = self.cuts
         assert isinstance(cuts, CutSet)
         held = not cuts.is_lazy
-        num_buckets = min(self.num_buckets, len(cuts)) if held else self.num_buckets  # no more buckets than cuts
+        num_buckets = min(self.num_buckets, len(cuts)) if held else self.num_buckets  # at most one bucket per cut
         if self.crop_s is not None:
             cuts = cuts.map(Crop(self.crop_s, self.seed if self.training else None, epoch))
         bins = None
-        if held:  # Lhotse finds no boundary between a few cuts of one length, wants one, and longer cuts are alone anyway
+        if held:  # Lhotse needs a limit between buckets and finds none among a few cuts of one length
             found = estimate_duration_buckets(islice(cuts, BUCKETED), num_buckets) if num_buckets > 1 else []
             bins = found or [self.batch_s]
         with warnings.catch_warnings():
@@ -240,11 +240,11 @@ class BatchStream(Sampler[Item]):
             )
         return min(count // self.world_size, self.max_utterances or count)
 
-    def _alike(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
-        """Cuts that get one length, whole: cropping is for those who take the batch.
+    def _equal_lengths(self, lengths: Sequence[int], epoch: int) -> Iterator[list[Cut | Piece]]:
+        """Uncropped cuts, in batches that get one length. The caller crops them.
 
-        A manifest held in memory is shuffled as a whole, one that is read as it goes within windows. While a window is given
-        out, the next is read, a cut for each one given.
+        A manifest in memory is shuffled as a whole. A streamed one is shuffled within windows: for each cut taken from a window,
+        one cut of the next window is read.
         """
         source = iter(self.cuts)
         held = isinstance(self.cuts, Sequence) or (isinstance(self.cuts, CutSet) and not self.cuts.is_lazy)
@@ -287,7 +287,8 @@ class BatchStream(Sampler[Item]):
         while True:
             turn: list[Any] = []
             full_turns = 0
-            for number, cuts in enumerate(self._similar(epoch) if self.lengths is None else self._alike(self.lengths, epoch)):
+            batches = self._similar_durations(epoch) if self.lengths is None else self._equal_lengths(self.lengths, epoch)
+            for number, cuts in enumerate(batches):
                 if not self.training:
                     if number % self.world_size == self.rank:
                         yield (epoch, number), cuts
@@ -312,14 +313,14 @@ class BatchStream(Sampler[Item]):
 class SpeechDataset(Dataset[Batch]):
     """Load and collate the cuts of a batch.
 
-    Gives a dict: ``waveforms`` (B, N), zero-padded, int16 if all files have 16 bits, else float32 (`to_device` makes the same
-    floats of both); ``lengths`` (B,) samples; ``keys`` (B,) of the utterances' random numbers; ``ids``; ``position`` (epoch,
-    batch); and with labels, ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers``, None where there is not one.
+    A batch is a dict: ``waveforms`` (B, N), zero-padded, int16 if all files have 16 bits, else float32 (`to_device` makes equal
+    floats of both); ``lengths`` (B,) in samples; ``keys`` (B,) of the utterances' random numbers; ``ids``; ``position`` (epoch,
+    batch). With labels also ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers`` (None where a cut has not one).
 
     Args:
-        seed: Of the random keys; None: keys that depend on the cut alone (validation).
-        labels: Of the task.
-        index: Label name → class.
+        seed: Seed of the random keys; None derives keys from the cut alone (validation).
+        labels: Labels of the task.
+        index: Label name → class index.
     """
 
     def __init__(self, seed: int | None, labels: Labels | None = None, index: dict[str, int] | None = None) -> None:
@@ -335,8 +336,8 @@ class SpeechDataset(Dataset[Batch]):
         pieces = [Piece.of(cut) for cut in cuts]
         batch: Batch = {
             "waveforms": load(pieces),
-            "lengths": _few([piece.num_samples for piece in pieces]),
-            "keys": _few([self._key(piece.id, position[0]) for piece in pieces]),
+            "lengths": _small_tensor([piece.num_samples for piece in pieces]),
+            "keys": _small_tensor([self._key(piece.id, position[0]) for piece in pieces]),
             "ids": [piece.id for piece in pieces],
             "position": position,
         }
@@ -352,7 +353,7 @@ def load(pieces: Sequence[Piece]) -> Tensor:
     """Waveforms (B, N) of pieces, zero-padded: int16 if all files have 16 bits, else float32.
 
     Raises:
-        AudioLoadingError: a file went away, or is not what it was.
+        AudioLoadingError: a file is gone or has changed.
     """
     waveforms = _shared(len(pieces), max(piece.num_samples for piece in pieces))
     floats: dict[int, np.ndarray] = {}
@@ -371,25 +372,25 @@ def load(pieces: Sequence[Piece]) -> Tensor:
 
 
 def _shared(num_rows: int, num_columns: int) -> Tensor:
-    """An empty int16 tensor; in a worker, where the main process will find it: nothing is copied on the way."""
+    """An empty int16 tensor. In a worker it lies in shared memory, so it reaches the main process without a copy."""
     if get_worker_info() is None:
         return torch.empty(num_rows, num_columns, dtype=torch.int16)
     size = 2 * num_rows * num_columns
-    with room_told(size):
+    with shared_memory_errors(size):
         storage = shared_storage(size)
     return torch.empty(0, dtype=torch.int16).set_(storage, 0, (num_rows, num_columns))  # type: ignore[call-overload]
 
 
 def shared(tensor: Tensor, remedy: str = REMEDY) -> Tensor:
-    """The tensor; in a worker, where the main process will find it: the thread that sends it can't say that there is no room."""
+    """The tensor, moved to shared memory in a worker. A lack of room is reported here, which the sending thread cannot do."""
     if get_worker_info() is None:
         return tensor
-    with room_told(tensor.nbytes, remedy):
+    with shared_memory_errors(tensor.nbytes, remedy):
         return tensor.share_memory_()
 
 
-class _Few:
-    """Becomes a tensor in the main process, its numbers in the message: a file descriptor as of other tensors takes longer."""
+class _SmallTensor:
+    """Small tensor sent as numbers in the message, which is faster than the file descriptor that PyTorch sends."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers = numbers
@@ -398,21 +399,21 @@ class _Few:
         return torch.tensor, (self.numbers,)
 
 
-def _few(numbers: list[int]) -> Tensor | _Few:
-    return torch.tensor(numbers) if get_worker_info() is None else _Few(numbers)
+def _small_tensor(numbers: list[int]) -> Tensor | _SmallTensor:
+    return torch.tensor(numbers) if get_worker_info() is None else _SmallTensor(numbers)
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    return batch  # which PyTorch would look through for arrays, name by name
+    return batch  # PyTorch's default would search every entry for arrays
 
 
 def ignore_interrupt(worker: int) -> None:
-    """What a loader's worker starts with: Ctrl-C is for the main process, which ends the workers itself."""
+    """Start of a loader worker: ignore Ctrl-C, which the main process handles by ending its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Loader of whole batches, with workers that leave Ctrl-C to the main process; those of validation wait for the next one."""
+    """Loader of whole batches. Workers ignore Ctrl-C, and those of validation are kept for the next validation."""
     return DataLoader(
         dataset,
         sampler=stream,
@@ -427,11 +428,11 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
 
 
 class FirstBatches:
-    """The first batches of a loader, the same in every epoch.
+    """The first batches of a loader, equal in every epoch.
 
     Args:
-        loader: Gives them once.
-        count: How many, at most.
+        loader: Loader of the batches. It is iterated once.
+        count: Most batches to keep.
     """
 
     def __init__(self, loader: Iterable[Batch], count: int) -> None:
@@ -445,21 +446,20 @@ class FirstBatches:
 
 
 def first_batches(loader: DataLoader[Batch], trainer: Any) -> Iterable[Batch]:
-    """The loader, or as many of its batches as ``trainer.overfit_batches`` asks for: Lightning would put another sampler in.
+    """The loader, or its first ``trainer.overfit_batches`` batches. Lightning itself would replace the sampler.
 
     Args:
-        loader: Batches of training or validation.
-        trainer: Lightning's, or None.
+        loader: Loader of training or validation batches.
+        trainer: Lightning's trainer, or None.
     """
     count = int(trainer.overfit_batches) if trainer else 0
     return FirstBatches(loader, count) if count else loader
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch's tensors, except ``lengths``: on the CPU they tell what is padded without waiting for the device.
+    """Move a batch's tensors to a device, except ``lengths``: on the CPU they tell without synchronisation what is padded.
 
-    There, 16-bit waveforms become the floats that they stand for, exactly. A GPU copies them in a stream of their own, while it
-    still computes the step before.
+    16-bit waveforms become floats there, exactly. A GPU copies them in a separate stream while it computes the step before.
     """
     if device.type != "cuda":
         return _moved(batch, device)
@@ -469,7 +469,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     current.wait_stream(aside)
     for value in moved.values():
         if isinstance(value, Tensor) and value.is_cuda:
-            value.record_stream(current)  # its memory is not to be used again before that stream is done with it
+            value.record_stream(current)  # keeps the memory from being reused before that stream is done
     return moved
 
 

@@ -25,29 +25,29 @@ from audiot.data.prepare import PreparedCorpus, usable_cores
 from audiot.data.shared_memory import check_room
 
 log = logging.getLogger("audiot")
-EAGER_CUTS = 50_000  # a manifest of up to so many cuts is held in memory; a larger one is read from disk as it goes
-MOST_WORKERS = 8  # a training process; one loads some 10,000 times real time, a small model on an H100 takes 23,000
+EAGER_CUTS = 50_000  # manifests with at most so many cuts are held in memory; larger ones are streamed from disk
+MOST_WORKERS = 8  # per training process; one loads some 10,000 times real time, a small model on an H100 takes 23,000
 
 
 @lru_cache(maxsize=8)
 def open_cuts(directory: Path, split: str, supervisions: bool = True, content: str | None = None) -> CutSet:
-    """Cuts of a prepared split; one that is held in memory is read once a process, whatever number of tasks use it.
+    """Cuts of a prepared split. A split that is held in memory is read once per process, for all tasks.
 
     Args:
-        directory: The prepared folder.
+        directory: Prepared folder.
         split: Name of the split.
-        supervisions: Keep the labels.
-        content: The corpus's ``content``: a folder that was updated is read again.
+        supervisions: Whether to keep the labels.
+        content: Digest of the corpus, its ``content``. With another digest the folder is read again.
     """
     corpus = PreparedCorpus.load(directory)
     cuts = corpus.cuts(split)
-    if not supervisions:  # which a crop would copy, and a worker be sent
+    if not supervisions:  # crops would copy them, and workers would be sent them
         cuts = cuts.drop_supervisions()
     return cuts.to_eager() if corpus.counts[split] <= EAGER_CUTS else cuts
 
 
 class PreparedPieces:
-    """Whole cuts of a prepared split as pieces, read from disk as they are iterated, without what Lhotse would make of them."""
+    """Whole cuts of a prepared split as pieces. They are streamed from disk without making Lhotse objects."""
 
     def __init__(self, directory: Path, split: str) -> None:
         self.directory = directory.absolute()
@@ -56,22 +56,22 @@ class PreparedPieces:
     def __iter__(self) -> Iterator[Piece]:
         with gzip.open(self.directory / f"{self.split}.jsonl.gz", "rb") as stream:
             for line in stream:
-                recording = json.loads(line)["recording"]  # a cut is the whole of its own
-                path = os.path.join(self.directory, recording["sources"][0]["source"])  # absolute ones stay what they are
+                recording = json.loads(line)["recording"]  # a prepared cut is its whole recording
+                path = os.path.join(self.directory, recording["sources"][0]["source"])  # absolute paths are kept
                 yield Piece(recording["id"], path, 0, recording["num_samples"], recording["sampling_rate"])
 
 
 @lru_cache(maxsize=8)
 def open_pieces(directory: Path, split: str, content: str | None = None) -> Iterable[Piece]:
-    """Like `open_cuts`, for those who want audio alone."""
+    """Like `open_cuts`, without labels."""
     pieces = PreparedPieces(directory, split)
     return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
 
 
 def useful_workers(processes: int, on_gpu: bool) -> int:
-    """Loader processes of each of so many training processes on this machine: ``data.num_workers: auto``.
+    """Useful number of loader processes for each training process on this machine, for ``data.num_workers: auto``.
 
-    A training process keeps a core for itself. One worker loads more than CPUs can train on, and takes cores from them.
+    A training process keeps one core. Without a GPU, one worker loads more than training takes, and more would take its cores.
     """
     return max(1, min(usable_cores() // processes - 1, MOST_WORKERS)) if on_gpu else 1
 
@@ -79,31 +79,31 @@ def useful_workers(processes: int, on_gpu: bool) -> int:
 @cache
 @rank_zero_only
 def warn_of_many(option: str, workers: int, remedy: str) -> None:
-    """Say once that loader processes are more than the cores of this machine; PyTorch says so of every loader, and longer."""
+    """Warn once if there are more loader processes than cores. PyTorch's warning is longer and comes with every loader."""
     cores = usable_cores()
     if workers > cores:
-        log.warning(f"{option}{workers}: so many loader processes share {cores} core{'s' if cores > 1 else ''}; {remedy}")
+        log.warning(f"{option}{workers}: more loader processes than cores ({cores} here); {remedy}")
 
 
 class SpeechDataModule(pl.LightningDataModule):
     """Batches of a prepared corpus for one task.
 
-    The training loader never ends; it goes on after the batches consumed, which the checkpoint records, so that a resumed run
-    sees what the unbroken one would have seen.
+    The training loader is endless. It continues after the batches that the checkpoint records as used, so a resumed run gets the
+    same batches as an unbroken one.
 
     Args:
-        corpus: A prepared corpus.
-        task: ``pretrain`` or the task whose splits are wanted.
-        batch_s: Seconds of audio in a batch.
-        crop_s: Longest piece of an utterance, seconds: at random in training, else the first; None: whole utterances.
-        lengths: In training, the lengths in samples that pieces have instead (see `crop_lengths`); not with labels.
-        num_buckets: Buckets of similar duration, where there are no ``lengths``.
-        num_workers: Loader processes; ``auto``: as many as are of use on this machine.
-        seed: Of order, crops and corruption.
-        labels: How to read the task's labels; None: none.
-        max_utterances: Most utterances in a batch; None: as many as ``batch_s`` allows.
-        new_speakers: The task is about speakers that training has not heard; an overlap is refused.
-        label_fraction: Share of the training utterances used, chosen by a hash of seed and utterance.
+        corpus: Prepared corpus.
+        task: Task whose splits are used; ``pretrain`` for pre-training.
+        batch_s: Seconds of audio per batch.
+        crop_s: Longest piece of an utterance in seconds, at random in training, else from the start; None takes whole utterances.
+        lengths: Lengths in samples to which training crops instead (see `crop_lengths`). They exclude labels.
+        num_buckets: Number of buckets of similar duration, used without ``lengths``.
+        num_workers: Loader processes; ``auto`` chooses a useful number for this machine.
+        seed: Seed of order, crops and corruption.
+        labels: Labels of the task; None for no labels.
+        max_utterances: Most utterances per batch; None means as many as ``batch_s`` allows.
+        new_speakers: Whether other splits must have other speakers than training.
+        label_fraction: Share of the training utterances to use, chosen by a hash of seed and utterance.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class SpeechDataModule(pl.LightningDataModule):
         if num_workers != "auto" and not (isinstance(num_workers, int) and num_workers >= 0):
             raise ValueError(f"data.num_workers must be auto, 0 or more, found {num_workers!r}")
         if lengths is not None and labels is not None:
-            raise ValueError("crops of few lengths are for pre-training: labels belong to whole utterances")
+            raise ValueError("data.num_lengths excludes labels, which belong to whole utterances: use it in pre-training")
         if num_workers != "auto":
-            warn_of_many("data.num_workers=", int(num_workers), "data.num_workers=auto takes as many as are of use")
+            warn_of_many("data.num_workers=", int(num_workers), "data.num_workers=auto chooses a useful number")
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s
@@ -150,7 +150,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.seed = seed
         self.labels = labels
         self.label_fraction = label_fraction
-        self.next_batch = (0, 0)  # (epoch, batch) that training goes on with
+        self.next_batch = (0, 0)  # (epoch, batch) at which training continues
         self.classes: list[str] = []
         if labels is not None:
             self.classes = survey({role: self.cuts(role) for role in ("train", "valid", "test")}, labels, new_speakers)
@@ -161,12 +161,12 @@ class SpeechDataModule(pl.LightningDataModule):
         return {name: number for number, name in enumerate(self.classes)}
 
     def cuts(self, role: str) -> CutSet:
-        """Cuts of the split that the task uses as ``train``, ``valid`` or ``test``; without labels, audio alone."""
+        """Cuts of the task's ``train``, ``valid`` or ``test`` split. Without labels they hold only audio."""
         corpus = self.corpus
         return open_cuts(corpus.directory, corpus.split_for(self.task, role), self.labels is not None, corpus.content)
 
     def training_cuts(self) -> CutSet:
-        """Training cuts after ``label_fraction``."""
+        """Training cuts that ``label_fraction`` keeps."""
         cuts = self.cuts("train")
         if self.label_fraction == 1:
             return cuts
@@ -175,7 +175,7 @@ class SpeechDataModule(pl.LightningDataModule):
 
     @property
     def loader_processes(self) -> int:
-        """``num_workers``, or what ``auto`` comes to."""
+        """``num_workers``, with ``auto`` resolved."""
         return self._useful_workers if self.num_workers == "auto" else int(self.num_workers)
 
     @property
@@ -185,11 +185,11 @@ class SpeechDataModule(pl.LightningDataModule):
         return useful_workers(self.trainer.num_devices, self.trainer.strategy.root_device.type != "cpu")
 
     def faster_loading(self) -> str:
-        """What to do when training waits for data: the remedy of a warning."""
+        """Advice for a training that waits for data."""
         if self.loader_processes < self._useful_workers:
             return f"set data.num_workers={self._useful_workers} (now {self.loader_processes})"
-        why = "audiot benchmark benchmark=data says what is slow"
-        return f"{self.loader_processes} loader processes are what this machine has cores for: {why}; a faster disk may help"
+        why = "audiot benchmark benchmark=data shows what is slow"
+        return f"this machine has cores for {self.loader_processes} loader processes: {why}; a faster disk may help"
 
     def _loader(self, cuts: CutSet | Iterable[Piece], training: bool) -> DataLoader[Batch]:
         trainer = self.trainer
@@ -209,48 +209,48 @@ class SpeechDataModule(pl.LightningDataModule):
         workers = self.loader_processes
         if not training and isinstance(cuts, CutSet) and not cuts.is_lazy:
             batches = min(len(cuts), ceil(sum(cut.duration for cut in cuts) / self.batch_s))
-            workers = min(workers, ceil(batches / AHEAD))  # to start a process takes as long as to make a few batches
-        seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # of 16-bit samples
+            workers = min(workers, ceil(batches / AHEAD))  # starting a process takes as long as making a few batches
+        seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # seconds of 16-bit samples
         check_room(workers, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
         return make_loader(dataset, stream, workers, pin_memory=torch.cuda.is_available())
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Endless shuffled batches, from ``next_batch`` on."""
+        """Endless shuffled batches, starting at ``next_batch``."""
         if self.lengths is None or self.label_fraction < 1:
             return first_batches(self._loader(self.training_cuts(), training=True), self.trainer)
         pieces = open_pieces(self.corpus.directory, self.corpus.split_for(self.task, "train"), self.corpus.content)
         return first_batches(self._loader(pieces, training=True), self.trainer)
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """The validation split, in order."""
+        """The validation split in order."""
         return first_batches(self._loader(self.cuts("valid"), training=False), self.trainer)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The test split, in order."""
+        """The test split in order."""
         return self._loader(self.cuts("test"), training=False)
 
     def ordered_loader(self, role: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """One pass in order over a role's cuts (``train`` after ``label_fraction``), on a device."""
+        """One ordered pass over the cuts of a role (``train`` after ``label_fraction``), on a device."""
         cuts = self.training_cuts() if role == "train" else self.cuts(role)
         for batch in self._loader(cuts, training=False):
             yield to_device(batch, torch.device(device))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Tensors to the device, lengths excepted; waveforms become floats there."""
+        """Move tensors except lengths to the device, where waveforms become floats."""
         return to_device(batch, device)
 
     def consumed(self, batch: Batch) -> None:
-        """Note that training has used ``batch``, and the other ranks the batches of the same turn."""
+        """Note that training has used ``batch`` and the other ranks have used the batches of the same turn."""
         epoch, number = batch["position"]
         ranks = self.trainer.world_size if self.trainer else 1
         self.next_batch = (epoch, (number // ranks + 1) * ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training goes on."""
+        """Position at which training continues."""
         return {"next_batch": self.next_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore where training goes on."""
+        """Restore the position at which training continues."""
         epoch, number = state_dict["next_batch"]
         self.next_batch = (epoch, number)

@@ -1,4 +1,4 @@
-"""Labels of a cut: of an utterance, of its slots, of each frame, or a sequence of tokens."""
+"""Labels of a cut: one per utterance, one per slot, one per frame, or a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from torch.nn.utils.rnn import pad_sequence
 from audiot.data.text import as_label, as_text, lines
 
 PUNCTUATION = '.,;:?!"()'
-IGNORED = -100  # label of a frame that no interval of the alignment covers, and padding; losses and metrics leave it out
-SILENCE = "SIL"  # what an interval of an alignment is called whose symbol is blank, as aligners leave those of silences
-SPACE = "|"  # stands for the space between words, as in torchaudio
-BLANK_TOKEN = "<blank>"  # CTC's
-NOTHING = "(none)"  # in tables: no token
+IGNORED = -100  # label of padding and of frames outside the alignment; losses and metrics leave it out
+SILENCE = "SIL"  # symbol of intervals whose symbol is blank, as aligners write silences
+SPACE = "|"  # token for the space between words, as in torchaudio
+BLANK_TOKEN = "<blank>"  # blank of CTC
+NOTHING = "(none)"  # "no token" in tables
 RESERVED = (SPACE, BLANK_TOKEN, NOTHING)
-PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # of a pronunciation; a bare digit is a phone of X-SAMPA
+PROBABILITY = re.compile(r"[0-9]*\.[0-9]+")  # probability of a pronunciation; a bare digit is a phone of X-SAMPA
 
 
 class Framing(Protocol):
-    """How an upstream cuts audio into frames: what labels need to know of it. Every front end of audiot is one."""
+    """How an upstream divides audio into frames, as far as labels need it. Every front end of audiot has these methods."""
 
     sample_rate: int
     hop_length: int
     stack: int
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames in so many samples, before stacking."""
+        """Number of frames, before stacking, for a number of samples."""
 
     def num_tokens(self, num_samples: int) -> int:
-        """Hidden states of so many samples: frames // stack."""
+        """Number of hidden states for a number of samples: frames // stack."""
 
     def frame_centers(self, num_frames: int) -> Tensor:
         """Middle of each frame in samples (num_frames,)."""
 
 
 class Labels(ABC):
-    """How to read the labels of a task off a cut.
+    """How the labels of a task are read from a cut.
 
     Args:
-        features: How the upstream cuts audio into frames.
+        features: How the upstream divides audio into frames.
     """
 
-    open_set = False  # labels that training never saw are allowed in other splits
-    alphabet: Sequence[str] | None = None  # all names there are, where they are known beforehand
+    open_set = False  # whether other splits may have labels that training lacks
+    alphabet: Sequence[str] | None = None  # all label names, if they are known beforehand
 
     def __init__(self, features: Framing | None = None) -> None:
         self._features = features
 
     @property
     def features(self) -> Framing:
-        """The frames that are labelled."""
+        """Front end whose frames are labelled."""
         if self._features is None:
-            raise ValueError(f"{type(self).__name__} needs the features whose frames it labels")
+            raise ValueError(f"{type(self).__name__} needs `features`, the front end whose frames it labels")
         return self._features
 
     @abstractmethod
@@ -70,12 +70,12 @@ class Labels(ABC):
         """All label names of the cut.
 
         Raises:
-            ValueError: it has none, or none that can be used.
+            ValueError: the cut has no label, or none that can be used.
         """
 
     @abstractmethod
     def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
-        """Class indices: a scalar for the utterance, else (slots,), (frames,) or (tokens,)."""
+        """Class indices: a scalar for an utterance, else (slots,), (frames,) or (tokens,)."""
 
     def check(self, cut: Cut) -> None:  # noqa: B027 (most labels have nothing to check)
         """Refuse a cut whose labels do not fit its audio."""
@@ -86,12 +86,12 @@ class Labels(ABC):
 
 
 def in_time(cut: Cut) -> list[SupervisionSegment]:
-    """The supervisions of a cut in the order of time."""
+    """The supervisions of a cut, ordered by time."""
     return sorted(cut.supervisions, key=lambda supervision: (supervision.start, supervision.end))
 
 
 def values_of(cut: Cut, field: str) -> list[str]:
-    """The different values of a label in the cut's supervisions, in the order of time; null and blank are none.
+    """The different values of a label in the cut's supervisions, ordered by time. Null and blank values are left out.
 
     Args:
         cut: Any cut.
@@ -111,10 +111,10 @@ def values_of(cut: Cut, field: str) -> list[str]:
 
 
 def field_of(cut: Cut, field: str) -> str:
-    """The one value of a label of the cut: its speaker, or a custom field of its supervisions (``keyword``, …).
+    """The single value of a label of the cut: its speaker, or a custom field of its supervisions (``keyword``, …).
 
     Raises:
-        ValueError: it has none of that name, or several.
+        ValueError: the cut has no such label, or several values of it.
     """
     values = values_of(cut, field)
     if not values:
@@ -130,12 +130,12 @@ def field_of(cut: Cut, field: str) -> str:
 
 
 class UtteranceLabel(Labels):
-    """One label an utterance: its speaker, or any custom field (``keyword``, …).
+    """One label per utterance: its speaker, or a custom field (``keyword``, …).
 
     Args:
         field: ``speaker`` or the name of a custom field of the supervision.
-        features: See `Labels`; not used.
-        open_set: Labels that training never saw are allowed in other splits, and encoded as ``IGNORED``.
+        features: Front end, not used here.
+        open_set: Whether other splits may have labels that training lacks. They are encoded as ``IGNORED``.
     """
 
     def __init__(self, field: str, features: Framing | None = None, open_set: bool = False) -> None:
@@ -144,7 +144,7 @@ class UtteranceLabel(Labels):
         self.open_set = open_set
 
     def names(self, cut: Cut) -> list[str]:
-        """The label, as a list of one."""
+        """The label, as a list with one element."""
         return [field_of(cut, self.field)]
 
     def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
@@ -154,11 +154,11 @@ class UtteranceLabel(Labels):
 
 
 class SlotLabels(Labels):
-    """Several labels an utterance (an intent's action, object, location); names are ``slot=value``.
+    """Several labels per utterance, such as the action, object and location of an intent. Their names are ``slot=value``.
 
     Args:
-        fields: Names of the slots, as in `UtteranceLabel`.
-        features: See `Labels`; not used.
+        fields: Names of the slots: ``speaker`` or custom fields.
+        features: Front end, not used here.
     """
 
     def __init__(self, fields: Sequence[str], features: Framing | None = None) -> None:
@@ -168,22 +168,22 @@ class SlotLabels(Labels):
             raise ValueError(f"downstream.labels.fields must be one or more different names without '=', found {self.fields}")
 
     def names(self, cut: Cut) -> list[str]:
-        """``slot=value`` of each slot, in order."""
+        """``slot=value`` of each slot in order."""
         return [f"{field}={field_of(cut, field)}" for field in self.fields]
 
     def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
-        """Class index of each slot's value (slots,), in the vocabulary of all slots."""
+        """Class index of each slot's value, (slots,), in the vocabulary of all slots."""
         return torch.tensor([index[name] for name in self.names(cut)])
 
 
 class FrameLabels(Labels):
-    """One label a frame: the interval of the alignment tier that the frame's centre lies in.
+    """One label per frame: the alignment interval that contains the frame's centre.
 
     Args:
         tier: Name of the alignment tier (``phone``).
-        features: See `Labels`.
-        tolerance_s: An alignment may begin or end so much off the audio; None: anything goes. Frames that no interval covers are
-            ignored.
+        features: Front end whose frames are labelled.
+        tolerance_s: Seconds by which the ends of the alignment may differ from those of the audio; None for no limit. Frames
+            outside all intervals are ignored.
     """
 
     def __init__(self, tier: str, features: Framing | None = None, tolerance_s: float | None = 0.1) -> None:
@@ -199,24 +199,24 @@ class FrameLabels(Labels):
         return [symbol for _, _, symbol in self._intervals(cut)]
 
     def check(self, cut: Cut) -> None:
-        """Refuse an alignment that is shorter or longer than the audio.
+        """Refuse an alignment that does not match the ends of the audio.
 
         Raises:
-            ValueError: by more than the tolerance.
+            ValueError: the difference is above the tolerance.
         """
         intervals = self._intervals(cut)
         begin, end = intervals[0][0], max(end for _, end, _ in intervals)
-        # Lhotse moves the supervisions of a cropped cut, but not their alignments: those count from the recording's start.
+        # When a cut is cropped, Lhotse shifts its supervisions but not their alignments, which count from the recording's start.
         late, missing, excess = begin - cut.start, cut.end - end, end - cut.end
         if self.tolerance_s is not None and max(late, missing, excess) > self.tolerance_s:
             raise ValueError(
                 f"the {self.tier} alignment of utterance {cut.id} goes from {begin:.3f} to {end:.3f} s, its audio from "
-                f"{cut.start:.3f} to {cut.end:.3f} s: an alignment of another file? Mend it, leave the utterance out, or raise "
+                f"{cut.start:.3f} to {cut.end:.3f} s: the alignment of another file? Correct it, leave it out, or raise "
                 f"downstream.labels.tolerance_s={self.tolerance_s}"
             )
 
     def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
-        """Class index of each frame (frames,), ``IGNORED`` where no interval covers its centre."""
+        """Class index of each frame (frames,). Frames whose centre lies in no interval get ``IGNORED``."""
         intervals = self._intervals(cut)
         num_frames = self.features.num_frames(cut.num_samples)
         rate = self.features.sample_rate
@@ -230,13 +230,13 @@ class FrameLabels(Labels):
 
 
 class TokenLabels(Labels):
-    """A sequence of tokens without times, for CTC; it must fit the frames (Graves et al. 2006: a blank between equal tokens)."""
+    """Sequence of tokens without times, for CTC. It must fit the frames, with blanks between equal ones (Graves et al. 2006)."""
 
     def check(self, cut: Cut) -> None:
-        """Refuse a sequence that is longer than the frames can spell.
+        """Refuse a sequence that needs more frames than there are.
 
         Raises:
-            ValueError: with both lengths.
+            ValueError: it does not fit. The message has both lengths.
         """
         tokens = self.names(cut)
         repeats = sum(one == other for one, other in pairwise(tokens))
@@ -245,7 +245,7 @@ class TokenLabels(Labels):
             blanks = f" and {repeats} blanks between equal ones" if repeats else ""
             raise ValueError(
                 f"the target of utterance {cut.id} is longer than its input: {len(tokens)} tokens{blanks}, {frames} frames "
-                f"({cut.duration:.2f} s): a transcript of another file? Mend it or leave the utterance out"
+                f"({cut.duration:.2f} s): the transcript of another file? Correct it or leave the utterance out"
             )
 
     def encode(self, cut: Cut, index: Mapping[str, int]) -> Tensor:
@@ -254,14 +254,14 @@ class TokenLabels(Labels):
 
 
 class CharacterLabels(TokenLabels):
-    """Characters of the transcript, a space between words.
+    """Characters of the transcript, with a token for the space between words.
 
     Args:
-        features: See `Labels`.
-        case: ``upper``, ``lower``, or null: as it is.
-        remove: Characters left out, such as punctuation.
-        alphabet: All characters that may occur; None: those of the training transcripts. ``|`` is none: it stands for the space
-            between words.
+        features: Front end whose frames must hold the characters.
+        case: Conversion of the text: ``upper``, ``lower``, or null for none.
+        remove: Characters to leave out, such as punctuation.
+        alphabet: All characters that may occur; None takes those of the training transcripts. It must not contain ``|``, the
+            token for the space between words.
     """
 
     def __init__(
@@ -277,39 +277,39 @@ class CharacterLabels(TokenLabels):
         self.remove = str.maketrans("", "", remove)
 
     def names(self, cut: Cut) -> list[str]:
-        """The characters."""
+        """The characters, as tokens."""
         return list(" ".join(self.words(cut)))
 
     def words(self, cut: Cut) -> list[str]:
-        """The words.
+        """The words of the transcript.
 
         Raises:
-            ValueError: there are none, or ``|`` is in them.
+            ValueError: there are no words, or a word contains ``|``.
         """
         text = transcript(cut).translate(self.remove)
         text = text.upper() if self.case == "upper" else text.lower() if self.case == "lower" else text
         if not text.split():
             raise ValueError(
-                f"the transcript of utterance {cut.id} is empty ({transcript(cut)!r}): mend it or leave the utterance out"
+                f"the transcript of utterance {cut.id} is empty ({transcript(cut)!r}): correct it or leave the utterance out"
             )
         if SPACE in text:
             raise ValueError(
-                f"the transcript of utterance {cut.id} has {SPACE!r}, which stands for the space between words: mend it, or "
+                f"the transcript of utterance {cut.id} has {SPACE!r}, which stands for the space between words: correct it, or "
                 "leave it out by downstream.labels.remove"
             )
         return text.split()
 
 
 class PhoneSequence(TokenLabels):
-    """Phones of an utterance in their order: of its alignment tier, or of its transcript by a pronunciation lexicon.
+    """Phones of an utterance in order, from its alignment tier, or from its transcript and a pronunciation lexicon.
 
     Args:
-        features: See `Labels`.
-        tier: Alignment tier, where there is no lexicon.
-        lexicon: File of lines ``WORD PHONE PHONE …``; probabilities (``0.98``) before the phones are left out, and the first
-            pronunciation of a word counts. Case does not, nor does punctuation around a word.
-        silences: Symbols that are no phones.
-        strip_stress: AH0 → AH.
+        features: Front end whose frames must hold the phones.
+        tier: Alignment tier, used without a lexicon.
+        lexicon: File with lines ``WORD PHONE PHONE …``. Probabilities (``0.98``) before the phones are skipped. The first
+            pronunciation of a word is used. Case and punctuation around a word are ignored.
+        silences: Symbols that are not phones.
+        strip_stress: Whether to remove stress marks (AH0 → AH).
     """
 
     def __init__(
@@ -328,14 +328,14 @@ class PhoneSequence(TokenLabels):
         self.strip_stress = strip_stress
 
     def names(self, cut: Cut) -> list[str]:
-        """The phones."""
+        """The phones, as tokens."""
         if self.lexicon is None:
             phones = [symbol for _, _, symbol in tier_of(cut, self.tier)]
         else:
             phones = [phone for word in transcript(cut).split() for phone in self._pronounce(word, cut)]
         phones = [phone.rstrip("012") if self.strip_stress else phone for phone in phones if phone not in self.silences]
         if not phones:
-            raise ValueError(f"utterance {cut.id} has no phone: mend its transcript or alignment, or leave the utterance out")
+            raise ValueError(f"utterance {cut.id} has no phone: correct its transcript or alignment, or leave the utterance out")
         for phone in phones:
             check_phone(phone, f"utterance {cut.id}")
         return phones
@@ -352,10 +352,11 @@ class PhoneSequence(TokenLabels):
 
 
 def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
-    """Intervals (start, end, symbol) of an alignment tier in the order of time, in seconds of the recording; blank is `SILENCE`.
+    """Intervals (start, end, symbol) of an alignment tier, ordered by time, in seconds of the recording. Blank symbols are
+    `SILENCE`.
 
     Raises:
-        ValueError: there is no such tier.
+        ValueError: the cut has no such tier.
     """
     items = [
         (item.start, item.end, as_text(item.symbol, f"a symbol of the tier {tier!r} of utterance {cut.id}") or SILENCE)
@@ -368,10 +369,10 @@ def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
 
 
 def transcript(cut: Cut) -> str:
-    """The text of a cut: of its supervisions, in the order of time.
+    """The text of a cut: the texts of its supervisions, ordered by time.
 
     Raises:
-        ValueError: it has none, or it is not text.
+        ValueError: there is no text, or it is of another type.
     """
     texts = [as_text(supervision.text, f"the text of utterance {cut.id}") for supervision in in_time(cut)]
     if not any(texts):
@@ -380,23 +381,23 @@ def transcript(cut: Cut) -> str:
 
 
 def check_phone(phone: str, where: str) -> None:
-    """Refuse a phone that could not be told from what stands between phones or for none.
+    """Refuse a phone that would be confused with a separator or a reserved token.
 
     Raises:
-        ValueError: naming it and where it is.
+        ValueError: the phone is one. The message has the phone and its place.
     """
     if phone in RESERVED or len(phone.split()) != 1:
         raise ValueError(
-            f"{where} has the phone {phone!r}: a phone has no space in it and is none of {' '.join(RESERVED)}; rename it"
+            f"{where} has the phone {phone!r}: a phone must have no space and not be one of {' '.join(RESERVED)}; rename it"
         )
 
 
 def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Word → phones of its first pronunciation.
+    """The phones of each word's first pronunciation.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line has a word and no phone, or a phone that is none.
+        FileNotFoundError: the file does not exist.
+        ValueError: a word has no phones, or a phone is not allowed.
     """
     path = Path(path)
     if not path.is_file():
@@ -414,19 +415,19 @@ def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def survey(cuts: Mapping[str, Iterable[Cut]], labels: Labels, new_speakers: bool = False) -> list[str]:
-    """Go through all cuts of a task once: the classes of training, everything checked on the way.
+    """Check all cuts of a task in one pass, and collect the classes of training.
 
     Args:
-        cuts: Role → cuts, ``train`` among the roles.
-        labels: Of the task.
-        new_speakers: No speaker of training may occur in another split.
+        cuts: Cuts by role, with ``train`` among the roles.
+        labels: Labels of the task.
+        new_speakers: Whether other splits must have other speakers than training.
 
     Returns:
-        Label names that occur in training, or the labels' alphabet, sorted.
+        Sorted label names that occur in training, or the alphabet of the labels.
 
     Raises:
         ValueError: an utterance is in two splits, a label does not occur in training, labels do not fit their audio, or a speaker
-            of training is heard elsewhere though the task is about new ones.
+            of training is in another split though the task is about new speakers.
     """
     index: dict[str, int] = dict.fromkeys(labels.alphabet or (), 0)
     role_of: dict[str, str] = {}
@@ -435,8 +436,8 @@ def survey(cuts: Mapping[str, Iterable[Cut]], labels: Labels, new_speakers: bool
         for cut in cuts[role]:
             if role_of.setdefault(cut.id, role) != role:
                 raise ValueError(
-                    f"utterance {cut.id} is in the {role_of[cut.id]} split and in the {role} split: a result would be worth "
-                    "nothing; leave it out of one"
+                    f"utterance {cut.id} is in the {role_of[cut.id]} split and in the {role} split: results would be "
+                    "meaningless; leave it out of one"
                 )
             labels.check(cut)
             names = labels.names(cut)
@@ -463,10 +464,10 @@ def survey(cuts: Mapping[str, Iterable[Cut]], labels: Labels, new_speakers: bool
 
 
 def check_known(cut: Cut, names: Iterable[str], index: Mapping[str, int], split: str) -> None:
-    """Refuse a label that training never saw.
+    """Refuse a label that does not occur in training.
 
     Raises:
-        ValueError: naming the label, its utterance and the split.
+        ValueError: the message has the label, its utterance and the split.
     """
     for name in names:
         if name not in index:

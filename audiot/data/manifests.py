@@ -1,4 +1,4 @@
-"""What a corpus hands on: Lhotse cuts by split, and which split each task uses."""
+"""Result of reading a corpus: Lhotse cuts by split, and the splits that each task uses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Manifests:
 
     Args:
         splits: Split name (``train``, ``valid``, ``test``, …) → its cuts.
-        task_splits: Task name (``phone``, ``speaker``, …) → role (``train``, ``valid``, ``test``) → split name.
-            A task that is not named uses the splits of the same names as the roles.
-        rejected: Path and reason of each file that the corpus itself had to leave out.
+        task_splits: Task name (``phone``, ``speaker``, …) → role (``train``, ``valid``, ``test``) → split name. A task that is
+            missing uses the splits named like the roles.
+        rejected: Path and reason of each file that the corpus itself left out.
     """
 
     splits: Mapping[str, CutSet]

@@ -1,4 +1,4 @@
-"""The corpus of a config: where it is prepared, and whether it is still what a run was trained on."""
+"""Opening the corpus of a config, and checking that it is still the one a run was trained on."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ from audiot.data.sources import Sources, file_digest, places
 
 
 def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
-    """The corpus of ``cfg.data``, prepared on first use; its folder is named after a digest of its settings and places.
+    """The corpus of ``cfg.data``, prepared on first use. Its folder is named after a digest of its settings and places.
 
     Args:
-        cfg: ``data`` and ``data_dir`` of a command's config.
-        run: Folder of a run that was started before, on the same config: the corpus must still be the one that it had, and
-            is not updated.
+        cfg: Command config, of which ``data`` and ``data_dir`` are used.
+        run: Folder of an earlier run with the same config. The corpus must still be the run's and is not updated.
 
     Raises:
         FileNotFoundError: the corpus, or the sources of a prepared one, are missing.
-        ValueError: sources have changed where they must not, or the corpus is not the run's.
+        ValueError: sources have changed although they must not, or the corpus is not the run's.
     """
     folder, settings, options = corpus_folder(cfg)
-    when = cfg.data.prepare.get("when", "update")  # runs of earlier versions have none
+    when = cfg.data.prepare.get("when", "update")  # runs of earlier versions lack the key
     former = _prepared_folder(cfg, plain(cfg.data.corpus), options)
     if _is_left_over(former, folder):
         say(
-            f"corpus  {former} is of an earlier audiot, which noted neither place nor state of its sources: prepared anew in "
-            f"{folder.name}; delete the former when no run needs it"
+            f"corpus  {former} was prepared by an earlier audiot, which recorded no sources: preparing it again in "
+            f"{folder.name}; delete the old folder when no run needs it"
         )
     if not (folder / "corpus.json").is_file():
-        instantiate(cfg.data.corpus)  # what is wrong with it is told before there is a folder
+        instantiate(cfg.data.corpus)  # raises errors of the settings before a folder is made
     corpus = prepare(
         lambda: instantiate(cfg.data.corpus).manifests(),
         folder,
@@ -62,32 +61,32 @@ def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
 
 
 def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Where the corpus of ``cfg.data`` is prepared, with the settings of the corpus and of its preparation."""
+    """Folder of the prepared ``cfg.data``, with the settings of the corpus and of its preparation."""
     written, options = plain(cfg.data.corpus), plain(cfg.data.prepare)
-    for name in ("num_jobs", "when"):  # how many workers prepare it, and when, changes nothing
+    for name in ("num_jobs", "when"):  # these do not change the result
         options.pop(name, None)
     here = places(get_object(written["_target_"]), written)
     folder, former = (_prepared_folder(cfg, settings, options) for settings in (written | here, written))
-    absolute = all(_is_absolute(written[name]) for name in here.keys() & written.keys())  # else it may be of another project
+    absolute = all(_is_absolute(written[name]) for name in here.keys() & written.keys())  # else it may belong to another project
     if absolute and cfg.data.prepare.get("when") == "keep" and _is_left_over(former, folder):
         return former, written, options
     return folder, written | here, options
 
 
 def _is_absolute(place: Any) -> bool:
-    """Whether a place, or each of several, is the same from any folder; null, which stands for the current one, is not."""
+    """Whether a place (or each of several) is an absolute path. Null, which stands for the current folder, is not."""
     return all(map(_is_absolute, place)) if isinstance(place, list) else isinstance(place, str) and os.path.isabs(place)
 
 
 def _is_left_over(former: Path, folder: Path) -> bool:
-    """Whether a corpus was prepared by an earlier version alone, which named its folder otherwise."""
+    """Whether the only prepared corpus is one of an earlier version, whose folder had another name."""
     return former != folder and (former / "corpus.json").is_file() and not (folder / "corpus.json").is_file()
 
 
 def _sources(cfg: DictConfig) -> Sources:
     corpus = instantiate(cfg.data.corpus)
     if not hasattr(corpus, "sources"):
-        raise ValueError(f"{type(corpus).__name__} has no method sources: see audiot.data.sources.Corpus for what a corpus has")
+        raise ValueError(f"{type(corpus).__name__} has no method sources: add it as in audiot.data.sources.Corpus")
     return corpus.sources()
 
 
@@ -98,13 +97,13 @@ def _prepared_folder(cfg: DictConfig, settings: Mapping[str, Any], options: Mapp
 
 @rank_zero_only
 def note_data(cfg: DictConfig, corpus: PreparedCorpus) -> None:
-    """Note in a new run's folder, ``cfg.run_dir``, what it is trained on: the corpus, and files of its task such as a lexicon."""
+    """Record in a new run's folder, ``cfg.run_dir``, its data: the corpus, and files of its task such as a lexicon."""
     noted = {"prepared": str(corpus.directory.absolute()), "content": corpus.content, "files": _task_files(cfg)}
     write_json(Path(cfg.run_dir) / "data.json", noted)
 
 
 def _task_files(cfg: DictConfig) -> dict[str, str]:
-    """Config key of each file that labels and objective of a task are given → the digest of its content."""
+    """Digest of each file that the labels and the objective of a task use, by config key."""
     found = {}
     for part in ("labels", "objective") if "downstream" in cfg else ():
         arguments = plain(cfg.downstream[part])
@@ -122,8 +121,8 @@ def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
     for name, digest in noted["files"].items():
         if files.get(name) != digest:
             raise ValueError(
-                f"run={run}: {OmegaConf.select(cfg, name)} ({name}) is not what the run was trained with: figures would not "
-                "compare; bring it back as it was, or train anew"
+                f"run={run}: {OmegaConf.select(cfg, name)} ({name}) is not what the run was trained with, so results would not "
+                "compare; restore the file, or train again"
             )
     if noted["content"] != corpus.content:
         what = f"is the corpus in {noted['prepared']}"
@@ -131,10 +130,10 @@ def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
             what = "was updated since"
         raise ValueError(
             f"run={run}: {corpus.directory} has other utterances, labels or audio than the run was trained on, which {what}: "
-            "figures would not compare; bring its sources back as they were and run audiot prepare, or train anew"
+            "results would not compare; restore its sources and run audiot prepare, or train again"
         )
 
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of a data module that stand in ``cfg.data``."""
+    """Arguments of a data module from ``cfg.data``."""
     return {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")} | {"seed": cfg.seed}

@@ -1,4 +1,4 @@
-"""Preparation: decode a corpus once into validated 16-bit mono WAV, with Lhotse manifests beside it."""
+"""Preparation: decode a corpus once to checked 16-bit mono WAV files with Lhotse manifests."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ from audiot.data.sources import (
     write_record,
 )
 
-if TYPE_CHECKING:  # Lhotse brings PyTorch, which a worker that decodes WAV or FLAC has no use for
+if TYPE_CHECKING:  # Lhotse imports PyTorch, which workers that decode WAV or FLAC do not need
     from lhotse import CutSet
     from lhotse.cut import Cut
 
     from audiot.data.manifests import Manifests
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1: without a record of what it was prepared from
+READABLE_VERSIONS = (1, 2)  # 1: without a record of the sources
 WHEN = ("update", "check", "keep")
 SOURCES, RESULTS = Path("record", "sources.jsonl.gz"), Path("record", "utterances.jsonl.gz")
 ROLES = ("train", "valid", "test")
 CHUNK = 16  # utterances sent to a worker at a time
-WRITTEN = re.compile(r"\.?[A-Za-z0-9._-]*-[0-9a-f]{10}\.wav")  # files of audio/, with a dot in front while they are written
-ALONE_S = 3600  # less audio than that is decoded sooner than worker processes start
+WRITTEN = re.compile(r"\.?[A-Za-z0-9._-]*-[0-9a-f]{10}\.wav")  # names in audio/, with a leading dot while they are written
+ALONE_S = 3600  # seconds of audio; less than this is decoded before worker processes have started
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Job:
-    """One utterance to decode: a piece of a file, or a cut that only Lhotse can read (mixed, transformed, …).
+    """One utterance to decode: a part of a file, or a cut that only Lhotse can read (mixed, transformed, …).
 
     Args:
-        files: Paths of the files that it is in.
-        states: Size and time of change of each of them, as they were before it is decoded.
+        files: Paths of its audio files.
+        states: Size and modification time of each file before decoding.
     """
 
     id: str
@@ -97,20 +97,20 @@ class _Job:
     start: int
     num_samples: int
     channels: tuple[int, ...]
-    file_samples: int = 0  # of the whole file, as the manifest has it
+    file_samples: int = 0  # samples of the whole file, according to the manifest
     cut: Cut | None = None
     files: tuple[str, ...] = ()
     states: tuple[tuple[int, int] | None, ...] = ()
 
     def digest(self) -> str:
-        """Names what is decoded, so that another piece or a changed file under the same id is noticed."""
+        """Digest of the job. It shows another piece or a changed file under the same id."""
         cut = self.cut and self.cut.drop_supervisions().to_dict()
         parts = (self.id, self.path, self.sample_rate, self.start, self.num_samples, self.channels, self.states, cut)
         return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()[:16]
 
 
 def _files(cut: Cut) -> tuple[str, ...]:
-    """Absolute paths of the files that a cut is in."""
+    """Absolute paths of a cut's audio files."""
     parts = [track.cut for track in getattr(cut, "tracks", ())] or [cut]
     recordings = [recording for part in parts if (recording := getattr(part, "recording", None)) is not None]
     sources = [source for recording in recordings for source in recording.sources if source.type == "file"]
@@ -135,22 +135,22 @@ def _job(cut: Cut) -> _Job:
             start, cut_to_load = round(cut.start * cut.sampling_rate), None
             file_samples = recording.num_samples
             if missing := set(channels) - set(source.channels):
-                raise ValueError(f"utterance {cut.id} has channel {min(missing)}, its recording {source.channels}")
-            channels = [source.channels.index(channel) for channel in channels]  # a source may number them as it likes
+                raise ValueError(f"utterance {cut.id} has channel {min(missing)}, but its recording has {source.channels}")
+            channels = [source.channels.index(channel) for channel in channels]  # a source may number its channels freely
     return _Job(cut.id, path, cut.sampling_rate, start, cut.num_samples, tuple(channels), file_samples, cut_to_load, _files(cut))
 
 
 def _decode(job: _Job, channel: str | int) -> tuple[np.ndarray, bool]:
-    """Samples (N,) of the job in float32, and whether its file is 16-bit mono WAV that holds nothing else."""
+    """Samples (N,) of the job in float32, and whether its file is 16-bit mono WAV without other content."""
     if job.cut is not None:
         check_budget(job.num_samples)
         for name in job.files:
             check_file(name)
         try:
             samples = job.cut.load_audio().T
-        except Exception as error:  # whatever a decoder, a command or a server may answer: it is the reason
+        except Exception as error:  # a decoder, a command or a server may raise anything
             raise BadAudioError(f"unreadable: {reason(error)}") from None
-        with np.errstate(invalid="ignore"):  # infinities that cancel make a NaN, which is refused later
+        with np.errstate(invalid="ignore"):  # inf - inf gives NaN, which is refused later
             return samples[:, _chosen(job, channel)].mean(axis=1), False
     with AudioFile(job.path) as file:
         if file.sample_rate != job.sample_rate:
@@ -170,10 +170,10 @@ def _decode(job: _Job, channel: str | int) -> tuple[np.ndarray, bool]:
 
 
 def read_cut(cut: Cut) -> np.ndarray:
-    """Samples (N,) of a cut in float32, the average of its channels, decoded as for preparation.
+    """Samples (N,) of a cut in float32, averaged over its channels. They are decoded as in preparation.
 
     Raises:
-        BadAudioError: they can't be used; the message is the reason.
+        BadAudioError: the audio cannot be used. The message is the reason.
     """
     try:
         job = _job(cut)
@@ -183,7 +183,7 @@ def read_cut(cut: Cut) -> np.ndarray:
 
 
 def _chosen(job: _Job, channel: str | int) -> list[int]:
-    """Which of the job's channels are averaged."""
+    """The job's channels that are averaged."""
     if channel == "average" or len(job.channels) == 1:
         return list(range(len(job.channels)))
     if channel not in job.channels:
@@ -192,7 +192,7 @@ def _chosen(job: _Job, channel: str | int) -> list[int]:
 
 
 def _to_16_bit(mono: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Rounded to 16 bits, no dither; audio past full scale is scaled down as a whole: clipping would distort it."""
+    """Samples rounded to 16 bits without dither. Audio above full scale is scaled as a whole, since clipping would distort it."""
     scaled = mono.astype(np.float64) * 32768
     too_loud = bool(scaled.max() >= 32767.5 or scaled.min() < -32768.5)
     if too_loud:
@@ -201,20 +201,20 @@ def _to_16_bit(mono: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _file_name(utterance: str) -> str:
-    """A name that every file system takes, inside 256 folders; the digest keeps apart what the clean-up makes equal."""
+    """A file name for any file system, in one of 256 folders. A digest keeps names apart that would become equal."""
     digest = hashlib.sha256(utterance.encode()).hexdigest()
     return f"audio/{digest[:2]}/{re.sub(r'[^A-Za-z0-9._-]+', '_', utterance)[-80:]}-{digest[2:12]}.wav"
 
 
 def _process(job: _Job, options: _Options) -> dict[str, Any]:
-    """Decode, check and write one utterance; what the journal keeps of it."""
+    """Decode, check and write one utterance. Returns its line in the journal."""
     try:
         limits = options.min_duration_s, options.max_duration_s
-        check_duration(job.num_samples, job.sample_rate, *limits)  # before an hours-long file is read
+        check_duration(job.num_samples, job.sample_rate, *limits)  # checked before a long file is read
         mono, is_plain = _decode(job, options.channel)
         check_duration(len(mono), job.sample_rate, *limits)
         check_sound(mono, options.silence_dbfs)
-        # A path that is not UTF-8 can't be written to a manifest.
+        # A path that is not UTF-8 cannot be written to a manifest.
         can_stay = is_plain and job.sample_rate == options.sample_rate and printable(job.path) == job.path
         if can_stay and not options.copy:
             return {"id": job.id, "job": job.digest(), "path": job.path, "num_samples": len(mono), "scaled": False}
@@ -224,7 +224,7 @@ def _process(job: _Job, options: _Options) -> dict[str, Any]:
     name = _file_name(job.id)
     path = options.directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same temporary name, so that an interrupted run leaves nothing that the next one doesn't overwrite.
+    # The temporary name is always the same, so the next run overwrites what an interrupted run leaves.
     temporary = path.with_name(f".{path.name}")
     soundfile.write(temporary, samples_16, options.sample_rate, subtype="PCM_16", format="WAV")
     os.replace(temporary, path)
@@ -232,7 +232,7 @@ def _process(job: _Job, options: _Options) -> dict[str, Any]:
 
 
 def _prepare_one(job: _Job, options: _Options) -> dict[str, Any]:
-    """`_process`, and the digest of the file that a manifest will name."""
+    """`_process`, with the digest of the file that the manifest will name."""
     result = _process(job, options)
     return result if "reason" in result else result | {"sha256": file_digest(options.directory / result["path"])}
 
@@ -242,9 +242,9 @@ def _process_chunk(jobs: list[_Job], options: _Options) -> list[dict[str, Any]]:
 
 
 def start_worker() -> None:
-    """What a process of a pool begins with: Ctrl-C is for its parent, with which it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    # A killed parent can't stop its workers, and they would write beside the run that resumes.
+    """Start of a pool worker: it ignores Ctrl-C and ends together with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # A killed parent cannot stop its workers. They would write at the same time as the resumed run.
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
@@ -255,7 +255,7 @@ def _end_with(sentinel: int) -> None:
 
 
 def _process_all(jobs: Iterable[_Job], options: _Options, num_jobs: int) -> Generator[dict[str, Any], None, None]:
-    """Results in the order in which they get ready."""
+    """Results, in the order in which they are ready."""
     if num_jobs == 1:
         yield from (_prepare_one(job, options) for job in jobs)
         return
@@ -274,8 +274,8 @@ def _process_all(jobs: Iterable[_Job], options: _Options, num_jobs: int) -> Gene
                 yield from future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            f"a worker process ended abruptly, out of memory perhaps, while preparing {options.directory}: "
-            "run the command again to go on, with a smaller num_jobs"
+            f"a worker process ended abruptly, perhaps out of memory, while preparing {options.directory}: "
+            "run the command again with a smaller num_jobs to continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -298,15 +298,15 @@ def _check_same_settings(directory: Path, found: Mapping[str, Any], wanted: Mapp
         if before != after:
             raise ValueError(
                 f"{directory} was prepared with {name}={before!r}, now it is {after!r}: "
-                "choose another folder, or delete this one to prepare it anew"
+                "choose another folder, or delete this one to prepare it again"
             )
 
 
 class _Journal:
-    """What is done so far, a JSON line an utterance, for an interrupted run to go on from; also the folder's lock.
+    """Record of finished utterances, one JSON line each, from which an interrupted run continues. It also locks the folder.
 
     Args:
-        directory: The prepared folder.
+        directory: Prepared folder.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -314,7 +314,7 @@ class _Journal:
         self.path = directory / "journal.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
         self._lock()
-        while not self._is_there():  # the one that we waited for has removed it, and another process may have made it anew
+        while not self._is_there():  # the process that held the lock may have removed the file, and another may have made it
             self.close()
             self._lock()
 
@@ -326,22 +326,22 @@ class _Journal:
             print(f"another process prepares {self.directory}: waiting for it", flush=True)
             fcntl.flock(self.stream, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
-            print(f"{self.directory} can't be locked ({error.strerror}): see that only one process prepares it", flush=True)
+            print(f"{self.directory} can't be locked ({error.strerror}): make sure that only one process prepares it", flush=True)
 
     def _is_there(self) -> bool:
         return self.path.exists() and os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.path))
 
     def read(self, settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-        """Utterance → result, of those whose audio is in ``folder``. A rejected one is tried again: its file may be mended."""
+        """Results by utterance whose audio is in ``folder``. Rejected ones are tried again, because files may be repaired."""
         self.stream.seek(0)
         content = self.stream.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left half a line
+        whole = content[: content.rfind(b"\n") + 1]  # a killed run may have left an incomplete line
         header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
         good = [line for line in lines if "reason" not in line and (folder / line["path"]).is_file()]
         if good and header["format_version"] == FORMAT_VERSION:
             _check_same_settings(self.directory, header["settings"], settings)
             self.stream.truncate(len(whole))
-        else:  # nothing worth keeping, so that wrong settings can be put right
+        else:  # nothing to keep, so settings may change
             good = []
             self.stream.truncate(0)
             self.append({"format_version": FORMAT_VERSION, "settings": settings})
@@ -360,19 +360,19 @@ class _Journal:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A prepared folder, complete.
+    """A complete prepared folder.
 
     Args:
-        directory: Where it lies. It can be moved: the manifests name its own audio relative to it.
-        settings: What it was prepared with: ``corpus`` (the caller's) and ``prepare``.
-        counts: Split → utterances.
-        hours: Split → hours of audio.
-        rejected: Utterances left out; ``rejected.csv`` says which and why.
-        scaled: Utterances whose level was lowered to fit 16 bits.
+        directory: Path of the folder. It can be moved, because manifests name its own audio relative to it.
+        settings: Settings of the preparation: ``corpus`` (the caller's) and ``prepare``.
+        counts: Number of utterances by split.
+        hours: Hours of audio by split.
+        rejected: Number of utterances left out; ``rejected.csv`` has them with reasons.
+        scaled: Number of utterances whose level was lowered to fit 16 bits.
         task_splits: Task → role → split, as in :class:`~audiot.data.manifests.Manifests`.
-        utterances: How many there are in all, each counted once; None in a folder of an earlier version.
-        total_hours: Hours of audio in all of them.
-        content: Digest of ids, labels and audio of all splits, wherever they lie; None: prepared by a version without one.
+        utterances: Number of different utterances; None in a folder of an earlier version.
+        total_hours: Hours of audio of all different utterances.
+        content: Digest of ids, labels and audio of all splits, independent of paths; None in a folder of an earlier version.
     """
 
     directory: Path
@@ -388,32 +388,32 @@ class PreparedCorpus:
 
     @classmethod
     def load(cls, directory: str | Path) -> PreparedCorpus:
-        """Read a folder's corpus.json.
+        """Read corpus.json of a folder.
 
         Raises:
-            FileNotFoundError: nothing was prepared there, or not to the end.
-            ValueError: corpus.json is broken, or of another version of the format.
+            FileNotFoundError: the folder is not prepared, or not completely.
+            ValueError: corpus.json is damaged or has another format version.
         """
         directory = Path(directory)
         if not _is_complete(directory):
             if (directory / "journal.jsonl").is_file():
-                raise FileNotFoundError(f"{directory} is not prepared to the end: run the preparation again to go on")
+                raise FileNotFoundError(f"{directory} is not completely prepared: run the preparation again to continue")
             raise FileNotFoundError(f"{directory} holds no prepared corpus: prepare one, or name another folder")
         content = read_json(directory / "corpus.json", "description of a prepared corpus")
         version = content.get("format_version")
         if version not in READABLE_VERSIONS:
-            raise ValueError(f"{directory} is of format {version}, this audiot reads {FORMAT_VERSION}: prepare it anew")
+            raise ValueError(f"{directory} has format {version}, but this audiot reads {FORMAT_VERSION}: prepare it again")
         names = ("settings", "counts", "hours", "rejected", "scaled", "task_splits")
         totals: dict[str, Any] = {name: content.get(name) for name in ("utterances", "total_hours")}
         return cls(directory, **{name: content[name] for name in names}, content=content.get("content"), **totals)
 
     @property
     def sample_rate(self) -> int:
-        """Hz."""
+        """Sample rate in Hz."""
         return self.settings["prepare"]["sample_rate"]
 
     def split_for(self, task: str, role: str) -> str:
-        """The split that a task uses as ``train``, ``valid`` or ``test``.
+        """The split that a task uses in a role: ``train``, ``valid`` or ``test``.
 
         Raises:
             ValueError: the corpus has no such split.
@@ -425,7 +425,7 @@ class PreparedCorpus:
         return split
 
     def cuts(self, split: str) -> CutSet:
-        """Cuts of a split, read from disk as they are iterated.
+        """Cuts of a split, streamed from disk.
 
         Raises:
             ValueError: the corpus has no such split.
@@ -435,14 +435,14 @@ class PreparedCorpus:
         if split not in self.counts:
             raise ValueError(f"{self.directory} has no split {split!r}: it has {', '.join(self.counts)}")
         cuts = CutSet.from_jsonl_lazy(self.directory / f"{split}.jsonl.gz")
-        # Absolute paths (of audio that was good as it lay) stay what they are.
+        # Absolute paths (of audio that is used in place) are kept.
         return cuts.with_recording_path_prefix(self.directory.absolute())
 
     def check_audio(self) -> None:
-        """Refuse audio that is used where it lies and is no longer what it was.
+        """Refuse audio that is used in place and has changed since preparation.
 
         Raises:
-            ValueError: a file was changed or is gone; of a folder of format 1, which has no record, none is.
+            ValueError: a file was changed or is gone. A folder of format 1 has no record, so nothing is checked.
         """
         if (self.directory / SOURCES).is_file():
             used = {path: file for path, file in read_record(self.directory / SOURCES).items() if file.in_place}
@@ -450,9 +450,9 @@ class PreparedCorpus:
             if changed := [path for path, file in used.items() if states[path] != file.state]:
                 what = "is gone" if states[changed[0]] is None else "was changed"
                 raise ValueError(
-                    f"{self.directory} uses audio where it lies, and {changed[0]} {what} since ({len(changed):,} of "
-                    f"{len(used):,} files were changed or are gone): audiot prepare, with the options as before, prepares the "
-                    "difference; data.prepare.copy=true makes a corpus that is its own"
+                    f"{self.directory} uses audio in place, but {changed[0]} {what} since preparation ({len(changed):,} of "
+                    f"{len(used):,} files were changed or are gone): run audiot prepare with the same options to prepare the "
+                    "difference; data.prepare.copy=true makes a corpus with its own audio"
                 )
 
 
@@ -472,44 +472,44 @@ def prepare(
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PreparedCorpus:
-    """Decode every cut once into 16-bit mono WAV, and write manifests of what is good.
+    """Decode every cut once to 16-bit mono WAV, and write manifests of the good ones.
 
-    Bad audio (missing, unreadable, truncated, empty, silent, non-finite, too short or long) goes to rejected.csv with
-    its reason and never stops the run. An interrupted run goes on where it was; a complete folder is returned at once,
-    once size and time of its sources were compared with what they were.
-    The bytes written do not depend on ``num_jobs`` or on interruptions. Supervisions keep their times; features and
-    video of a cut are not carried over. An utterance that exceeds full scale after averaging and resampling is scaled
-    down as a whole rather than clipped.
+    Bad audio (missing, unreadable, truncated, empty, silent, non-finite, too short or too long) is listed in rejected.csv with
+    its reason and never stops the run. An interrupted run continues where it was. A complete folder is returned at once, after
+    a comparison of its sources' sizes and times.
+    The written bytes do not depend on ``num_jobs`` or on interruptions. Supervisions keep their times. Features and video of a
+    cut are dropped. An utterance that exceeds full scale after averaging and resampling is scaled down as a whole instead of
+    clipped.
 
-    ``when`` says what happens to a complete folder whose sources have changed since:
+    ``when`` says what happens if the sources of a complete folder have changed:
 
-    - ``update``, the default, says what has changed and prepares that anew: who edits a label and runs again expects the
-      edit to count. Nothing is decoded but changed and added audio, and the new corpus takes the place of the old one when
-      it is whole. It can be the default because no result changes silently: runs note what they were trained on.
-    - ``check`` refuses the corpus and says what has changed.
-    - ``keep`` uses the folder as it is and looks at no source, for sources that are not there any more.
+    - ``update``, the default, reports the changes and prepares them, so that an edited label takes effect in the next run. Only
+      changed and added audio is decoded. The new corpus replaces the old one when it is complete. No result changes silently,
+      because runs record the data that they were trained on.
+    - ``check`` refuses the corpus and reports the changes.
+    - ``keep`` uses the folder as it is without looking at the sources, for sources that no longer exist.
 
-    With ``update`` and ``check`` a folder whose sources are missing as a whole, as on a disk that is not mounted, is refused.
+    ``update`` and ``check`` refuse a folder whose sources are all missing, as on an unmounted disk.
 
     Args:
-        manifests: Of the corpus, or a function that returns them, called only when there is something to do.
-        output_dir: Gets corpus.json, SPLIT.jsonl.gz, rejected.csv, audio/ and record/.
-        sample_rate: Hz of the audio written.
-        channel: ``average``, or the number of the channel to keep of cuts with several.
-        min_duration_s: Shorter utterances are rejected.
-        max_duration_s: Longer ones too, unless None.
-        silence_dbfs: So is one with an RMS below this; a full-scale square wave has 0.
-        copy: Also write audio that could be used where it lies: whole 16-bit mono WAV files of the right rate.
-        when: ``update``, ``check`` or ``keep``.
-        sources: The files that the corpus reads now; None: the audio of its cuts alone.
-        num_jobs: Worker processes; None: one a core, or none for less than an hour of audio.
-        settings: What the corpus was made with; recorded, and compared when the folder is there already.
-        progress: Show a bar.
+        manifests: Manifests of the corpus, or a function that returns them. It is called only if there is something to do.
+        output_dir: Folder for corpus.json, SPLIT.jsonl.gz, rejected.csv, audio/ and record/.
+        sample_rate: Sample rate of the written audio in Hz.
+        channel: ``average``, or the number of the channel to keep of multi-channel cuts.
+        min_duration_s: Shortest utterance in seconds; shorter ones are rejected.
+        max_duration_s: Longest utterance in seconds; longer ones are rejected. None means no limit.
+        silence_dbfs: Lowest RMS; quieter utterances are rejected. A full-scale square wave has 0.
+        copy: Whether to write even audio that could be used in place: whole 16-bit mono WAV files at the right rate.
+        when: Treatment of changed sources: ``update``, ``check`` or ``keep``.
+        sources: Function that returns the files that the corpus reads now; None: only the audio of its cuts.
+        num_jobs: Worker processes; None: one per core, or none for less than an hour of audio.
+        settings: Settings that made the corpus. They are recorded, and compared with those of an existing folder.
+        progress: Whether to show a progress bar.
 
     Raises:
         FileNotFoundError: the sources of a complete folder are missing.
-        ValueError: an argument is out of range, the folder was prepared with other settings or, with ``check``, from other
-            sources, two different utterances have one id, every utterance is bad, or a split has none left.
+        ValueError: an argument is out of range, the folder was prepared with other settings or (with ``check``) from other
+            sources, two different utterances have one id, every utterance is bad, or a split is empty.
     """
     prepare_settings: dict[str, Any] = {
         "sample_rate": sample_rate,
@@ -528,7 +528,7 @@ def prepare(
     if when not in WHEN:
         raise ValueError(f"prepare.when must be {', '.join(WHEN[:-1])} or {WHEN[-1]}, found {when!r}")
     directory = Path(output_dir)
-    # As JSON will give them back, tuples as lists.
+    # As JSON returns them, with lists for tuples.
     wanted = json.loads(json.dumps({"corpus": dict(settings or {}), "prepare": prepare_settings}, default=str))
 
     prepared, _ = _as_it_is(directory, wanted, when, sources)
@@ -536,7 +536,7 @@ def prepare(
         return prepared
     with closing(_Journal(directory)) as journal:
         _finish_update(directory)
-        prepared, change = _as_it_is(directory, wanted, when, sources)  # now that no other process prepares it
+        prepared, change = _as_it_is(directory, wanted, when, sources)  # checked again under the lock
         if prepared is None:
             if change:
                 print(f"{directory}: {change}: preparing the difference", flush=True)
@@ -557,7 +557,7 @@ def _prepare(
     num_jobs: int | None,
     progress: bool,
 ) -> str:
-    """Fill a folder; where a complete corpus is in it, decode the difference to ``update/`` and then replace it; a summary."""
+    """Fill a folder. If it holds a complete corpus, decode the difference to ``update/`` and swap it in. Returns a summary."""
     directory = journal.directory
     work, old = directory, {}
     if _is_complete(directory):
@@ -566,7 +566,7 @@ def _prepare(
         old = {line["id"]: line for line in lines if _still_holds(line, directory)}
     new = journal.read(settings, work)
 
-    # What changes while it is read is found changed the next time: the first look counts.
+    # The state before reading is recorded, so a file that changes while it is read counts as changed the next time.
     seen = {path: file for path, file in _snapshot(sources).items() if file.size is not None}
     corpus = manifests() if callable(manifests) else manifests
     _check_manifests(corpus)
@@ -597,12 +597,12 @@ def _prepare(
 
 
 def _still_holds(line: Mapping[str, Any], directory: Path) -> bool:
-    """Whether a result need not be had anew while its sources are the same: permissions, memory and time may be others now."""
+    """Whether a result holds while its sources are the same. Errors of permissions, memory or time may not recur."""
     return not line["reason"].startswith("unreadable") if "reason" in line else (directory / line["path"]).is_file()
 
 
 def _keep_only(folder: Path, used: Collection[Path]) -> None:
-    """Remove the audio that preparation wrote to a folder and that is not used; what `_file_name` can't have named stays."""
+    """Delete written audio in a folder that is not used. Files whose names `_file_name` cannot make are kept."""
     for inside in folder.glob("[0-9a-f][0-9a-f]"):
         if not inside.is_dir():
             continue
@@ -624,11 +624,11 @@ def _snapshot(sources: Callable[[], Sources] | None) -> dict[str, File]:
 def _as_it_is(
     directory: Path, wanted: Mapping[str, Any], when: str, sources: Callable[[], Sources] | None
 ) -> tuple[PreparedCorpus | None, str]:
-    """A complete folder that may be used as it is, or None; and, of one that may not, what has changed.
+    """A complete folder that may be used as it is, or None; and what has changed if it may not.
 
     Raises:
-        FileNotFoundError: its sources are missing.
-        ValueError: it was prepared with other settings or, with ``check``, from other sources.
+        FileNotFoundError: the sources are missing.
+        ValueError: the folder was prepared with other settings or (with ``check``) from other sources.
     """
     if not _is_complete(directory):
         return None, ""
@@ -637,31 +637,31 @@ def _as_it_is(
     if when == "keep":
         return prepared, ""
     if not (directory / SOURCES).is_file():
-        change: Difference | str = "an earlier audiot prepared it and noted no sources to compare"
+        change: Difference | str = "an earlier audiot prepared it and recorded no sources"
     else:
         named = {value for value in _flat(wanted["corpus"]).values() if isinstance(value, str)}
         change = compare(read_record(directory / SOURCES), sources, named)
         if change.missing:
             raise FileNotFoundError(
                 f"{directory} was prepared from files that are missing, {printable(change.missing[0])} first "
-                f"({len(change.missing):,} in all): is a disk not mounted? data.prepare.when=keep uses what was prepared"
+                f"({len(change.missing):,} in all): is a disk not mounted? data.prepare.when=keep uses the prepared corpus"
             )
         if not change:
             return prepared, ""
     if when == "check":
         raise ValueError(
-            f"{directory} is not what its sources are now: {change}: audiot prepare with data.prepare.when=update prepares the "
+            f"{directory} does not match its sources: {change}: audiot prepare with data.prepare.when=update prepares the "
             "difference, data.prepare.when=keep uses it as it was"
         )
     return None, str(change)
 
 
 def _finish_update(directory: Path) -> None:
-    """Put an update that is whole in the place of what was there; goes on where it was interrupted."""
+    """Replace the corpus by a complete update. It continues if it was interrupted."""
     work = directory / "update"
     if not _is_complete(work):
         return
-    (directory / "corpus.json").unlink(missing_ok=True)  # until all of it is there
+    (directory / "corpus.json").unlink(missing_ok=True)  # it is written last
     for folder, _, names in os.walk(work):
         for name in names:
             path = Path(folder, name)
@@ -678,7 +678,7 @@ def _finish_update(directory: Path) -> None:
 
 
 def usable_cores() -> int:
-    """Cores of this machine that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -700,7 +700,7 @@ def _check_manifests(corpus: Manifests) -> None:
 
 
 def _all_jobs(corpus: Manifests) -> list[_Job]:
-    """Every utterance once, in order; a split may share utterances with another, but not repeat its own."""
+    """All utterances once, in order. Splits may share utterances, but one split must not repeat any."""
     jobs: dict[str, _Job] = {}
     for split, cuts in corpus.splits.items():
         in_split: set[str] = set()
@@ -714,7 +714,7 @@ def _all_jobs(corpus: Manifests) -> list[_Job]:
 
 
 def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
-    """The cut over its new recording."""
+    """The cut with its new recording."""
     from lhotse import Recording
     from lhotse.audio import AudioSource
     from lhotse.cut import MonoCut
@@ -723,18 +723,20 @@ def _prepared_cut(cut: Cut, result: Mapping[str, Any], sample_rate: int) -> Cut:
     duration = result["num_samples"] / sample_rate
     supervisions = []
     for supervision in cut.supervisions:
-        if supervision.alignment and cut.start:  # Lhotse counts a supervision's time from the cut's start, an alignment's not
+        if (
+            supervision.alignment and cut.start
+        ):  # in Lhotse, supervisions count from the cut's start, alignments from the recording's
             shifted = {name: [item.with_offset(-cut.start) for item in tier] for name, tier in supervision.alignment.items()}
             supervision = fastcopy(supervision, alignment=shifted)
         if supervision.alignment and cut.has_recording and isinstance(cut, MonoCut) and cut.duration < cut.recording.duration:
-            # A window into a longer recording: what is said before and behind it is not in the new one.
-            heard = {
+            # The cut is a window into a longer recording. Speech outside it is not in the new recording.
+            inside = {
                 name: [item.trim(duration) for item in tier if item.start < duration and item.end > 0]
                 for name, tier in supervision.alignment.items()
             }
-            supervision = fastcopy(supervision, alignment={name: tier for name, tier in heard.items() if tier} or None)
+            supervision = fastcopy(supervision, alignment={name: tier for name, tier in inside.items() if tier} or None)
         if 0 <= supervision.start < duration < supervision.end <= cut.duration + 1e-6:
-            # It ended with the cut, which is a fraction of a sample shorter now, or a decoder's last frame.
+            # It ended with the cut, which is now shorter by a fraction of a sample or by a decoder's last frame.
             tiers = supervision.alignment or {}
             inside = {name: [item for item in items if item.start < duration] for name, items in tiers.items()}
             supervision = fastcopy(supervision, alignment=inside or None).trim(duration)
@@ -753,7 +755,7 @@ def _write(
     work: Path,
     settings: dict[str, Any],
 ) -> str:
-    """Write manifests, rejected.csv and the record to ``work``, then corpus.json, which makes it complete; a summary."""
+    """Write manifests, rejected.csv and the record to ``work``, and last corpus.json. Returns a summary."""
     sample_rate = settings["prepare"]["sample_rate"]
     rejected = [("", printable(path), reason) for path, reason in corpus.rejected]
     rejected += [(line["id"], printable(line["path"]), line["reason"]) for line in results if "reason" in line]
@@ -763,7 +765,7 @@ def _write(
         csv.writer(stream, lineterminator="\n").writerows([("utterance", "path", "reason"), *rejected])
     kinds = Counter(reason.split(":")[0] for _, _, reason in rejected).most_common()
     if not good:
-        most = f"{kinds[0][0]} ({kinds[0][1]} of {len(rejected)}), see {report}" if kinds else "the corpus has none"
+        most = f"{kinds[0][0]} ({kinds[0][1]} of {len(rejected)}), see {report}" if kinds else "the corpus is empty"
         raise ValueError(f"no utterance can be used, most often because: {most}")
 
     counts, hours, digest = {}, {}, hashlib.sha256()
@@ -773,7 +775,7 @@ def _write(
             for cut in cuts:
                 if result := good.get(cut.id):
                     line = _prepared_cut(cut, result, sample_rate).to_dict()
-                    stream.write(json.dumps(line).encode() + b"\n")  # in ASCII: Lhotse reads in the locale's encoding
+                    stream.write(json.dumps(line).encode() + b"\n")  # ASCII, because Lhotse reads in the locale's encoding
                     matter = (split, cut.id, result["sha256"], line["supervisions"], line.get("custom"))
                     digest.update(json.dumps(matter).encode() + b"\n")
                     counts[split] += 1
@@ -781,7 +783,7 @@ def _write(
         if counts[split] == 0:
             raise ValueError(f"split {split!r} has no utterance left: see {report}, or choose other splits")
         hours[split] = num_samples / sample_rate / 3600
-    if rejected:  # errors above name the report of an update, which stays where it is then
+    if rejected:  # after an error above, the report of an update stays in its folder
         why = ", ".join(f"{count} {kind}" for kind, count in kinds)
         print(
             f"rejected {len(rejected):,} of {len(good) + len(rejected):,} files ({why}): see {directory / report.name}",

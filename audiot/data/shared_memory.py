@@ -1,4 +1,4 @@
-"""Room in /dev/shm, through which loader processes hand batches to training; containers have 64 MB of it unless they are told."""
+"""Space in /dev/shm, where loader processes pass batches to training. Containers have 64 MB of it by default."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 PLACE = Path("/dev/shm")
 REMEDY = "data.num_workers={workers} or a smaller data.batch_s"
-HELD = 2  # batches that the main process has at a time, one in use and one on its way to the device
+HELD = 2  # batches held by the main process: one in use, one on its way to the device
 
 
 def free_bytes() -> int | None:
-    """What is free in /dev/shm; None where a system has none."""
+    """Free bytes in /dev/shm; None where the system has none."""
     if not PLACE.is_dir():
         return None
     status = os.statvfs(PLACE)
@@ -22,17 +22,17 @@ def free_bytes() -> int | None:
 
 
 def check_room(workers: int, batches: int, batch_bytes: float, training_processes: int = 1, remedy: str = REMEDY) -> None:
-    """Refuse loader processes for whose batches there is no room.
+    """Refuse loader processes whose batches would not fit into /dev/shm.
 
     Args:
         workers: Loader processes of each training process.
-        batches: How many each of them makes ahead.
-        batch_bytes: Size of a batch.
-        training_processes: On this machine.
-        remedy: What to set instead, with ``{workers}`` for the number of loader processes for which there is room.
+        batches: Batches that each process makes in advance.
+        batch_bytes: Size of a batch in bytes.
+        training_processes: Training processes on this machine.
+        remedy: Advice, with ``{workers}`` for the number of loader processes that fit.
 
     Raises:
-        ValueError: with what is free, what is wanted, and what to do.
+        ValueError: there is too little space. The message has the free and the needed size, and the remedy.
     """
     free = free_bytes()
     wanted = training_processes * (workers * batches + HELD) * batch_bytes
@@ -41,17 +41,17 @@ def check_room(workers: int, batches: int, batch_bytes: float, training_processe
     most = max(0, int(free / training_processes / batch_bytes - HELD) // batches)
     many = f"{training_processes} × {workers}" if training_processes > 1 else str(workers)
     raise ValueError(
-        f"/dev/shm has {_mb(free)} free, and {many} loader processes want about {_mb(wanted)} of it ({batches} batches of "
+        f"/dev/shm has {_mb(free)} free, but {many} loader processes need about {_mb(wanted)} of it ({batches} batches of "
         f"{_mb(batch_bytes)} each): {_remedy(wanted, remedy, most)}"
     )
 
 
 @contextmanager
-def room_told(batch_bytes: float, remedy: str = REMEDY) -> Iterator[None]:
-    """Say what to do where PyTorch finds no room for a batch.
+def shared_memory_errors(batch_bytes: float, remedy: str = REMEDY) -> Iterator[None]:
+    """Explain PyTorch's error about missing space for a batch.
 
     Raises:
-        ValueError: instead of PyTorch's RuntimeError.
+        ValueError: raised instead of PyTorch's RuntimeError.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def room_told(batch_bytes: float, remedy: str = REMEDY) -> Iterator[None]:
             raise
         free = free_bytes()
         has = "there is no shared memory" if free is None else f"/dev/shm has {_mb(free)} free"
-        words = f"{has}, and a loader process wants {_mb(batch_bytes)} of it for a batch: {_remedy(batch_bytes, remedy, 0)}"
+        words = f"{has}, but a loader process needs {_mb(batch_bytes)} of it for a batch: {_remedy(batch_bytes, remedy, 0)}"
         raise ValueError(words) from error
 
 

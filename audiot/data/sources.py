@@ -1,4 +1,4 @@
-"""What a prepared corpus was made from: its files as they were, and what has become of them since."""
+"""The source files of a prepared corpus, as they were, and how they have changed since."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from audiot.base.files import name_bytes, printable, replacing_gzip
 if TYPE_CHECKING:
     from audiot.data.manifests import Manifests
 
-AT_A_TIME = 256  # files that a thread looks at; on a network disk it waits for each
-NAMED = 3  # so many edited tables are named, more are counted
+AT_A_TIME = 256  # files that a thread checks at a time; on a network disk each takes a while
+NAMED = 3  # edited tables that are named; more are counted
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Files that a corpus reads, as far as they are there now.
+    """Files that a corpus reads, if they exist now.
 
     Args:
-        audio: Recordings, which are compared by size and time of change.
-        texts: Tables, lists, manifests, transcripts and alignments, which are compared by content.
+        audio: Recordings, compared by size and modification time.
+        texts: Tables, lists, manifests, transcripts and alignments, compared by content.
     """
 
     audio: Collection[str | Path] = ()
@@ -39,23 +39,23 @@ class Sources:
 
 
 class Corpus(Protocol):
-    """A corpus: a class whose arguments are in ``conf/data``. Arguments that are places say so: their types name ``Path``."""
+    """Interface of a corpus. Its arguments are in ``conf/data``. Arguments that are paths have a type that names ``Path``."""
 
     def manifests(self) -> Manifests:
-        """Its cuts; gets or makes what is not there, where the corpus can."""
+        """The cuts. Missing data is downloaded or made, if the corpus can."""
 
     def sources(self) -> Sources:
-        """The files that `manifests` reads; those that only its cuts name may be left out. Gets and makes nothing."""
+        """The files that `manifests` reads. Files that only the cuts name may be left out. Nothing is downloaded or made."""
 
 
 class File(NamedTuple):
-    """A file as it was.
+    """State of a file when it was recorded.
 
     Args:
-        size: Bytes; None: it was not there.
-        mtime_ns: When it was changed last, nanoseconds since 1970.
-        sha256: Digest of a text; None: audio.
-        in_place: A prepared manifest names it, rather than a copy.
+        size: Size in bytes; None: the file did not exist.
+        mtime_ns: Modification time in nanoseconds since 1970.
+        sha256: Digest of a text file; None for audio.
+        in_place: Whether a prepared manifest refers to the file itself instead of a copy.
     """
 
     size: int | None
@@ -65,12 +65,12 @@ class File(NamedTuple):
 
     @property
     def state(self) -> tuple[int, int] | None:
-        """Size and time, of a file that was there."""
+        """Size and modification time of a file that existed."""
         return None if self.size is None else (self.size, self.mtime_ns)
 
 
 def places(corpus: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Absolute, resolved places among a corpus's arguments: those whose types name ``Path``; the default where one is null."""
+    """Absolute, resolved values of a corpus's arguments whose types name ``Path``. Null gives the default."""
     found = {}
     for name, parameter in inspect.signature(corpus).parameters.items():
         value = arguments.get(name)
@@ -82,25 +82,25 @@ def places(corpus: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str
 
 
 def _resolved(place: str | Path) -> str:
-    return os.path.realpath(os.path.abspath(place))  # abspath first: with links, a/../b is b beside a
+    return os.path.realpath(os.path.abspath(place))  # abspath first, so that a/../b is b even if a is a link
 
 
 def is_prepared(names: Iterable[str] | Iterable[bytes]) -> bool:
-    """Whether a folder with these names in it is a prepared corpus, or becomes one: it is no source of the tree around it."""
+    """Whether these names mark a folder as a prepared corpus, complete or not. It is then not a source of the tree around it."""
     there = set(map(os.fsdecode, names))
     return {"corpus.json", "rejected.csv"} <= there or "journal.jsonl" in there
 
 
 def files_below(folder: str | Path, *suffixes: str) -> list[str]:
-    """Paths of files with one of the suffixes below a folder, sorted.
+    """Sorted paths of files below a folder that have one of the suffixes.
 
-    Names that begin with a dot are passed over, and so are prepared corpora below the folder.
+    Names that begin with a dot and prepared corpora below the folder are skipped.
     """
     seen: set[tuple[int, int]] = set()
 
     def walk(place: str) -> Iterator[str]:
         status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # a link leads back
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
             return
         is_top = not seen
         seen.add((status.st_dev, status.st_ino))
@@ -120,11 +120,11 @@ def files_below(folder: str | Path, *suffixes: str) -> list[str]:
 
 
 def snapshot(sources: Sources) -> dict[str, File]:
-    """Absolute path of each source → the file as it is."""
+    """Current state of each source, by absolute path."""
     audio, texts = _absolute(sources.audio), _absolute(sources.texts)
     states = look([*audio, *texts])
     there = [path for path in texts if states[path]]
-    with ThreadPoolExecutor(16) as pool:  # reading small files is waiting for disks
+    with ThreadPoolExecutor(16) as pool:  # reading small files mostly waits for disks
         digests = dict(zip(there, pool.map(file_digest, there), strict=True))
     return {path: File(*state, digests.get(path)) if state else File(None) for path, state in states.items()}
 
@@ -134,7 +134,7 @@ def _absolute(paths: Iterable[str | Path]) -> list[str]:
 
 
 def look(paths: Iterable[str]) -> dict[str, tuple[int, int] | None]:
-    """Path → size and time of change in nanoseconds; None where no file is."""
+    """Size and modification time in nanoseconds of each path; None where there is no file."""
     paths = list(paths)
     with ThreadPoolExecutor(16) as pool:
         parts = pool.map(_look, (paths[at : at + AT_A_TIME] for at in range(0, len(paths), AT_A_TIME)))
@@ -148,7 +148,7 @@ def _look(paths: list[str]) -> list[tuple[int, int] | None]:
 def _state(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(name_bytes(path))
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: an impossible file name
         return None
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
@@ -163,7 +163,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def write_record(path: Path, files: Mapping[str, File]) -> None:
-    """Write files as they were, a JSON line each."""
+    """Write the states of files, one JSON object per line."""
     with replacing_gzip(path) as stream:
         for name, file in files.items():
             line = {key: value for key, value in file._asdict().items() if value is not None and value is not False}
@@ -174,7 +174,7 @@ def read_record(path: Path) -> dict[str, File]:
     """Read what `write_record` wrote.
 
     Raises:
-        ValueError: the file is broken.
+        ValueError: the file is damaged.
     """
     return {line.pop("path"): File(line.pop("size", None), **line) for line in read_lines(path)}
 
@@ -183,19 +183,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of gzipped JSON lines.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     try:
         with gzip.open(path, "rb") as stream:
             return [json.loads(line) for line in stream]
     except (EOFError, gzip.BadGzipFile, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete the prepared folder, which is then made anew") from error
+        raise ValueError(f"{path} is damaged ({error}): delete the prepared folder to prepare it again") from error
 
 
 @dataclass
 class Difference:
-    """What has become of the sources: paths of audio and of texts that were changed, added or removed."""
+    """Changes of the sources: paths of audio and of texts that were changed, added or removed."""
 
     audio: dict[str, list[str]] = field(default_factory=lambda: {"changed": [], "added": [], "removed": []})
     texts: dict[str, list[str]] = field(default_factory=lambda: {"edited": [], "added": [], "removed": []})
@@ -205,7 +205,7 @@ class Difference:
         return any(chain(self.audio.values(), self.texts.values()))
 
     def __str__(self) -> str:
-        """3 files changed, 2 added, 1 removed, labels.csv edited; first: /corpora/a.wav."""
+        """Summary such as: 3 files changed, 2 added, 1 removed, labels.csv edited; first: /corpora/a.wav."""
         parts: list[str] = []
         for kind, paths in self.audio.items():
             if paths:
@@ -219,13 +219,14 @@ class Difference:
 
 
 def compare(recorded: Mapping[str, File], sources: Callable[[], Sources] | None, named: Collection[str] = ()) -> Difference:
-    """What has become of files since they were recorded. A text counts as edited when its content is another.
+    """Changes of files since they were recorded. A text counts as edited if its content differs.
 
     Args:
-        recorded: Path → the file as it was.
-        sources: The files that the corpus would read now, called only if the recorded ones are not missing; None: the same.
-        named: Places that settings name; where one of the files that were recorded is gone from there, it is ``missing``, as
-            is all audio where none is left: a disk that is not mounted is no edit.
+        recorded: State of each file by path.
+        sources: Function that returns the files that the corpus would read now. It is called only if no recorded file is
+            missing; None means the same files.
+        named: Places that the settings name. A recorded file that is gone from one of them is ``missing``. So is all audio if
+            none is left, because an unmounted disk is not an edit.
     """
     states = look(recorded)
     found = Difference()

@@ -1,4 +1,4 @@
-"""Text that users bring: files in UTF-8, and the labels and transcripts in them; anything else is refused by its place."""
+"""Reading users' text: UTF-8 files, and the labels and transcripts in them. Errors name the file and line."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from pathlib import Path
 from typing import Any
 
 LINE_END = re.compile(rb"\r\n|\r|\n")
-# Signs of a number that is not finite or of half a character: JSON without them needs no closer look.
+# Signs of a non-finite number or a lone surrogate. JSON without them needs no further check.
 ODD = ("NaN", "Infinity", "\\ud", "\\uD")
 HUGE = re.compile(r"[eE]\+?[0-9]{3}")
-MOST_S = 1e9  # no recording lasts 30 years; Lhotse's arithmetic fails far beyond
+MOST_S = 1e9  # 30 years; Lhotse's arithmetic fails far beyond this
 
 
 def read_text(path: str | Path, utf_16: bool = False) -> str:
-    """All text of a file, its line ends made one.
+    """All text of a file, with ``\\n`` line ends.
 
     Args:
-        path: The file, in UTF-8 with or without a byte order mark, plain or gzipped.
-        utf_16: UTF-16 with a byte order mark is a text too.
+        path: UTF-8 file, with or without a byte order mark, plain or gzipped.
+        utf_16: Whether UTF-16 with a byte order mark is accepted too.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8; names the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8 text. The message has the line.
     """
     return "".join(line for _, line in _numbered(Path(path), utf_16))
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number and content, without the blanks around it, of each line that isn't blank; see `read_text`."""
+    """Number and stripped content of each line that is not blank (see `read_text`)."""
     return ((number, content) for number, line in _numbered(Path(path)) if (content := line.strip()))
 
 
 def rows(path: str | Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a table (RFC 4180) whose first row names the columns: line, and name → cell without the blanks around it.
+    """Rows of a table (RFC 4180) whose first row names the columns: line number, and a dict from name to stripped cell.
 
-    Rows of blanks, and columns whose name is blank, are left out.
+    Blank rows and columns with a blank name are left out.
 
     Args:
-        path: The file, plain or gzipped, as `read_text` takes it.
-        columns: Names that must be among those of the columns.
-        delimiter: What stands between columns.
+        path: File as `read_text` takes it.
+        columns: Names of required columns.
+        delimiter: Separator of the columns.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column is missing or there twice, a row is of another length, a quote is not closed; names the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: a column is missing or repeated, a row has another length, or a quote is not closed. The message has the line.
     """
     path = Path(path)
     header: list[str] | None = None
@@ -70,7 +70,7 @@ def rows(path: str | Path, columns: Sequence[str], delimiter: str = ",") -> Iter
                 raise ValueError(f"{path}:{number}: {doubled[0]} is the name of several columns: rename all but one")
         elif len(cells) != len(header):
             raise ValueError(
-                f"{path}:{number}: not as many values as the header has columns: {len(cells)}, not {len(header)} "
+                f"{path}:{number}: expected {len(header)} values, one per column of the header, found {len(cells)} "
                 "(a value that holds the separator needs quotes around it)"
             )
         else:
@@ -83,7 +83,7 @@ def json_object(line: str) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
-        ValueError: it is not JSON (RFC 8259: there is no NaN), not an object, or a name occurs in it twice.
+        ValueError: the line is not JSON (RFC 8259, without NaN), not an object, or has a name twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def json_object(line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
-        raise ValueError("not JSON of this kind: its brackets are too deep") from None
+        raise ValueError("its brackets are nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError(f"a JSON object was expected, found {type(found).__name__}")
     if any(sign in line for sign in ODD) or HUGE.search(line):
@@ -107,14 +107,14 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def as_label(value: object, what: str) -> str | None:
-    """A label as text without the blanks around it: of a text or a whole number; None where it is missing, null or blank.
+    """A label as stripped text, from a text or a whole number; None if it is missing, null or blank.
 
     Args:
-        value: As a table or manifest has it.
+        value: Value in a table or manifest.
         what: Name of the field, for the error.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value has another type.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, Integral))):
         raise ValueError(f"{what} must be text or a whole number, found {_shown(value)}: put it in quotes, or leave it out")
@@ -122,10 +122,10 @@ def as_label(value: object, what: str) -> str | None:
 
 
 def as_text(value: object, what: str) -> str | None:
-    """Text without the blanks around it; None where it is missing, null or blank. A number is refused: is 7 'seven' or '7'?
+    """Stripped text; None if it is missing, null or blank. Numbers are refused, because 7 could mean 'seven' or '7'.
 
     Raises:
-        ValueError: it is not text.
+        ValueError: the value is not text.
     """
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{what} must be text, found {_shown(value)}: put it in quotes, or leave it out")
@@ -136,7 +136,7 @@ def as_seconds(value: object, what: str) -> float:
     """A number of seconds, which may be negative.
 
     Raises:
-        ValueError: it is none, or 30 years and more.
+        ValueError: the value is not a number, or at least 30 years.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST_S:
         raise ValueError(f"{what} must be a number of seconds, found {_shown(value)}")
@@ -148,7 +148,7 @@ def _shown(value: object) -> str:
 
 
 def _check(value: Any, name: str) -> None:
-    """Refuse numbers and texts that have no JSON: not finite, half a character."""
+    """Refuse values that JSON cannot hold: non-finite numbers and lone surrogates."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check(item, f"{name}.{key}" if name else key)
@@ -156,16 +156,16 @@ def _check(value: Any, name: str) -> None:
         for place, item in enumerate(value):
             _check(item, f"{name}[{place}]")
     elif isinstance(value, float) and not isfinite(value):
-        raise ValueError(f"{name} must be a number, found {value}: write null where there is none")
+        raise ValueError(f"{name} must be a number, found {value}: write null for a missing value")
     elif isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name} has half a character in it: {ascii(value)[:80]}") from None
+            raise ValueError(f"{name} has a lone surrogate, half a character: {ascii(value)[:80]}") from None
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line on which it begins, and cells, of each row that isn't blank."""
+    """First line number and cells of each row that is not blank."""
     reader = csv.reader((line for _, line in _numbered(path)), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
         number = reader.line_num + 1
@@ -182,8 +182,8 @@ def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _numbered(path: Path, utf_16: bool = False) -> Iterator[tuple[int, str]]:
-    """Number and content of each line, every line end one of ``\\n``."""
-    if not path.is_file():  # nor read a pipe, which may never end
+    """Number and content of each line, with ``\\n`` as line end."""
+    if not path.is_file():  # a pipe may never end
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as raw:
         opened = gzip.open if raw.read(2) == b"\x1f\x8b" else open
@@ -194,7 +194,7 @@ def _numbered(path: Path, utf_16: bool = False) -> Iterator[tuple[int, str]]:
             stream.seek(0)
             wide = mark in (b"\xff\xfe", b"\xfe\xff")
             if wide and not utf_16:
-                raise ValueError(f"{path} is UTF-16, as its first bytes say: save it as UTF-8")
+                raise ValueError(f"{path} is UTF-16, according to its first bytes: save it as UTF-8")
             with io.TextIOWrapper(stream, encoding="utf-16" if wide else "utf-8-sig") as lines:
                 for number, line in enumerate(lines, start=1):
                     if "\0" in line:
@@ -202,8 +202,8 @@ def _numbered(path: Path, utf_16: bool = False) -> Iterator[tuple[int, str]]:
                     yield number, line
     except UnicodeDecodeError as error:
         if wide:
-            raise ValueError(f"{path} begins as UTF-16 and is not: {error.reason}") from None
-        with opened(path, "rb") as stream:  # the decoder knows the place in its buffer alone
+            raise ValueError(f"{path} begins like UTF-16 but is not: {error.reason}") from None
+        with opened(path, "rb") as stream:  # the decoder only knows the position in its buffer
             content = stream.read()
         raise _not_utf_8(path, content) from None
     except (EOFError, OSError, zlib.error) as error:

@@ -1,1 +1,1 @@
-"""Speech tasks on top of an encoder: heads, metrics, upstreams."""
+"""Speech tasks on top of an encoder: upstreams, heads, objectives and metrics."""

@@ -1,6 +1,6 @@
-"""When each token of a transcript is spoken, by a CTC model: forced alignment, and intervals that cover the utterance.
+"""Times of the tokens of a transcript, from a CTC model: forced alignment, and intervals that cover the utterance.
 
-T frames, C outputs of the model (the blank first), L tokens.
+Shapes: T frames, C outputs of the model (the blank first), L tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from audiot.base.pairing import torchaudio
 from audiot.data.labels import SILENCE, CharacterLabels, PhoneSequence, TokenLabels
-from audiot.downstream.classifier import Classifier, by_length, collate, frame_edges, together
+from audiot.downstream.classifier import Classifier, by_length, collate, compute_with_fallback, frame_edges
 from audiot.downstream.ctc import BLANK
 
-SILENCES = ("", "<eps>", SILENCE)  # what aligners write where nobody speaks
-NEAR_S = 0.02  # what the field counts as a boundary found
+SILENCES = ("", "<eps>", SILENCE)  # symbols of silence that aligners write
+NEAR_S = 0.02  # usual tolerance, in seconds, for a boundary to count as found
 
 
 class Span(NamedTuple):
-    """The frames of a token on the best path: first, first after it, and their mean probability."""
+    """Frames of a token on the best path: the first frame, the one after the last, and the mean probability."""
 
     start: int
     end: int
@@ -36,17 +36,17 @@ class Span(NamedTuple):
 
 
 def align(log_probabilities: Tensor, tokens: Sequence[int]) -> tuple[list[Span], float]:
-    """The most probable path of CTC (Graves et al. 2006) that spells ``tokens``.
+    """Find the most probable CTC path (Graves et al. 2006) that spells ``tokens``.
 
     Args:
-        log_probabilities: (T, C), on the CPU.
-        tokens: L classes; class k is output k + 1.
+        log_probabilities: Log-probabilities (T, C) on the CPU.
+        tokens: Classes of the L tokens. Class k is output k + 1.
 
     Returns:
-        L spans in the order of time, and the mean probability of the path's frames, blanks included.
+        L spans in order of time, and the mean probability of all frames of the path, with blanks.
 
     Raises:
-        ValueError: there are no tokens, or more of them, with a blank between equal ones, than frames.
+        ValueError: there are no tokens, or they (with a blank between equal ones) need more than T frames.
     """
     repeats = sum(one == other for one, other in pairwise(tokens))
     if not tokens or len(tokens) + repeats > len(log_probabilities):
@@ -68,18 +68,18 @@ def align(log_probabilities: Tensor, tokens: Sequence[int]) -> tuple[list[Span],
 def intervals(spans: Sequence[Span], num_frames: int, min_silence: int) -> list[tuple[int, int, int | None]]:
     """Cut ``[0, num_frames)`` into intervals of tokens and silences.
 
-    CTC gives a token a spike of one or a few frames and calls the rest blank. A run of at most ``min_silence`` blanks between
-    two tokens is divided in its middle, the odd frame going to the later token. Of a longer one each token takes
-    ``min_silence // 2`` frames, and what is left is a silence; so too before the first token and behind the last, where
-    ``min_silence // 2`` blanks or fewer are theirs.
+    CTC gives a token a spike of one or a few frames, and the other frames are blank. A run of at most ``min_silence`` blanks
+    between two tokens is split in the middle, and an odd frame goes to the later token. Of a longer run, each token takes
+    ``min_silence // 2`` frames and the rest is a silence. Before the first and behind the last token, up to
+    ``min_silence // 2`` blanks belong to the token, and the rest is a silence.
 
     Args:
-        spans: Of `align`.
-        num_frames: T.
-        min_silence: Frames.
+        spans: Spans from `align`.
+        num_frames: Number of frames T.
+        min_silence: Frames of the shortest silence.
 
     Returns:
-        (first frame, first frame after it, number of the span or None for a silence), in order, without a gap.
+        Triples without gaps, in order: first frame, frame after the last, index of the span or None for a silence.
     """
     reach = min_silence // 2
     found: list[tuple[int, int, int | None]] = []
@@ -106,14 +106,14 @@ def intervals(spans: Sequence[Span], num_frames: int, min_silence: int) -> list[
 def token_tier(
     names: Sequence[str], spans: Sequence[Span], edges: Sequence[float], min_silence: int, offset_s: float = 0.0
 ) -> list[AlignmentItem]:
-    """Alignment tier of tokens, `SILENCE` between them, each with its score.
+    """Alignment tier of tokens with `SILENCE` between them. Each token has its score.
 
     Args:
-        names: Of the tokens.
-        spans: Of the tokens.
-        edges: Of `frame_edges`.
-        min_silence: See `intervals`.
-        offset_s: Where the audio begins in its recording.
+        names: Names of the tokens.
+        spans: Spans of the tokens.
+        edges: Edges of the frames from `frame_edges`.
+        min_silence: Frames of the shortest silence, see `intervals`.
+        offset_s: Start of the audio in its recording, in seconds.
     """
     return [
         _item(SILENCE, start, end, edges, offset_s, None)
@@ -124,16 +124,16 @@ def token_tier(
 
 
 def _item(symbol: str, start: int, end: int, edges: Sequence[float], offset_s: float, score: float | None) -> AlignmentItem:
-    begin, finish = (round(edges[frame] + offset_s, 8) for frame in (start, end))  # as Lhotse rounds the end of an item
+    begin, finish = (round(edges[frame] + offset_s, 8) for frame in (start, end))  # same rounding as Lhotse's
     return AlignmentItem(symbol, begin, round(finish - begin, 8), None if score is None else round(score, 4))
 
 
 def word_tiers(
     text: str, spans: Sequence[Span], edges: Sequence[float], min_silence: int, offset_s: float = 0.0
 ) -> dict[str, list[AlignmentItem]]:
-    """Tiers ``character`` and ``word`` of characters, one span each, with spaces between words.
+    """Tiers ``character`` and ``word``, from characters with one span each and spaces between words.
 
-    A space is not spoken: its frames count as blanks. A word lasts from its first character to its last one.
+    Spaces are not spoken, so their frames count as blanks. A word lasts from its first to its last character.
     """
     letters = [number for number, character in enumerate(text) if character != " "]
     spoken_spans = [spans[number] for number in letters]
@@ -152,14 +152,14 @@ def word_tiers(
 
 @dataclass
 class Agreement:
-    """How alignments agree with a reference.
+    """Agreement of alignments with a reference.
 
     Attributes:
-        frames: Compared.
-        same: Of them, with the same symbol.
-        boundaries: Starts and ends of the tokens that both have.
-        near: Of them, at most `NEAR_S` off.
-        error_s: Sum of their distances.
+        frames: Number of compared frames.
+        same: Number of frames with the same symbol.
+        boundaries: Number of compared token boundaries, starts and ends.
+        near: Number of boundaries that differ by at most `NEAR_S`.
+        error_s: Sum of the boundaries' differences in seconds.
     """
 
     frames: int = 0
@@ -178,10 +178,10 @@ class Agreement:
         """Compare the tiers of an utterance.
 
         Args:
-            found: The alignment.
-            reference: Of the corpus; frames that it does not cover are not compared.
-            centers_s: Middles of the frames, seconds.
-            symbol: What a symbol of the reference is called in the alignment, `SILENCE` for silences.
+            found: Alignment to judge.
+            reference: Alignment of the corpus. Frames that it does not cover are not compared.
+            centers_s: Centres of the frames in seconds.
+            symbol: Function from a symbol of the reference to that of the alignment (`SILENCE` for silences).
         """
         reference = sorted((item._replace(symbol=symbol(item.symbol)) for item in reference), key=lambda item: item.start)
         symbols = zip(_symbols_at(found, centers_s), _symbols_at(reference, centers_s), strict=True)
@@ -198,7 +198,7 @@ class Agreement:
                 self.error_s += sum(errors)
 
     def __str__(self) -> str:
-        """In words."""
+        """Summary in words."""
         frames = f"{100 * self.same / max(1, self.frames):.1f}% of frames"
         if not self.boundaries:
             return f"{frames}, no token in common"
@@ -207,7 +207,7 @@ class Agreement:
 
 
 def _symbols_at(items: Sequence[AlignmentItem], times_s: Sequence[float]) -> list[str | None]:
-    """Symbol at each time, None where there is no item."""
+    """Symbol at each time; None outside all items."""
     found: list[str | None] = []
     at = 0
     for time in times_s:
@@ -222,11 +222,11 @@ class Aligned:
     """An aligned utterance.
 
     Attributes:
-        cut: With the new tiers.
-        names: Of the tokens.
-        spans: Of the tokens, in frames.
-        confidence: Mean probability of a frame of the path.
-        frames: Their number.
+        cut: Cut with the new tiers.
+        names: Names of the tokens.
+        spans: Spans of the tokens in frames.
+        confidence: Mean probability of the frames on the path.
+        frames: Number of frames.
     """
 
     cut: Cut
@@ -237,16 +237,16 @@ class Aligned:
 
 
 class Aligner:
-    """Puts times to the transcripts of cuts.
+    """Aligns the transcripts of cuts.
 
     Args:
-        classifier: A model trained by CTC.
-        labels: How the tokens that it knows are read off a cut.
-        min_silence_s: See `intervals`, in seconds.
-        batch_s: Seconds of audio, padded, that are computed at a time.
+        classifier: Model trained with CTC.
+        labels: Labels that read the model's tokens from a cut.
+        min_silence_s: Shortest silence in seconds, see `intervals`.
+        batch_s: Seconds of padded audio per batch.
 
     Attributes:
-        agreement: Tier → how its alignment agrees with the one that the cuts had before, of the tiers that they had.
+        agreement: Agreement by tier, for tiers that the cuts had before.
     """
 
     def __init__(self, classifier: Classifier, labels: TokenLabels, min_silence_s: float, batch_s: float) -> None:
@@ -259,7 +259,7 @@ class Aligner:
         self.agreement: dict[str, Agreement] = {}
 
     def __call__(self, cuts: Sequence[Cut]) -> list[Aligned | str]:
-        """Each cut with its tiers, or the reason why it can't be aligned."""
+        """Each cut with its tiers, or the reason why it cannot be aligned."""
         found: list[Aligned | str] = [""] * len(cuts)
         names: dict[int, list[str]] = {}
         for number, cut in enumerate(cuts):
@@ -268,7 +268,7 @@ class Aligner:
             except ValueError as reason:
                 found[number] = str(reason)
         for batch in by_length({number: cuts[number].duration for number in names}, self.batch_s):
-            answers = together([(cuts[number], names[number]) for number in batch], self._align)
+            answers = compute_with_fallback([(cuts[number], names[number]) for number in batch], self._align)
             for number, answer in zip(batch, answers, strict=True):
                 found[number] = answer
         return found
@@ -305,7 +305,7 @@ class Aligner:
                 self.agreement.setdefault(name, Agreement()).add(items, reference, centers, self._symbol)
 
     def _symbol(self, symbol: str) -> str:
-        """What the labels call a symbol of the corpus's own tier."""
+        """Symbol of the labels for a symbol of the corpus's own tier."""
         labels = self.labels
         if symbol in SILENCES:
             return SILENCE
@@ -319,7 +319,7 @@ class Aligner:
 
 
 def with_tiers(cut: Cut, tiers: Mapping[str, list[AlignmentItem]]) -> Cut:
-    """The cut with alignment tiers, in place of those of the same names, on its first supervision."""
+    """The cut with alignment tiers on its first supervision. Tiers of the same names are replaced."""
     supervisions = []
     for number, supervision in enumerate(cut.supervisions):
         kept = {name: items for name, items in (supervision.alignment or {}).items() if name not in tiers}

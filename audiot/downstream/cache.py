@@ -21,12 +21,12 @@ from audiot.data.labels import Labels
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.upstream import Upstream
 
-MAX_GIB = 16.0  # more hidden states than this are refused
+MAX_GIB = 16.0  # limit for the hidden states
 
 
 @dataclass(frozen=True)
 class State:
-    """One utterance: hidden states (chosen, T, d), label(s), id and speaker."""
+    """Hidden states (chosen, T, d), label(s), id and speaker of one utterance."""
 
     hidden: Tensor
     labels: Tensor
@@ -35,14 +35,14 @@ class State:
 
 
 class CachedStates(pl.LightningDataModule):
-    """Batches of hidden states in place of waveforms; a probe's epochs then cost no encoder.
+    """Batches of hidden states instead of waveforms, so that epochs of a probe do not run the encoder.
 
     Args:
-        data: Where the waveforms and labels come from.
-        upstream: A frozen upstream.
-        device: Where it runs.
-        layers: Which hidden states are kept.
-        batch_size: Utterances in a batch.
+        data: Source of waveforms and labels.
+        upstream: Frozen upstream.
+        device: Device of the upstream.
+        layers: Indices of the hidden states to keep.
+        batch_size: Utterances per batch.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class CachedStates(pl.LightningDataModule):
         return DataLoader(_Batches(self.states[role], self.labels, self.batch_size, seed, turns), batch_size=None)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Endless batches, shuffled anew every epoch."""
+        """Endless batches, shuffled again in every epoch."""
         return first_batches(self._loader("train", self.seed), self.trainer)
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """The validation split, in order."""
+        """The validation split in order."""
         return first_batches(self._loader("valid", None), self.trainer)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The test split, in order."""
+        """The test split in order."""
         return self._loader("test", None)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Tensors to the device, lengths excepted."""
+        """Move tensors except lengths to the device."""
         return to_device(batch, device)
 
 
 def size_gib(data: SpeechDataModule, upstream: Upstream, num_states: int) -> float:
-    """Memory that the hidden states of all splits take."""
+    """Size of the hidden states of all splits in GiB."""
     split = {role: data.corpus.split_for(data.task, role) for role in ("train", "valid", "test")}
     hours = sum(data.corpus.hours[name] * (data.label_fraction if role == "train" else 1) for role, name in split.items())
     features = upstream.features
@@ -105,7 +105,7 @@ def compute_states(
     device: torch.device,
     layers: LayerSelection,
 ) -> list[State]:
-    """Chosen hidden states and labels of every utterance of a role (``train``, ``valid``, ``test``)."""
+    """The chosen hidden states and labels of every utterance of a role (``train``, ``valid``, ``test``)."""
     upstream = upstream.to(device).eval()
     states: list[State] = []
     for batch in data.ordered_loader(role):
@@ -120,7 +120,7 @@ def compute_states(
 
 
 class _Batches(IterableDataset[Batch]):
-    """Collated states: in order once (seed None), or shuffled without end; of ``turns`` (r, N) batches r, r + N, …"""
+    """Collated states: one ordered pass (seed None) or endless shuffled ones. ``turns`` (r, N) selects batches r, r + N, …"""
 
     def __init__(self, states: list[State], labels: Labels, batch_size: int, seed: int | None, turns: tuple[int, int]) -> None:
         self.states = states

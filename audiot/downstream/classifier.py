@@ -1,4 +1,4 @@
-"""A fine-tuned model by itself: audio files in, labels, segments, text or embeddings out."""
+"""Inference with a fine-tuned model: from audio files to labels, segments, text or embeddings."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from tqdm import tqdm
 
 from audiot.base.devices import find_device
 from audiot.checkpoint import check_waveforms
-from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, heard, read_audio, reason
+from audiot.data.audio import SILENCE_DBFS, AudioFile, BadAudioError, as_mono, read_audio, reason, resample_checked
 from audiot.data.labels import Framing
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
 from audiot.following import finetune_command
 from audiot.runs import check_archive
 
-WINDOW = 256  # files looked at together, to find those of similar length
+WINDOW = 256  # files among which similar lengths are batched
 Item: TypeAlias = "str | Path | tuple[np.ndarray | Tensor | Sequence[float], int]"
 Part = TypeVar("Part")
 Answer = TypeVar("Answer")
 
 
 class Classifier(nn.Module):
-    """A model of a speech task, ready to be asked; `load_classifier` makes one.
+    """A trained model of a speech task for inference. `load_classifier` makes one.
 
     Args:
-        module: What `audiot finetune` trained.
+        module: Module that `audiot finetune` trained.
 
     Attributes:
-        features: How it cuts audio into frames.
-        objective: Of its task.
-        sample_rate: Of the waveforms that it takes, Hz.
+        features: Front end of the upstream, which divides audio into frames.
+        objective: Objective of the task.
+        sample_rate: Sample rate of the input in Hz.
         classes: Label names.
     """
 
@@ -50,19 +50,20 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of the model."""
         return next(self.module.parameters()).device
 
     @torch.inference_mode()
     def outputs(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the head gives: (B, frames, C) or (B, C), and lengths (B,) in frames.
+        """Outputs of the head, (B, frames, C) or (B, C), and lengths (B,) in frames.
 
         Args:
-            waveforms: (B, N) in [-1, 1] at ``sample_rate``, padded at the end with anything.
-            lengths: (B,) samples; None: nothing is padded.
+            waveforms: Samples (B, N) in [-1, 1] at ``sample_rate``. The padding at the end may have any value.
+            lengths: Samples of each utterance (B,); None if nothing is padded.
 
         Raises:
-            ValueError: an utterance is too short for one frame, or too long for the model, or the waveforms are no such tensor.
+            ValueError: an utterance is too short for one frame or too long for the model, or the waveforms have a wrong shape or
+                type.
         """
         check_waveforms(waveforms)
         if lengths is None:
@@ -70,12 +71,12 @@ class Classifier(nn.Module):
         return self.module({"waveforms": waveforms.to(self.device), "lengths": lengths.cpu()})
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> list[Row]:
-        """What the model says of each utterance, a dict by the kind of task.
+        """Predict each utterance. The kind of task decides the keys of its dict.
 
-        Of an utterance: ``label``, its ``score`` and the ``scores`` of all classes; with slots (intents), ``slots`` has them
-        for each. Of frames: ``segments`` of ``label``, ``start`` and ``end`` (seconds) and ``score``, which cover the audio.
-        By CTC: ``text`` and ``score``. Of speaker verification: the ``embedding``, of length 1, a list. Arguments and errors
-        are those of `outputs`.
+        Utterance tasks give ``label``, its ``score`` and the ``scores`` of all classes. With slots (intents), ``slots`` has these
+        for each slot. Frame tasks give ``segments`` that cover the audio, with ``label``, ``start`` and ``end`` (seconds) and
+        ``score``. CTC gives ``text`` and ``score``. Speaker verification gives the ``embedding``, a list of length 1 as a vector.
+        Arguments and errors are those of `outputs`.
         """
         outputs, num_frames = self.outputs(waveforms, lengths)
         rows = self.objective.predict(outputs, num_frames)
@@ -88,15 +89,15 @@ class Classifier(nn.Module):
         return rows
 
     def read(self, item: Item, silence_dbfs: float = SILENCE_DBFS) -> Tensor:
-        """The samples (N,) of an item as in `predict`, mono, at the model's rate.
+        """Mono samples (N,) of an item as in `predict`, at the model's sample rate.
 
         Raises:
-            BadAudioError: it can't be used; the message is the reason.
+            BadAudioError: the audio cannot be used. The message is the reason.
         """
         if isinstance(item, (str, Path)):
             samples = torch.from_numpy(read_audio(item, self.sample_rate, silence_dbfs))
         else:
-            samples = torch.from_numpy(heard(as_mono(*_array(item)), item[1], self.sample_rate, silence_dbfs))
+            samples = torch.from_numpy(resample_checked(as_mono(*_array(item)), item[1], self.sample_rate, silence_dbfs))
         if self.features.num_tokens(len(samples)) < 1:
             raise BadAudioError(f"too short: {len(samples) / self.sample_rate:.3f} s do not fill a frame of the model")
         return samples
@@ -110,18 +111,19 @@ class Classifier(nn.Module):
         progress: bool = False,
         silence_dbfs: float = SILENCE_DBFS,
     ) -> list[Row]:
-        """What the model says of audio, in its order: the dicts of `forward`, with ``file`` in front.
+        """Predictions for audio, in its order: the dicts of `forward` with ``file`` as first key.
 
         Args:
-            items: Paths of files, or pairs ``(samples, sample_rate)``: an array, tensor or list (N,) or (N, channels) of floats
-                in [-1, 1] or of 16-bit integers, and Hz. The ``file`` of a pair is its place: ``item 3``, counted from 0.
-            keep_going: Audio that can't be used gets ``error``, the reason, in place of a prediction; else it is raised.
-            batch_s: Seconds of audio, padded, that are computed at a time.
-            progress: Show a bar.
-            silence_dbfs: An RMS below this is silence, which can't be used, as in preparation; ``-inf``: nothing is too quiet.
+            items: Paths of files, or pairs ``(samples, sample_rate)``. Samples are an array, tensor or list (N,) or (N, channels)
+                of floats in [-1, 1] or 16-bit integers. The ``file`` of a pair is its index: ``item 3``, counted from 0.
+            keep_going: Whether audio that cannot be used gets the reason as ``error`` instead of a prediction. Otherwise it
+                raises.
+            batch_s: Seconds of padded audio per batch.
+            progress: Whether to show a progress bar.
+            silence_dbfs: RMS below which audio is silent and cannot be used, as in preparation; ``-inf`` accepts all.
 
         Raises:
-            ValueError: an item can't be used.
+            ValueError: an item cannot be used.
         """
         stream = self.stream(items, keep_going=keep_going, batch_s=batch_s, progress=progress, silence_dbfs=silence_dbfs)
         return list(stream)
@@ -135,7 +137,7 @@ class Classifier(nn.Module):
         progress: bool = False,
         silence_dbfs: float = SILENCE_DBFS,
     ) -> Iterator[Row]:
-        """`predict`, as the predictions get ready."""
+        """`predict`, yielding predictions when they are ready."""
         if isinstance(items, (str, Path)):
             raise ValueError(f"predict takes a list of files, found one: [{str(items)!r}]")
         with tqdm(total=len(items), desc="predict", unit="file", disable=not progress, leave=False, delay=1) as bar:
@@ -165,7 +167,7 @@ class Classifier(nn.Module):
                     waveforms[number] = self.read(items[number], silence_dbfs)
                 except BadAudioError as reason:
                     rows[number]["error"] = str(reason)
-            answers = together(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
+            answers = compute_with_fallback(list(waveforms.values()), lambda chosen: self(*collate(chosen)))
             for number, answer in zip(waveforms, answers, strict=True):
                 rows[number] |= {"error": answer} if isinstance(answer, str) else answer
             bar.update(len(batch))
@@ -173,14 +175,14 @@ class Classifier(nn.Module):
 
 
 def _array(item: Any) -> tuple[np.ndarray, int]:
-    """The samples and the rate of a pair."""
+    """Samples and sample rate of a pair."""
     if not (isinstance(item, (tuple, list)) and len(item) == 2):
         raise BadAudioError(f"an item must be a path or a pair (samples, sample_rate), found {type(item).__name__}")
     samples, rate = item
     try:
         return np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples), rate
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of unlike lengths, or a tensor that NumPy has no type for
-        raise BadAudioError(f"samples are no array: {reason(error)}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of unequal lengths, or a dtype that NumPy lacks
+        raise BadAudioError(f"samples are not an array: {reason(error)}") from None
 
 
 def _seconds(item: Item) -> float:
@@ -201,7 +203,7 @@ def load_classifier(run: str | Path, device: str = "cpu", trusted: Collection[st
 
     Raises:
         FileNotFoundError: there is no fine-tuned model.
-        ValueError: the run is one of pre-training, the checkpoint is of another kind or damaged, or there is no such device.
+        ValueError: the run is a pre-training run, the checkpoint is damaged or of another kind, or the device does not exist.
     """
     place = find_device(device, f"no device {device!r} here")
     module = DownstreamModule.from_checkpoint(_best_checkpoint(Path(run)), trusted, without_trials)
@@ -222,21 +224,21 @@ def _best_checkpoint(run: Path) -> Path:
     below = f"; fine-tuned models below it: {', '.join(found)}" if found else ""
     if (run / "encoder").is_dir() or any((run / "checkpoints").glob("step=*.ckpt")):
         raise ValueError(
-            f"{run} is a pre-training run, its encoder is not a classifier: fine-tune it: {finetune_command(run)}{below}"
+            f"{run} is a pre-training run, whose encoder is not a classifier: fine-tune it with {finetune_command(run)}{below}"
         )
     raise FileNotFoundError(f"no fine-tuned model at {run}: expected {path}, which audiot finetune writes{below}")
 
 
 def frame_edges(features: Framing, num_frames: int, num_samples: int) -> list[float]:
-    """Where one frame gives way to the next, seconds, ``num_frames + 1`` of them: halfway between the frames' centres.
+    """The ``num_frames + 1`` edges of frames in seconds, halfway between the frames' centres.
 
-    The first frame begins and the last ends with the audio, so that intervals between edges cover it; read off at the frames'
-    centres, as `audiot.data.labels.FrameLabels` does it, they give each frame its own.
+    The first frame begins and the last ends with the audio, so the frames cover it. Reading intervals between edges at the
+    frames' centres, as `audiot.data.labels.FrameLabels` does, returns each frame's own interval.
 
     Args:
-        features: How the audio is cut into frames.
-        num_frames: T, at least one.
-        num_samples: Of the audio.
+        features: Front end that divides the audio into frames.
+        num_frames: Number of frames T, at least one.
+        num_samples: Samples of the audio.
     """
     centers = features.frame_centers(num_frames).double()
     middles = ((centers[1:] + centers[:-1]) / 2 / features.sample_rate).tolist()
@@ -249,7 +251,7 @@ def collate(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def by_length(seconds: Mapping[int, float], batch_s: float) -> list[list[int]]:
-    """The keys in batches of similar length, of at most ``batch_s`` seconds with padding, or of one item."""
+    """Keys in batches of similar length. A batch has at most ``batch_s`` seconds with padding, or one item."""
     batches: list[list[int]] = []
     for number in sorted(seconds, key=seconds.__getitem__):
         if batches and (len(batches[-1]) + 1) * seconds[number] <= batch_s:
@@ -259,14 +261,14 @@ def by_length(seconds: Mapping[int, float], batch_s: float) -> list[list[int]]:
     return batches
 
 
-def together(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer | str]:
-    """``compute(items)``; where that fails, each item by itself, and the reason in place of what fails alone.
+def compute_with_fallback(items: Sequence[Part], compute: Callable[[Sequence[Part]], list[Answer]]) -> list[Answer | str]:
+    """Return ``compute(items)``. If it fails, compute each item alone and return the reasons of those that fail.
 
-    One utterance that is too long for a model must not take the others of its batch with it.
+    So one utterance that is too long for the model does not prevent the others of its batch.
     """
     try:
         return [*compute(items)] if items else []
     except (ValueError, torch.OutOfMemoryError) as error:
         if len(items) == 1:
             return [" ".join(str(error).split())]
-    return [answer for item in items for answer in together([item], compute)]
+    return [answer for item in items for answer in compute_with_fallback([item], compute)]

@@ -1,4 +1,4 @@
-"""Connectionist temporal classification: phones or characters of an utterance without their times."""
+"""Connectionist temporal classification: phones or characters of an utterance without times."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from audiot.data.text import lines
 from audiot.downstream.objectives import Objective, Row
 from audiot.training.accumulation import Mean
 
-BLANK = 0  # output 0; class k is output k + 1
-KINDS = {"substituted": "substitute", "deleted": "delete", "inserted": "insert"}  # ours, jiwer's
+BLANK = 0  # output of the blank; class k is output k + 1
+KINDS = {"substituted": "substitute", "deleted": "delete", "inserted": "insert"}  # our name → jiwer's
 
 
 class CTC(Objective):
-    """Connectionist temporal classification (Graves et al. 2006): phone error rate, or character and word error rate.
+    """Connectionist temporal classification (Graves et al. 2006), measured by phone, or character and word error rate.
 
-    Validation decodes greedily; the test and predictions with a beam where one is given.
+    Validation decodes greedily. Test and prediction use the beam, if one is given.
 
     Args:
-        classes: Tokens, without the blank.
-        unit: ``phone`` or ``character``.
-        beam: Arguments of `BeamDecoder`; None: greedy.
+        classes: Tokens without the blank.
+        unit: Unit of the tokens, ``phone`` or ``character``.
+        beam: Arguments of `BeamDecoder`; None decodes greedily.
     """
 
     def __init__(self, classes: Sequence[str], unit: str = "phone", beam: Mapping[str, Any] | None = None) -> None:
@@ -47,7 +47,7 @@ class CTC(Objective):
         self.stage = "test"
 
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
-        """Negative log-likelihood of the tokens, a token's mean, averaged over utterances."""
+        """Negative log-likelihood per token, averaged over utterances."""
         labels = batch["labels"]
         log_probabilities = at_least_float32(outputs).log_softmax(-1).transpose(0, 1)  # T, B, C
         counts = (labels != IGNORED).sum(1)
@@ -56,19 +56,20 @@ class CTC(Objective):
         return Mean(loss, loss.new_full((), len(labels)))
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
-        """Decode, and note what was said and heard."""
+        """Decode, and store references and hypotheses."""
         beam = self.stage == "test"
-        for name, labels, heard in zip(batch["ids"], batch["labels"].tolist(), self._decode(outputs, lengths, beam), strict=True):
-            said = [self.classes[label] for label in labels if label != IGNORED]
-            self.rows.append({"utterance": name, "reference": self.join(said), "hypothesis": self.join(heard)})
+        hypotheses = self._decode(outputs, lengths, beam)
+        for name, labels, hypothesis in zip(batch["ids"], batch["labels"].tolist(), hypotheses, strict=True):
+            reference = [self.classes[label] for label in labels if label != IGNORED]
+            self.rows.append({"utterance": name, "reference": self.join(reference), "hypothesis": self.join(hypothesis)})
 
     def reset(self, stage: str) -> None:
-        """Begin anew."""
+        """Clear the stored utterances."""
         super().reset(stage)
         self.stage = stage
 
     def join(self, tokens: Sequence[str]) -> str:
-        """Text of tokens: phones with spaces between them, characters as they are."""
+        """Text of tokens. Phones are separated by spaces, characters are not."""
         return " ".join(tokens) if self.unit == "phone" else " ".join("".join(tokens).split())
 
     def split(self, text: str) -> list[str]:
@@ -83,12 +84,12 @@ class CTC(Objective):
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
         """``text`` of each utterance, and ``score``, the mean over frames of the best output's probability."""
         best = outputs.float().softmax(-1).amax(-1)
-        texts = [self.join(heard) for heard in self._decode(outputs, lengths, beam=True)]
+        texts = [self.join(hypothesis) for hypothesis in self._decode(outputs, lengths, beam=True)]
         scores = [float(row[:length].mean()) for row, length in zip(best, lengths.tolist(), strict=True)]
         return [{"text": text, "score": score} for text, score in zip(texts, scores, strict=True)]
 
     def compute(self) -> dict[str, float]:
-        """``per``; or ``wer`` and ``cer``: errors over tokens of the reference, of all utterances together."""
+        """``per``, or ``wer`` and ``cer``: errors per token of the reference, over all utterances."""
         rows = self.all_rows()
         if self.unit == "phone":
             return {"per": _error_rate(self._aligned(rows))}
@@ -104,21 +105,23 @@ class CTC(Objective):
         return jiwer.process_words(spelt[0], spelt[1])
 
     def write(self, folder: Path, title: str) -> list[str]:
-        """``per_class.csv`` of the tokens, ``per_utterance.csv``, ``confusion.png``."""
+        """Write ``per_class.csv`` of the tokens, ``per_utterance.csv`` and ``confusion.png``."""
         rows = self.all_rows()
         aligned = self._aligned(rows)
         pairs: Counter[tuple[str, str]] = Counter()
         table = []
-        for row, said, heard, chunks in zip(rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True):
+        for row, reference, hypothesis, chunks in zip(
+            rows, aligned.references, aligned.hypotheses, aligned.alignments, strict=True
+        ):
             errors: Counter[str] = Counter()
             for chunk in chunks:
-                true = said[chunk.ref_start_idx : chunk.ref_end_idx] or [NOTHING] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
-                found = heard[chunk.hyp_start_idx : chunk.hyp_end_idx] or [NOTHING] * len(true)
+                true = reference[chunk.ref_start_idx : chunk.ref_end_idx] or [NOTHING] * (chunk.hyp_end_idx - chunk.hyp_start_idx)
+                found = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx] or [NOTHING] * len(true)
                 pairs.update(zip(true, found, strict=True))
                 if chunk.type != "equal":
                     errors[chunk.type] += len(true)
             counted = {name: errors[kind] for name, kind in KINDS.items()}
-            table.append({**row, "tokens": len(said), **counted})
+            table.append({**row, "tokens": len(reference), **counted})
         names = [*sorted({SPACE if name == " " else name for name in self.classes}), NOTHING]
         counts = torch.tensor([[pairs[true, found] for found in names] for true in names], dtype=torch.float64)
         per_class = []
@@ -134,7 +137,7 @@ class CTC(Objective):
 
 
 def greedy(outputs: Tensor, lengths: Tensor) -> list[list[int]]:
-    """The best output of each frame, repetitions merged and blanks removed: classes of each utterance."""
+    """Classes of each utterance: the best output of each frame, with repetitions merged and blanks removed."""
     found = []
     for row, length in zip(outputs.argmax(-1).cpu(), lengths.tolist(), strict=True):
         merged = torch.unique_consecutive(row[:length])
@@ -143,16 +146,16 @@ def greedy(outputs: Tensor, lengths: Tensor) -> list[list[int]]:
 
 
 class BeamDecoder:
-    """Beam search by torchaudio's ``ctc_decoder``, with a lexicon and a KenLM language model where they are given.
+    """Beam search with torchaudio's ``ctc_decoder``, optionally with a lexicon and a KenLM language model.
 
     Args:
-        classes: Tokens, without the blank.
-        lexicon: File of lines ``WORD TOKEN TOKEN …``: only its words are found, ``|`` being the token between words; None: any
-            sequence of tokens.
-        language_model: KenLM file (.arpa or .bin), over words with a lexicon and else over tokens; None: none.
-        beam_size: Hypotheses kept.
+        classes: Tokens without the blank.
+        lexicon: File with lines ``WORD TOKEN TOKEN …``. Only its words are found, with ``|`` as token between words. None allows
+            any sequence of tokens.
+        language_model: KenLM file (.arpa or .bin), over words if there is a lexicon, else over tokens; None for none.
+        beam_size: Number of hypotheses to keep.
         lm_weight: Weight of the language model's score.
-        word_score: Added for each word.
+        word_score: Score added per word.
 
     Raises:
         ImportError: flashlight-text is not installed.
@@ -197,7 +200,7 @@ class BeamDecoder:
                     blank_token=BLANK_TOKEN,
                     sil_token=BLANK_TOKEN if self.space is None else SPACE,
                 )
-        except (RuntimeError, ValueError) as error:  # a language model of another format
+        except (RuntimeError, ValueError) as error:  # a language model in another format
             reason = str(error).splitlines()[-1]
             raise ValueError(f"downstream.objective.beam, lexicon={lexicon} language_model={language_model}: {reason}") from error
 
@@ -205,7 +208,7 @@ class BeamDecoder:
         """Tokens of each utterance, for outputs (B, T, C)."""
         log_probabilities, lengths = outputs.float().log_softmax(-1).cpu(), lengths.cpu()
         if self.space is not None:
-            # A lexicon's word ends with the token between words, for which the last word of an utterance may have no frame left.
+            # A word of the lexicon ends with the token between words. The last word of an utterance may have no frame for it.
             log_probabilities = nn.functional.pad(log_probabilities, (0, 0, 0, 1))
             rows = torch.arange(len(lengths))
             log_probabilities[rows, lengths] = -1e4
@@ -216,10 +219,10 @@ class BeamDecoder:
 
 
 def _checked_lexicon(path: str, tokens: Sequence[str]) -> str:
-    """The lines of a lexicon, which torchaudio would read byte by byte, a byte order mark as part of the first word.
+    """Checked lines of a lexicon in UTF-8. torchaudio would read a byte order mark as part of the first word.
 
     Raises:
-        ValueError: a word has no tokens, or one that is no class of the model; names the line.
+        ValueError: a word has no tokens, or a token that the model lacks. The message has the line.
     """
     known, found = frozenset(tokens), []
     for number, line in lines(path):
@@ -227,7 +230,9 @@ def _checked_lexicon(path: str, tokens: Sequence[str]) -> str:
         if not spelt:
             raise ValueError(f"{path}:{number}: the word {word!r} has no tokens")
         if unknown := [token for token in spelt if token not in known]:
-            raise ValueError(f"{path}:{number}: {unknown[0]!r} of the word {word!r} is none of the model's {len(known)} tokens")
+            raise ValueError(
+                f"{path}:{number}: {unknown[0]!r} of the word {word!r} is not one of the model's {len(known)} tokens"
+            )
         found.append(f"{' '.join([word, *spelt])}\n")
     if not found:
         raise ValueError(f"{path} has no word: lines of WORD TOKEN TOKEN … are expected there")
@@ -235,7 +240,7 @@ def _checked_lexicon(path: str, tokens: Sequence[str]) -> str:
 
 
 def _token_model(path: str, tokens: Sequence[str]) -> Any:
-    """A KenLM model over tokens; of the path alone, torchaudio 2.11 would number the tokens in the order of a hash table."""
+    """KenLM model over tokens. Given only a path, torchaudio 2.11 would number the tokens in the order of a hash table."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 

@@ -1,7 +1,7 @@
-"""Heads of the downstream tasks: hidden states → outputs of an objective.
+"""Heads of the downstream tasks: modules from hidden states to the outputs of an objective.
 
-Every head takes ``input_dim`` (d), ``num_outputs`` (C) and ``stack`` (spectrogram frames behind a hidden state); a call takes
-hidden states (B, T, d) and lengths (B,), best on the CPU, and nothing beyond an utterance's own frames counts.
+Every head takes ``input_dim`` (d), ``num_outputs`` (C) and ``stack`` (spectrogram frames per hidden state). Its input is hidden
+states (B, T, d) and lengths (B,), best on the CPU. Padding does not affect an utterance's outputs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from audiot.model import length_mask
 
 
 class FrameClassifier(nn.Module):
-    """Probe of every spectrogram frame; a state of ``stack`` frames gives as many outputs.
+    """Classifier of every spectrogram frame. A state of ``stack`` frames gives ``stack`` outputs.
 
     Args:
-        input_dim, num_outputs, stack: Sizes, as above.
-        hidden_dim: Width of a hidden layer with ReLU; None: a linear probe.
-        context: Neighbouring states, its own in the middle, that are concatenated for each one; zeros beyond the utterance.
+        input_dim, num_outputs, stack: Sizes, see the module.
+        hidden_dim: Width of a hidden layer with ReLU; None for a linear probe.
+        context: Number of neighbouring states to concatenate, centred on each state, with zeros outside the utterance.
     """
 
     def __init__(self, input_dim: int, num_outputs: int, stack: int, hidden_dim: int | None = None, context: int = 1) -> None:
@@ -35,7 +35,7 @@ class FrameClassifier(nn.Module):
         self.linear = nn.Linear(hidden_dim or input_dim * context, stack * num_outputs)
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, d) → (B, T · stack, C)."""
+        """Map (B, T, d) to (B, T · stack, C)."""
         if self.context > 1:
             hidden = _zero_padding(hidden, lengths)
             side = self.context // 2
@@ -44,14 +44,14 @@ class FrameClassifier(nn.Module):
 
 
 class RecurrentClassifier(nn.Module):
-    """Bidirectional LSTM, then a linear layer for every frame: SUPERB's head for speech recognition (Yang et al. 2021).
+    """Bidirectional LSTM and a linear layer for every frame: SUPERB's head for speech recognition (Yang et al. 2021).
 
     Args:
-        input_dim, num_outputs, stack: Sizes, as above.
+        input_dim, num_outputs, stack: Sizes, see the module.
         hidden_dim: Width of each direction.
-        num_layers: Number of layers of the LSTM.
-        dropout: Probability, between and behind the layers.
-        projector_dim: Width of a linear layer before the LSTM; None: none.
+        num_layers: Number of LSTM layers.
+        dropout: Dropout probability between and behind the layers.
+        projector_dim: Width of a linear layer before the LSTM; None for none.
     """
 
     def __init__(
@@ -74,22 +74,22 @@ class RecurrentClassifier(nn.Module):
         self.linear = nn.Linear(2 * hidden_dim, stack * num_outputs)
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, d) → (B, T · stack, C)."""
+        """Map (B, T, d) to (B, T · stack, C)."""
         packed = pack_padded_sequence(self.projector(hidden), lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=hidden.shape[1])
         return _unstacked(self.linear(self.dropout(states)), self.stack)
 
 
 class UtteranceClassifier(nn.Module):
-    """Pool over an utterance's own frames, then a linear layer.
+    """Pooling over an utterance's own frames, then a linear layer.
 
     Args:
-        input_dim, num_outputs: Sizes, as above.
-        stack: Not used.
-        pooling: ``mean``; ``statistics``: mean and standard deviation (Snyder et al. 2018); ``attentive``: the same two weighted
-            by a learned attention over time (Okabe et al. 2018, arXiv:1803.10963).
-        projector_dim: Width of a linear layer before pooling (SUPERB: 256); None: none.
-        hidden_dim: Width of a hidden layer with ReLU after it; None: none.
+        input_dim, num_outputs: Sizes, see the module.
+        stack: Ignored.
+        pooling: ``mean``; ``statistics``: mean and standard deviation (Snyder et al. 2018); or ``attentive``: both, weighted by a
+            learned attention over time (Okabe et al. 2018, arXiv:1803.10963).
+        projector_dim: Width of a linear layer before pooling (SUPERB: 256); None for none.
+        hidden_dim: Width of a hidden layer with ReLU after pooling; None for none.
     """
 
     def __init__(
@@ -108,19 +108,19 @@ class UtteranceClassifier(nn.Module):
         self.linear = nn.Linear(hidden_dim or self.pooling.output_dim, num_outputs)
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, d) → (B, C)."""
+        """Map (B, T, d) to (B, C)."""
         return self.linear(self.hidden(self.pooling(self.projector(hidden), lengths)))
 
 
 class XVector(nn.Module):
-    """Time-delay network, statistics pooling, two layers: the x-vector (Snyder et al. 2018), SUPERB's head for verification.
+    """x-vector (Snyder et al. 2018), SUPERB's head for verification: time-delay network, statistics pooling, two layers.
 
     Args:
-        input_dim, num_outputs: Sizes, as above; the outputs are the embedding.
-        stack: Not used.
-        projector_dim: Width of the layer that reads the hidden states.
-        channels: Width of the last layer before pooling; the others are as wide as the embedding.
-        contexts: Kernel size and dilation of each convolution. Zeros lie beyond an utterance, so that any length will do.
+        input_dim, num_outputs: Sizes, see the module. The outputs are the embedding.
+        stack: Ignored.
+        projector_dim: Width of the first layer, which reads the hidden states.
+        channels: Width of the last layer before pooling. The others are as wide as the embedding.
+        contexts: Kernel size and dilation of each convolution. Utterances are padded with zeros, so any length works.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class XVector(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(2 * channels, num_outputs), nn.ReLU(), nn.Linear(num_outputs, num_outputs))
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, d) → (B, C)."""
+        """Map (B, T, d) to (B, C)."""
         states = self.projector(hidden)
         for convolution in self.convolutions:
             states = convolution(_zero_padding(states, lengths).transpose(1, 2)).transpose(1, 2).relu()
@@ -151,7 +151,7 @@ class XVector(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Over an utterance's own frames: see `UtteranceClassifier`."""
+    """Pooling over an utterance's own frames (see `UtteranceClassifier`)."""
 
     def __init__(self, input_dim: int, kind: str) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Pooling(nn.Module):
             self.score = nn.Sequential(nn.Linear(input_dim, input_dim), nn.Tanh(), nn.Linear(input_dim, 1))
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, d) → (B, output_dim)."""
+        """Map (B, T, d) to (B, output_dim)."""
         valid = length_mask(lengths, hidden.shape[1], hidden.device)
         hidden = _zero_padding(hidden, lengths)
         if self.kind == "attentive":
@@ -180,12 +180,12 @@ class Pooling(nn.Module):
 
 
 class LayerSelection(nn.Module):
-    """One sequence of hidden states out of all layers'.
+    """Selection or weighted sum of the hidden states of all layers.
 
     Args:
-        layers: ``last``; ``weighted_sum``: SUPERB's learned weighted sum of all (Yang et al. 2021); or a list of states, 0 being
-            the input of the first layer and −1 the last: one alone, or the learned weighted sum of several.
-        num_states: Hidden states of the upstream: layers + 1.
+        layers: ``last``; ``weighted_sum``: SUPERB's learned weighted sum of all (Yang et al. 2021); or a list of indices, where
+            0 is the input of the first layer and −1 the last state. One index selects, several make a learned weighted sum.
+        num_states: Number of hidden states of the upstream, layers + 1.
     """
 
     def __init__(self, layers: str | int | Sequence[int], num_states: int) -> None:
@@ -205,15 +205,15 @@ class LayerSelection(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(chosen))) if layers == "weighted_sum" or len(chosen) > 1 else None
 
     def weights(self) -> Tensor | None:
-        """Share of each chosen state, or None for a single one."""
+        """Weight of each chosen state; None for a single one."""
         return None if self.logits is None else self.logits.softmax(0)
 
     def pick(self, hidden: Tensor) -> Tensor:
-        """The chosen states, (layers + 1, B, T, d) → (chosen, B, T, d)."""
+        """Select the chosen states: (layers + 1, B, T, d) → (chosen, B, T, d)."""
         return hidden if len(self.chosen) == len(hidden) else hidden[self.chosen]
 
     def forward(self, picked: Tensor) -> Tensor:
-        """The weighted sum of picked states, (chosen, B, T, d) → (B, T, d)."""
+        """Weighted sum of the chosen states: (chosen, B, T, d) → (B, T, d)."""
         weights = self.weights()
         if weights is None:
             return picked[0]
@@ -226,7 +226,7 @@ def _hidden_layer(input_dim: int, hidden_dim: int | None) -> nn.Module:
 
 
 def _unstacked(outputs: Tensor, stack: int) -> Tensor:
-    """(B, T, stack · C) → (B, T · stack, C)."""
+    """Separate stacked frames: (B, T, stack · C) → (B, T · stack, C)."""
     return outputs.unflatten(-1, (stack, -1)).flatten(1, 2)
 
 

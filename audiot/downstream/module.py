@@ -24,13 +24,13 @@ class DownstreamModule(WeightedSteps, Saved):
     """A model of a speech task over an upstream's hidden states.
 
     Args:
-        upstream: ``config`` of an upstream (see :mod:`audiot.downstream.upstream`); load its weights into ``self.upstream``.
-        head: Config of the head; ``input_dim``, ``num_outputs`` and ``stack`` are given to it here.
-        objective: Config of the objective; ``classes`` is given to it here.
+        upstream: ``config`` of an upstream (see :mod:`audiot.downstream.upstream`). Load its weights into ``self.upstream``.
+        head: Config of the head without ``input_dim``, ``num_outputs`` and ``stack``, which are added here.
+        objective: Config of the objective without ``classes``, which is added here.
         classes: Label names.
         layers: Hidden states that the head reads, as `LayerSelection` takes them.
-        train_encoder: Fine-tune the upstream; else it is frozen and in evaluation mode.
-        top_layers: Fine-tune so many of the upper layers alone; None: everything.
+        train_encoder: Whether to fine-tune the upstream. Otherwise it is frozen and in evaluation mode.
+        top_layers: Number of upper layers to fine-tune; None means all layers.
         optimizer, scheduler: Configs, as plain dicts.
         seed: Seed of the dropout.
     """
@@ -63,10 +63,10 @@ class DownstreamModule(WeightedSteps, Saved):
         self.upstream.requires_grad_(False)
         for part in self.trained:
             part.requires_grad_(True)
-        self.train()  # Lightning's fit doesn't call it
+        self.train()  # Lightning's fit does not call it
 
     def _trained(self, train_encoder: bool, top_layers: int | None) -> list[nn.Module]:
-        """The parts of the upstream that are fine-tuned."""
+        """Parts of the upstream that are fine-tuned."""
         if top_layers is None:
             return [self.upstream] if train_encoder else []
         if not train_encoder:
@@ -74,7 +74,7 @@ class DownstreamModule(WeightedSteps, Saved):
         return self.upstream.top(top_layers)
 
     def train(self, mode: bool = True) -> DownstreamModule:
-        """Training mode, which leaves what is frozen of the upstream in evaluation mode."""
+        """Set training mode. Frozen parts of the upstream stay in evaluation mode."""
         super().train(mode)
         self.upstream.eval()
         for part in self.trained:
@@ -82,11 +82,11 @@ class DownstreamModule(WeightedSteps, Saved):
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout of a batch is drawn from the seed and the batch alone."""
+        """Seed dropout from the seed and the batch's position alone."""
         seed_torch(key("dropout", self.hparams["seed"], *batch["position"]), self.device)
 
     def picked_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The chosen hidden states (chosen, B, T, d) and lengths (B,): those kept from before, or the upstream's."""
+        """The chosen hidden states (chosen, B, T, d) and lengths (B,), from the batch if cached, else from the upstream."""
         if "hidden" in batch:
             return batch["hidden"], batch["lengths"]
         with attention_of_any_shape(), torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
@@ -94,21 +94,21 @@ class DownstreamModule(WeightedSteps, Saved):
         return self.layers.pick(hidden), lengths
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The head's outputs (B, frames, C) or (B, C), and lengths (B,) in frames."""
+        """Outputs of the head, (B, frames, C) or (B, C), and lengths (B,) in frames."""
         picked, lengths = self.picked_states(batch)
         return self.head(self.layers(picked), lengths), lengths * self.stack
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's loss."""
+        """Loss of the objective."""
         outputs, lengths = self(batch)
         return self.weighted(self.objective.loss(outputs, lengths, batch), batch_idx)
 
     def log_loss(self, loss: Tensor) -> None:
-        """Log the objective's loss of all batches of a step."""
+        """Log the objective's loss over all batches of a step."""
         self.log("train/loss", loss, prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to measure."""
+        """Reset the objective's measurements."""
         self.objective.reset("valid")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -119,13 +119,13 @@ class DownstreamModule(WeightedSteps, Saved):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         values = self.objective.compute()
-        # Every process has the figures of all; without sync_dist Lightning would warn of what each has for itself.
+        # Every process has the metrics of all. Without sync_dist=True, Lightning would warn about values of single processes.
         self.log_dict({f"valid/{name}": value for name, value in values.items()}, sync_dist=True)
         first = next(iter(values))
         self.log(f"valid_{first}", values[first], prog_bar=True, logger=False, sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
-        """Begin to measure."""
+        """Reset the objective's measurements."""
         self.objective.reset("test")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -134,7 +134,7 @@ class DownstreamModule(WeightedSteps, Saved):
         self.objective.update(outputs, lengths, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics; what was measured stays for the caller."""
+        """Log the metrics. The measurements stay available to the caller."""
         self.log_dict({f"test/{name}": value for name, value in self.objective.compute().items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Objectives of the downstream tasks: what is minimised, what is measured, what is written."""
+"""Objectives of the downstream tasks: their loss, metrics and result files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Row = dict[str, Any]
 
 
 class Objective(nn.Module, ABC):
-    """Base of the objectives.
+    """Base class of the objectives.
 
-    ``outputs`` are a head's, (B, frames, C) or (B, C); ``lengths`` (B,) counts frames and lies on the CPU; a batch has
+    ``outputs`` come from a head, (B, frames, C) or (B, C). ``lengths`` (B,) counts frames and is on the CPU. A batch has
     ``labels``, ``ids`` and ``speakers``.
 
     Args:
         classes: Label names of the task.
 
     Attributes:
-        num_outputs: C that the head needs.
-        rows: What was measured of each utterance since `reset`, on this process.
+        num_outputs: Number of outputs C that the head needs.
+        rows: Measurements of each utterance since `reset`, on this process.
     """
 
     num_outputs: int
@@ -45,7 +45,7 @@ class Objective(nn.Module, ABC):
         self.rows: list[Row] = []
 
     def check(self, utterances: Iterable[str]) -> None:
-        """Refuse a test split that can't be measured, before training.
+        """Refuse, before training, a test split that cannot be measured.
 
         Args:
             utterances: Ids of the test split.
@@ -53,7 +53,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
-        """What training minimises, and the number of frames or utterances that it is the mean of."""
+        """Training loss, and the number of frames or utterances that it is averaged over."""
 
     @abstractmethod
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
@@ -61,26 +61,26 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """Metrics of all that was measured since `reset`, on all processes."""
+        """Metrics of all measurements since `reset`, over all processes."""
 
     @abstractmethod
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
-        """What the model says of each utterance: ``label`` and ``score``, or ``text``, …"""
+        """Prediction for each utterance: ``label`` and ``score``, or ``text``, …"""
 
     @abstractmethod
     def write(self, folder: Path, title: str) -> list[str]:
-        """Write what was measured since `reset` to CSV files and pictures.
+        """Write the measurements since `reset` to CSV files and pictures.
 
         Returns:
-            Their names.
+            Names of the files.
         """
 
     def reset(self, stage: str) -> None:
-        """Begin to measure ``valid`` or ``test``."""
+        """Start measuring ``valid`` or ``test``."""
         self.rows = []
 
     def all_rows(self) -> list[Row]:
-        """Rows of all processes, in the order of the utterances' ids."""
+        """Rows of all processes, ordered by utterance id."""
         rows = self.rows
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[list[Row]] = [[] for _ in range(torch.distributed.get_world_size())]
@@ -90,7 +90,7 @@ class Objective(nn.Module, ABC):
 
 
 class Classification(Objective):
-    """Cross-entropy over classes, of utterances or frames; a label of the utterance may be asked of every frame of it."""
+    """Cross-entropy over classes of utterances or frames. A label of an utterance may also be the label of all its frames."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__(classes)
@@ -98,19 +98,19 @@ class Classification(Objective):
         self.confusion = MulticlassConfusionMatrix(max(2, len(self.classes)), ignore_index=IGNORED)
 
     def _matched(self, outputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        """Labels of the shape of the outputs: (B,) or (B, frames), ``IGNORED`` beyond an utterance's frames."""
+        """Labels in the shape of the outputs, (B,) or (B, frames). Padding is ``IGNORED``."""
         if outputs.ndim == 2:
             return labels
         num_frames = outputs.shape[1]
         if labels.ndim == 1:
             labels = labels[:, None].expand(-1, num_frames)
         labels = nn.functional.pad(labels, (0, max(0, num_frames - labels.shape[1])), value=IGNORED)[:, :num_frames]
-        # Frames left over when frames are stacked have no hidden state of their own.
+        # Frames that are left over by stacking have no hidden state.
         valid = length_mask(lengths, num_frames, labels.device)
         return labels if valid is None else labels.masked_fill(~valid, IGNORED)
 
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
-        """Mean cross-entropy over labelled frames or utterances; zero where nothing is labelled."""
+        """Mean cross-entropy over labelled frames or utterances; zero if nothing is labelled."""
         labels = self._matched(outputs, lengths, batch["labels"])
         total = nn.functional.cross_entropy(
             at_least_float32(outputs.flatten(0, -2)), labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -119,7 +119,7 @@ class Classification(Objective):
         return Mean(total / count.clamp(min=1), count)
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
-        """Count into the confusion matrix and note each utterance."""
+        """Update the confusion matrix and store each utterance."""
         labels = self._matched(outputs, lengths, batch["labels"])
         self.confusion.update(outputs.argmax(-1).flatten(), labels.flatten())
         if outputs.ndim == 2:
@@ -136,12 +136,12 @@ class Classification(Objective):
                 self.rows.append({"utterance": name, "frames": count, "accuracy": round(right / count, 4) if count else None})
 
     def reset(self, stage: str) -> None:
-        """Begin anew."""
+        """Clear the measurements."""
         super().reset(stage)
         self.confusion.reset()
 
     def counts(self) -> Tensor:
-        """(classes, classes), rows true, columns predicted."""
+        """Confusion matrix (classes, classes). Rows are true, columns predicted."""
         return self.confusion.compute()[: len(self.classes), : len(self.classes)].double().cpu()
 
     def compute(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ class Classification(Objective):
         }
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
-        """The best class of each utterance and its probability, ``scores`` of all; of frames, the stretches of equal classes."""
+        """Best class of each utterance with its probability and the ``scores`` of all; for frames, segments of equal classes."""
         probabilities = outputs.float().softmax(-1).cpu()
         if outputs.ndim == 2:
             best = [int(row.argmax()) for row in probabilities]
@@ -179,7 +179,7 @@ class Classification(Objective):
         return found
 
     def write(self, folder: Path, title: str) -> list[str]:
-        """``per_class.csv``, ``per_utterance.csv``, ``confusion.png``."""
+        """Write ``per_class.csv``, ``per_utterance.csv`` and ``confusion.png``."""
         counts = self.counts()
         write_csv(folder / "per_class.csv", per_class(counts, self.classes))
         write_csv(folder / "per_utterance.csv", self.all_rows())
@@ -188,18 +188,18 @@ class Classification(Objective):
 
 
 class Slots(Objective):
-    """A classification for each slot of an utterance, trained together; an utterance is right when all its slots are.
+    """One classification per slot, trained together. An utterance is correct if all its slots are.
 
     Args:
         classes: ``slot=value`` of all slots, as `audiot.data.labels.SlotLabels` names them.
-        fields: The slots in the order of the labels.
+        fields: Names of the slots, in the order of the labels.
     """
 
     def __init__(self, classes: Sequence[str], fields: Sequence[str]) -> None:
         super().__init__(classes)
         self.num_outputs = len(self.classes)
         self.fields = list(fields)
-        # Vocabularies are sorted, so that a slot's values are neighbours.
+        # Vocabularies are sorted, so the values of a slot are adjacent.
         self.first = [next(place for place, name in enumerate(self.classes) if name.startswith(f"{field}=")) for field in fields]
         values = [[name.split("=", 1)[1] for name in self.classes if name.startswith(f"{field}=")] for field in fields]
         self.slots = nn.ModuleList(Classification(names) for names in values)
@@ -213,14 +213,14 @@ class Slots(Objective):
         return parts
 
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
-        """Sum of the slots' cross-entropies, a mean over utterances: each has a label for every slot."""
+        """Sum of the slots' cross-entropies, averaged over utterances. Every utterance has a label for every slot."""
         columns = batch["labels"].unbind(1)
         parts = zip(self._parts(outputs), columns, strict=True)
         losses = [slot.loss(own, lengths, {"labels": column - first}) for (_, first, slot, own), column in parts]
         return Mean(torch.stack([loss.value for loss in losses]).sum(), losses[0].scored)
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
-        """Count each slot and note each utterance."""
+        """Update each slot and store each utterance."""
         rows: list[Row] = [{"utterance": name} for name in batch["ids"]]
         for (field, first, slot, own), column in zip(self._parts(outputs), batch["labels"].unbind(1), strict=True):
             true, best = column - first, own.argmax(1)
@@ -232,7 +232,7 @@ class Slots(Objective):
         self.rows += rows
 
     def reset(self, stage: str) -> None:
-        """Begin anew."""
+        """Clear the measurements."""
         super().reset(stage)
         for slot in self.slots:
             assert isinstance(slot, Classification)
@@ -248,11 +248,11 @@ class Slots(Objective):
         return metrics
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
-        """``label`` (the values of all slots), its ``score`` (their product), and each of the ``slots`` with its own."""
-        said = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
+        """``label`` (the values of all slots), ``score`` (the product of theirs), and ``slots``: label and score of each."""
+        predictions = {field: slot.predict(own, lengths) for field, _, slot, own in self._parts(outputs)}
         found = []
         for number in range(len(outputs)):
-            slots = {field: rows[number] for field, rows in said.items()}
+            slots = {field: rows[number] for field, rows in predictions.items()}
             score = 1.0
             for slot in slots.values():
                 score *= slot["score"]
@@ -260,7 +260,7 @@ class Slots(Objective):
         return found
 
     def write(self, folder: Path, title: str) -> list[str]:
-        """``per_class.csv``, ``per_utterance.csv``, ``confusion-SLOT.png``."""
+        """Write ``per_class.csv``, ``per_utterance.csv`` and ``confusion-SLOT.png``."""
         table: list[Row] = []
         pictures = []
         for field, slot in zip(self.fields, self.slots, strict=True):
@@ -275,7 +275,7 @@ class Slots(Objective):
 
 
 def per_class(counts: Tensor, classes: Sequence[str]) -> list[Row]:
-    """How often each class occurred, and its precision, recall and F1, from a confusion matrix (rows true)."""
+    """Count, precision, recall and F1 of each class, from a confusion matrix (rows true)."""
     right = counts.diagonal()
     precision, recall = right / counts.sum(0).clamp(min=1), right / counts.sum(1).clamp(min=1)
     return [

@@ -1,4 +1,4 @@
-"""Upstreams: what a downstream task listens to. All map waveforms to hidden states through one interface."""
+"""Upstreams: models that map waveforms to hidden states for downstream tasks, with one interface."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from audiot.features import Features
 
 
 class Upstream(nn.Module, ABC):
-    """Base of the upstreams.
+    """Base class of the upstreams.
 
     Attributes:
-        features: How it cuts audio into frames.
-        stack: Frames behind a hidden state.
-        num_states: Hidden states it gives: layers + 1.
-        state_dim: d.
-        config: Plain dict from which :func:`rebuild` makes it again, untrained, for its weights to be loaded.
+        features: Front end, which divides audio into frames.
+        stack: Frames per hidden state.
+        num_states: Number of hidden states, layers + 1.
+        state_dim: Size d of a hidden state.
+        config: Plain dict from which :func:`rebuild` makes an untrained copy, to load weights into.
     """
 
     features: Any
@@ -34,19 +34,19 @@ class Upstream(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (layers + 1, B, T, d), zero after an utterance's end, and lengths (B,) in states.
+        """Hidden states (layers + 1, B, T, d), zero on padding, and lengths (B,) in states.
 
         Args:
-            waveforms: (B, N) in [-1, 1] at ``features.sample_rate``.
-            lengths: (B,) samples, on the CPU.
+            waveforms: Samples (B, N) in [-1, 1] at ``features.sample_rate``.
+            lengths: Samples of each utterance (B,), on the CPU.
         """
 
     @abstractmethod
     def top(self, num_layers: int) -> list[nn.Module]:
-        """The modules of the top layers, to be fine-tuned alone.
+        """Modules of the top layers, for fine-tuning only these.
 
         Raises:
-            ValueError: there are not so many, or they share parameters with those below.
+            ValueError: there are fewer layers, or they share parameters with the layers below.
         """
 
 
@@ -67,7 +67,7 @@ class EncoderUpstream(Upstream):
         return self.encoder(waveforms, lengths)
 
     def top(self, num_layers: int) -> list[nn.Module]:
-        """The top layers, and the normalisation behind them."""
+        """The top layers, and the final normalisation."""
         encoder = self.encoder.encoder
         check_top(num_layers, encoder.num_layers)
         if len(encoder.layers) < encoder.num_layers:
@@ -76,13 +76,13 @@ class EncoderUpstream(Upstream):
 
 
 class FeaturesUpstream(Upstream):
-    """The control without any encoder: spectrogram frames beside their neighbours.
+    """Control without an encoder: each spectrogram frame with its neighbours.
 
     Args:
-        features: Config of the front end; its frames are not stacked.
-        context: Frames around and including each one that are concatenated, an odd number.
-        cmvn: Normalisation in place of the front end's own; ``global`` keeps what utterance normalisation takes away, a speaker's
-            average spectrum among it.
+        features: Config of the front end. Its frames are not stacked.
+        context: Number of frames to concatenate, centred on each one. It must be odd.
+        cmvn: Normalisation instead of the front end's own. ``global`` keeps what ``utterance`` removes, such as a speaker's
+            average spectrum.
     """
 
     def __init__(self, features: Mapping[str, Any], context: int = 9, cmvn: str | None = None) -> None:
@@ -103,18 +103,18 @@ class FeaturesUpstream(Upstream):
         self.state_dim = self.features.output_dim * context
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Measure the statistics of global normalisation, where that is asked for."""
+        """Compute the statistics of global normalisation, if it is used."""
         if self.features.cmvn == "global":
             self.features.fit(batches)
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames with context (1, B, T, channels · context), zeros beyond an utterance's edges, and lengths (B,)."""
+        """Frames with context (1, B, T, channels · context), with zeros outside an utterance, and lengths (B,)."""
         frames, num_frames = self.features(waveforms, lengths)
         around = nn.functional.pad(frames, (0, 0, self.context // 2, self.context // 2)).unfold(1, self.context, 1)
         return around.flatten(2)[None], num_frames
 
     def top(self, num_layers: int) -> list[nn.Module]:
-        """There are none: refused."""
+        """Always refused, because there are no layers."""
         raise ValueError("upstream=features has no layers to train: drop downstream.train_encoder and downstream.top_layers")
 
 
@@ -135,13 +135,13 @@ def random_encoder(
     model: Mapping[str, Any] | None = None,
     trusted: Collection[str] = (),
 ) -> EncoderUpstream:
-    """An untrained encoder: the architecture of the one at ``path``, else of ``features`` and ``model``."""
+    """An untrained encoder with the architecture of the one at ``path``, or that of ``features`` and ``model``."""
     if path is not None:
         return untrained(checkpoint(path, trusted), seed)
     with _seeded(seed):
         fresh = untrained_encoder(features or {}, model or {})
     if fresh.features.cmvn == "global":
-        raise ValueError("upstream=random with features.cmvn=global needs upstream.path: an encoder whose statistics to take")
+        raise ValueError("upstream=random with features.cmvn=global needs upstream.path, an encoder that provides the statistics")
     return fresh
 
 
@@ -154,7 +154,7 @@ AnyUpstream = TypeVar("AnyUpstream", bound=Upstream)
 
 
 def untrained(upstream: AnyUpstream, seed: int) -> AnyUpstream:
-    """An upstream of the same architecture and normalisation, with random weights."""
+    """An upstream with the same architecture and normalisation, but random weights."""
     with _seeded(seed):
         fresh = rebuild(upstream.config)
     statistics = {name: value for name, value in upstream.state_dict().items() if ".cmvn_" in name}
@@ -166,12 +166,12 @@ def untrained(upstream: AnyUpstream, seed: int) -> AnyUpstream:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
         yield
 
 
 def check_top(num_layers: int, available: int) -> None:
-    """Refuse a number of top layers that there is not."""
+    """Refuse a number of top layers that does not exist."""
     if not 1 <= num_layers <= available:
         raise ValueError(f"downstream.top_layers must be between 1 and the upstream's {available} layers, found {num_layers}")
 

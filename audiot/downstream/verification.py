@@ -1,4 +1,4 @@
-"""Speaker verification: are two utterances of one speaker?"""
+"""Speaker verification: do two utterances have the same speaker?"""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Trial = tuple[bool, str, str]  # same speaker, utterance, utterance
 
 
 class Verification(Objective):
-    """Embeddings that the training speakers' identities teach, compared by their cosine.
+    """Speaker embeddings, trained by classifying the training speakers and compared by cosine.
 
-    Training minimises the additive-margin softmax (Wang et al. 2018, arXiv:1801.05599). The metrics are the equal error rate,
-    as SUPERB computes it (see `error_rates`), and the minimum of the normalised detection cost (NIST; both errors cost 1).
+    The loss is the additive-margin softmax (Wang et al. 2018, arXiv:1801.05599). The metrics are the equal error rate, computed
+    as in SUPERB (see `error_rates`), and the minimum of the normalised detection cost (NIST; both errors cost 1).
 
     Args:
-        classes: Training speakers.
+        classes: Names of the training speakers.
         embedding_dim: Width of the head's output.
-        scale, margin: s and m of the loss.
-        trials: File of the test's trials, lines ``1|0 UTTERANCE UTTERANCE`` (1: same speaker; .wav may follow); None: all pairs
-            of test utterances. Validation always takes all pairs.
-        max_trials: More pairs than that are sampled.
-        p_target: Prior probability of one speaker, in the detection cost.
+        scale, margin: Parameters s and m of the loss.
+        trials: File with the test's trials, lines ``1|0 UTTERANCE UTTERANCE`` (1: same speaker; .wav may follow). None takes all
+            pairs of test utterances, as validation always does.
+        max_trials: Most pairs; more are sampled.
+        p_target: Prior probability of the same speaker, in the detection cost.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Verification(Objective):
         self.stage = "test"
 
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
-        """Cross-entropy over training speakers, the true one's cosine less the margin: a mean over utterances."""
+        """Cross-entropy over training speakers, with the margin subtracted from the true one's cosine; a mean over utterances."""
         embeddings, speakers = (nn.functional.normalize(at_least_float32(vectors)) for vectors in (outputs, self.speakers))
         cosines = embeddings @ speakers.T
         margins = nn.functional.one_hot(batch["labels"], len(self.classes)) * self.margin
@@ -71,18 +71,18 @@ class Verification(Objective):
         return Mean(loss, loss.new_full((), len(outputs)))
 
     def update(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> None:
-        """Keep the embeddings."""
+        """Store the embeddings."""
         embeddings = nn.functional.normalize(outputs.float()).cpu()
         for name, speaker, embedding in zip(batch["ids"], batch["speakers"], embeddings, strict=True):
             self.rows.append({"utterance": name, "speaker": speaker, "embedding": embedding})
 
     def reset(self, stage: str) -> None:
-        """Begin anew."""
+        """Clear the stored embeddings."""
         super().reset(stage)
         self.stage = stage
 
     def check(self, utterances: Iterable[str]) -> None:
-        """Refuse trials of utterances that the test split has not."""
+        """Refuse trials with utterances that the test split lacks."""
         missing = {name for _, *pair in self.trials or () for name in pair} - set(utterances)
         if missing:
             assert self.path is not None
@@ -90,15 +90,15 @@ class Verification(Objective):
                 (number, name) for number, (_, *pair) in _numbered_trials(self.path) for name in pair if name in missing
             )
             raise ValueError(
-                f"{self.path} names {len(missing)} utterances that the test split has not, {name} of line {number} first: were "
-                "they rejected by preparation? Mend them, or leave their trials out"
+                f"{self.path} names {len(missing)} utterances that the test split lacks, {name} of line {number} first: were "
+                "they rejected by preparation? Correct them, or leave their trials out"
             )
 
     def scored(self) -> list[Row]:
         """Every trial with its cosine.
 
         Raises:
-            ValueError: an utterance of a trial was not measured, or the trials are all of one kind.
+            ValueError: an utterance of a trial was not measured, or all trials are of one kind.
         """
         rows = {row["utterance"]: row for row in self.all_rows()}
         if self.trials is not None and self.stage == "test":
@@ -108,7 +108,7 @@ class Verification(Objective):
             trials = _pairs(list(rows.values()), self.max_trials)
         if len({same for same, _, _ in trials}) < 2:
             raise ValueError(
-                "the trials are all of one kind: verification needs two utterances of one speaker and utterances of two speakers"
+                "all trials are of one kind: verification needs trials with the same speaker and with different speakers"
             )
         embeddings = torch.stack([row["embedding"] for row in rows.values()])
         place = {name: number for number, name in enumerate(rows)}
@@ -132,11 +132,11 @@ class Verification(Objective):
         return error_rates(scores, same, self.p_target)
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
-        """The ``embedding`` of each utterance, of length 1: the cosine of two is their score."""
+        """The ``embedding`` of each utterance, normalised to length 1. The score of two utterances is their cosine."""
         return [{"embedding": embedding} for embedding in nn.functional.normalize(outputs.float()).cpu().tolist()]
 
     def write(self, folder: Path, title: str) -> list[str]:
-        """``trials.csv``, ``per_class.csv`` (each speaker's mean scores), ``scores.png``."""
+        """Write ``trials.csv``, ``per_class.csv`` (mean scores of each speaker) and ``scores.png``."""
         trials = self.scored()
         speaker_of = {row["utterance"]: row["speaker"] for row in self.all_rows()}
         write_csv(folder / "trials.csv", [{**trial, "score": round(trial["score"], 4)} for trial in trials])
@@ -163,30 +163,30 @@ class Verification(Objective):
 def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[str, float]:
     """Equal error rate and minimum detection cost of scored trials.
 
-    The receiver operating characteristic has a point for each different score, the share of false alarms and of hits where
-    that score and all larger ones are accepted, and a point where none is. Between points it is a straight line. The equal
-    error rate is the share of false alarms where it meets the line on which as large a share is missed; the detection cost is
-    the least of all points.
+    The receiver operating characteristic (ROC) has a point for each different score: the shares of false alarms and hits when
+    this and all larger scores are accepted. It also has a point where nothing is accepted, and is linear between points. The
+    equal error rate is the share of false alarms at the point of the curve where as large a share is missed. The minimum
+    detection cost is taken over all points.
 
     Args:
-        scores: (trials,), larger for one speaker.
-        same: (trials,), 1 for one speaker and 0 for two.
-        p_target: Prior probability of one speaker.
+        scores: Scores (trials,), larger for the same speaker.
+        same: Truth (trials,): 1 for the same speaker, 0 for different ones.
+        p_target: Prior probability of the same speaker.
 
     Returns:
-        ``eer`` and ``min_dcf``, normalised by the cost of deciding without looking.
+        ``eer`` and ``min_dcf``, normalised by the cost of a decision without scores.
     """
     scores, order = scores.double().sort(descending=True)
     same = same[order].long()
-    last = nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # of the trials with the same score
+    last = nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # last of the trials with equal scores
     hits, false_alarms = (nn.functional.pad(kind.cumsum(0)[last], (1, 0)) / kind.sum().double() for kind in (same, 1 - same))
     cost = p_target * (1 - hits) + (1 - p_target) * false_alarms
     return {"eer": _crossing(false_alarms, hits), "min_dcf": float(cost.min()) / min(p_target, 1 - p_target)}
 
 
 def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
-    """Share of false alarms where a line through points, from (0, 0) to (1, 1), meets false alarms = 1 − hits."""
-    excess = 1 - hits - false_alarms  # falls from 1 to −1
+    """Share of false alarms where the piecewise linear curve from (0, 0) to (1, 1) meets false alarms = 1 − hits."""
+    excess = 1 - hits - false_alarms  # decreases from 1 to −1
     after = int((excess > 0).sum())
     before = after - 1
     way = excess[before] / (excess[before] - excess[after])
@@ -194,13 +194,13 @@ def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
 
 
 def read_trials(path: str | Path) -> list[Trial]:
-    """Trials of a file of lines ``1|0 UTTERANCE UTTERANCE``, as VoxCeleb's; suffixes of audio files are left out.
+    """Read trials from lines ``1|0 UTTERANCE UTTERANCE``, as in VoxCeleb. Audio suffixes are removed.
 
-    A trial that occurs twice counts twice, as in the published lists.
+    A repeated trial counts twice, as in the published lists.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is of another form, two lines contradict each other, or there is no trial.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line has another form, two lines contradict each other, or there is no trial.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"downstream.objective.trials: there is no file {path}")
@@ -209,10 +209,12 @@ def read_trials(path: str | Path) -> list[Trial]:
     for number, (same, first, second) in _numbered_trials(path):
         before, line = found.setdefault(frozenset((first, second)), (same, number))
         if before != same:
-            raise ValueError(f"{path}:{number}: {first} and {second} are of one speaker here or in line {line}, not in both")
+            raise ValueError(
+                f"{path}:{number}: {first} and {second} have the same speaker either here or in line {line}: correct one of them"
+            )
         trials.append((same, first, second))
     if not trials:
-        raise ValueError(f"{path} has no trial: lines of 1 or 0 and two utterances are expected there")
+        raise ValueError(f"{path} has no trial: expected lines of 1 or 0 and two utterances")
     return trials
 
 
@@ -233,7 +235,7 @@ def _pairs(rows: Sequence[Row], limit: int) -> list[Trial]:
 
 
 def _sampled(count: int, limit: int) -> list[tuple[int, int]]:
-    """``limit`` different pairs of ``count`` utterances."""
+    """``limit`` different pairs among ``count`` utterances."""
     drawn = sorted(random.Random(key("verification trials", count)).sample(range(count * (count - 1) // 2), limit))
-    later = [(1 + isqrt(1 + 8 * number)) // 2 for number in drawn]  # pair number two (two − 1) / 2 + one
+    later = [(1 + isqrt(1 + 8 * number)) // 2 for number in drawn]  # pair (one, two) has number two · (two − 1) / 2 + one
     return [(number - two * (two - 1) // 2, two) for number, two in zip(drawn, later, strict=True)]

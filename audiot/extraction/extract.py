@@ -1,4 +1,4 @@
-"""Encoding a corpus: utterances to hidden states, in shards of known size (see `audiot.extraction.states`)."""
+"""Encoding a corpus: hidden states of utterances, written in shards of limited size (see `audiot.extraction.states`)."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from tqdm import tqdm
 
 from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.files import write_csv
-from audiot.data.audio import AudioFile, BadAudioError, heard, read_audio, resample
+from audiot.data.audio import AudioFile, BadAudioError, read_audio, resample, resample_checked
 from audiot.data.batches import ignore_interrupt, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
-from audiot.downstream.classifier import by_length, collate, together
+from audiot.downstream.classifier import by_length, collate, compute_with_fallback
 from audiot.downstream.upstream import Upstream
 from audiot.extraction.states import Failures, shard_path, stored, write_shard
 
-AHEAD = 2  # batches that a process reads before they are wanted
+AHEAD = 2  # batches that a process reads in advance
 REMEDY = "--workers {workers} or a smaller --batch-s"
-ALONE_S = 600  # less audio than that is read sooner than worker processes start
+ALONE_S = 600  # seconds of audio; less than this is read before worker processes have started
 
 
 class Utterance(NamedTuple):
-    """One utterance to encode: a whole file of any format, or a cut."""
+    """One utterance to encode: a whole audio file of any format, or a Lhotse cut."""
 
     id: str
     source: str | Cut
     num_samples: int
     sample_rate: int  # Hz
-    prepared: bool = False  # then preparation decided what is fit to be heard
+    prepared: bool = False  # whether preparation has checked the audio already
 
     @property
     def seconds(self) -> float:
-        """Its duration."""
+        """Duration in seconds."""
         return self.num_samples / self.sample_rate
 
     def read(self, sample_rate: int) -> np.ndarray:
-        """Samples (N,) in float32, the average of the channels, at ``sample_rate``.
+        """Samples (N,) in float32 at ``sample_rate``, averaged over the channels.
 
         Raises:
-            BadAudioError: they can't be used; the message is the reason.
+            BadAudioError: the audio cannot be used. The message is the reason.
         """
         if not isinstance(self.source, str):
-            return heard(read_cut(self.source), self.sample_rate, sample_rate)
+            return resample_checked(read_cut(self.source), self.sample_rate, sample_rate)
         if not self.prepared:
             return read_audio(self.source, sample_rate)
         with AudioFile(self.source) as file:
@@ -65,22 +65,22 @@ class Utterance(NamedTuple):
 
 
 def total_seconds(shard: Sequence[Utterance]) -> float:
-    """How much audio there is."""
+    """Seconds of audio in all utterances."""
     return sum(utterance.seconds for utterance in shard)
 
 
 def num_frames(utterance: Utterance, features: Any) -> int:
-    """Hidden states of an utterance, as far as can be told without decoding it."""
+    """Number of hidden states of an utterance, estimated without decoding it."""
     return features.num_tokens(round(utterance.seconds * features.sample_rate))
 
 
 def too_short(seconds: float) -> str:
-    """Why an utterance gives no frame."""
+    """The reason why an utterance gives no frame."""
     return f"too short: {seconds:.3f} s do not fill a frame of the model"
 
 
 def usable(utterances: Sequence[Utterance], features: Any, failures: Failures) -> list[Utterance]:
-    """Those that are long enough for a frame; the others go to ``failures``."""
+    """Utterances with at least one frame. The others are added to ``failures``."""
     long_enough = []
     for utterance in utterances:
         if num_frames(utterance, features) < 1:
@@ -91,7 +91,7 @@ def usable(utterances: Sequence[Utterance], features: Any, failures: Failures) -
 
 
 def plan(utterances: Sequence[Utterance], features: Any, frame_bytes: int, shard_bytes: float) -> list[list[Utterance]]:
-    """Cut a sequence of utterances into shards of at most ``shard_bytes``, or of one utterance."""
+    """Cut a sequence of utterances into shards of at most ``shard_bytes``. A longer utterance gets its own shard."""
     shards: list[list[Utterance]] = []
     size = 0
     for utterance in utterances:
@@ -105,7 +105,7 @@ def plan(utterances: Sequence[Utterance], features: Any, frame_bytes: int, shard
 
 
 def data_digest(utterances: Sequence[Utterance]) -> str:
-    """Names what is encoded: ids and lengths in their order, not where the files lie."""
+    """Digest of the data: ids and lengths of the utterances in order. Paths do not count."""
     lines = (json.dumps([one.id, one.num_samples, one.sample_rate]) for one in utterances)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -124,7 +124,7 @@ def write_index(folder: Path, shards: Sequence[Sequence[Utterance]]) -> None:
 
 
 class Waveforms(NamedTuple):
-    """A batch that was read: utterances that could be, their audio zero-padded (B, N), lengths (B,); and failures."""
+    """A batch of audio: the readable utterances, zero-padded (B, N), their lengths (B,), and the failures of the others."""
 
     shard: int
     seconds: float
@@ -135,7 +135,7 @@ class Waveforms(NamedTuple):
 
 
 class _Reader(Dataset[Waveforms]):
-    """Reads the audio of a batch, (number of its shard, utterances)."""
+    """Reads the audio of a batch, given as (shard number, utterances)."""
 
     def __init__(self, sample_rate: int, shortest: int) -> None:
         self.sample_rate = sample_rate
@@ -159,7 +159,7 @@ class _Reader(Dataset[Waveforms]):
 
 
 class _Encoded:
-    """States of a batch on their way to the CPU: rows (N, d) of all utterances, which of them are finite, rows an utterance."""
+    """Hidden states of a batch during their copy to the CPU: rows (N, d), which rows are finite, and rows per utterance."""
 
     def __init__(self, states: Tensor, finite: Tensor, sizes: list[int], arrived: torch.cuda.Event | None) -> None:
         self._states = states
@@ -169,10 +169,10 @@ class _Encoded:
 
     @cached_property
     def utterances(self) -> list[Tensor | None]:
-        """The rows of each utterance, for which this waits; None where some are not finite.
+        """The rows of each utterance; None where some are not finite. It waits for the copy to arrive.
 
-        A copy for all of them: page-locked memory is wanted for the next batch, and a call for each would often wait for the
-        threads that read and write to let Python go.
+        All utterances are copied at once. The page-locked memory is needed for the next batch, and one copy per utterance would
+        often wait for the GIL while other threads read and write.
         """
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -191,7 +191,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Shard:
-    """What there is of a shard so far."""
+    """What is known of a shard so far."""
 
     batches: int
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -199,17 +199,17 @@ class _Shard:
 
 
 class Extractor:
-    """Writes hidden states of utterances to shards.
+    """Writes hidden states of utterances in shards.
 
-    Reading, encoding and writing go on at the same time. Batches are of similar lengths within a shard; an utterance gets what
-    it gets alone, up to rounding.
+    Reading, encoding and writing run at the same time. A batch holds utterances of similar length from one shard. An utterance
+    gets the same states as if it were encoded alone, up to rounding.
 
     Args:
-        upstream: What encodes, on its device, in evaluation mode.
-        layers: Which hidden states are kept.
-        dtype: In which they are stored.
-        batch_s: Seconds of audio in a batch, padding included.
-        num_workers: Processes that read audio; None: what is of use here.
+        upstream: Encoder, on its device and in evaluation mode.
+        layers: Indices of the hidden states to keep.
+        dtype: Dtype of the stored states.
+        batch_s: Seconds of audio per batch, padding included.
+        num_workers: Processes that read audio; None chooses a useful number.
     """
 
     def __init__(
@@ -227,17 +227,17 @@ class Extractor:
         """Extract shards.
 
         Args:
-            shards: By number.
-            folder: Gets them.
-            initial: Seconds of audio that were done before, for the bar.
+            shards: Utterances by shard number.
+            folder: Folder for the shards.
+            initial: Seconds of audio done before, for the progress bar.
 
         Returns:
-            Seconds of audio a second, code generation and the start of workers not counted; None where there are no shards.
+            Seconds of audio per second; None without shards. Code generation and the start of workers are not counted.
         """
         batches = [
             (number, [shard[place] for place in batch])
             for number, shard in shards.items()
-            # The longest first: should the memory be too small, it is told at once.
+            # The longest first, so that a lack of memory shows at once.
             for batch in by_length({place: utterance.seconds for place, utterance in enumerate(shard)}, self.batch_s)[::-1]
         ]
         parts = {number: _Shard(0) for number in shards}
@@ -260,7 +260,7 @@ class Extractor:
                 part.batches -= 1
                 if not part.batches:
                     if writing is not None:
-                        writing.result()  # one shard waits in memory at most
+                        writing.result()  # at most one shard waits in memory
                     del parts[batch.shard]
                     writing = writer.submit(write_shard, folder, batch.shard, part.states, part.failures)
                 clock.count(batch.seconds)
@@ -276,7 +276,7 @@ class Extractor:
             seconds = sum(total_seconds(utterances) for _, utterances in batches)
             workers = useful_workers(1, self.device.type == "cuda") if seconds > ALONE_S else 0
         else:
-            warn_of_many("--workers ", workers, "without it, there are as many as are of use")
+            warn_of_many("--workers ", workers, "without it, a useful number is chosen")
         seconds = max((total_seconds(utterances) for _, utterances in batches), default=0)
         rate = self.upstream.features.sample_rate
         check_room(workers, AHEAD, 4 * seconds * rate, remedy=REMEDY)
@@ -291,7 +291,7 @@ class Extractor:
         )
 
     def _encoded(self, loader: Iterable[Waveforms]) -> Iterator[tuple[Waveforms, list[_Place | str]]]:
-        """Batches with what became of their utterances; while one is taken up, the device is at the next."""
+        """Batches with the result of each utterance. While one batch is handled, the device computes the next one."""
         ahead = ((batch, self._encode(batch)) for batch in loader)
         for encoded, _ in pairwise(chain(ahead, [None])):
             assert encoded is not None
@@ -304,20 +304,20 @@ class Extractor:
             lengths = batch.lengths[list(rows)]
             return self._launch(batch.waveforms[list(rows), : int(lengths.max())], lengths)
 
-        return together(range(len(batch.ids)), compute)
+        return compute_with_fallback(range(len(batch.ids)), compute)
 
     def _launch(self, waveforms: Tensor, lengths: Tensor) -> list[_Place]:
         hidden, num_frames = self.upstream(waveforms.to(self.device, non_blocking=True), lengths)
         chosen = torch.stack([hidden[layer].to(self.dtype) for layer in self.layers], dim=1)  # B, layers, T, d
-        # Row r of what is kept lies as many rows further on as there is padding before it. Told from the CPU, where the lengths
-        # are, so that the device is not waited for.
+        # The states of real frames are stored without padding. Row r of them lies at r + (padded rows before it) in `chosen`. The
+        # indices are computed on the CPU, where the lengths are, to avoid waiting for the device.
         sizes = num_frames.repeat_interleave(len(self.layers))
         padding = (chosen.shape[2] - sizes).cumsum(0) - (chosen.shape[2] - sizes)
         count = int(sizes.sum())
         sizes, padding = (each.to(self.device, non_blocking=True) for each in (sizes, padding))
         rows = torch.arange(count, device=self.device) + padding.repeat_interleave(sizes, output_size=count)
         states = chosen.flatten(0, 2).index_select(0, rows)
-        finite = (states * 0).sum(dim=1) == 0  # isfinite of half precision takes 15 times as long on CPUs
+        finite = (states * 0).sum(dim=1) == 0  # on CPUs, isfinite in half precision takes 15 times as long
         (states, finite), arrived = to_host(states, finite)
         encoded = _Encoded(states, finite, (num_frames * len(self.layers)).tolist(), arrived)
         return [_Place(encoded, number) for number in range(len(num_frames))]
@@ -328,13 +328,13 @@ class Extractor:
             return
         own = answer.batch.utterances[answer.number]
         if own is None:
-            part.failures[name] = "its hidden states leave the range of the numbers: take another --dtype or --compute-dtype"
+            part.failures[name] = "its hidden states overflow: take another --dtype or --compute-dtype"
             return
         part.states[name] = own if len(self.layers) == 1 else own.view(len(self.layers), -1, own.shape[-1])
 
 
 class _Clock:
-    """Seconds of audio a second: from the end of the first batch on, if there are more, as code is generated during that one."""
+    """Speed in seconds of audio per second. The first batch is not counted if there are more, because code is generated in it."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -342,13 +342,13 @@ class _Clock:
         self.since = time.perf_counter()
 
     def count(self, seconds: float) -> None:
-        """A batch is done."""
+        """Count a finished batch."""
         self.batches += 1
         self.seconds += seconds
         if self.batches == 1:
             self.first_s, self.first_end = seconds, time.perf_counter()
 
     def speed(self) -> float:
-        """Until now."""
+        """Speed so far."""
         since, before = (self.first_end, self.first_s) if self.batches > 1 else (self.since, 0.0)
         return (self.seconds - before) / max(time.perf_counter() - since, 1e-9)

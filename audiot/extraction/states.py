@@ -1,7 +1,7 @@
-"""Hidden states of a corpus in files: the folder that ``audiot extract`` writes, and a reader of it.
+"""Hidden states of a corpus in files: the folder that ``audiot extract`` writes, and its reader.
 
-``config.json`` says what was extracted, and how; ``shard-00000.safetensors``, … hold a tensor an utterance, (T, d), or of several
-layers (layers, T, d); ``index.csv`` (utterance, shard, frames, seconds) is written when all shards are there.
+``config.json`` holds the settings of the extraction. ``shard-00000.safetensors``, … hold one tensor per utterance: (T, d), or
+(layers, T, d) for several layers. ``index.csv`` (utterance, shard, frames, seconds) is written when all shards are complete.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from audiot.base.files import read_json, replacing, write_json
 
 FORMAT_VERSION = 1
 Failures = dict[str, str]
-"""Utterance or path → why it can't be used."""
+"""Utterance or path → the reason why it cannot be used."""
 
 
 class States(Mapping[str, Tensor]):
-    """Utterance → its hidden states, read from disk when they are asked for; in the order of the data.
+    """Hidden states by utterance, in the order of the data. They are read from disk on access.
 
     Args:
-        folder: What ``audiot extract`` wrote.
+        folder: Folder that ``audiot extract`` wrote.
 
     Attributes:
-        config: Of ``config.json``: ``encoder``, ``layers``, ``dtype``, …; the middle of state t lies ``first_frame_ms`` + t ·
-            ``frame_shift_ms`` after the beginning.
+        config: Content of ``config.json``: ``encoder``, ``layers``, ``dtype``, … The middle of state t lies
+            ``first_frame_ms`` + t · ``frame_shift_ms`` after the beginning.
         frames: Utterance → T.
-        seconds: Utterance → its duration.
+        seconds: Utterance → its duration in seconds.
 
     Raises:
-        FileNotFoundError: nothing was extracted there, or not to the end.
-        ValueError: it is of another version of the format.
+        FileNotFoundError: the folder holds no hidden states, or the extraction is incomplete.
+        ValueError: the states have another format version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,7 +45,7 @@ class States(Mapping[str, Tensor]):
         self.config: dict[str, Any] = read_json(self.folder / "config.json", "config of extracted hidden states")
         if self.config.get("format_version") != FORMAT_VERSION or "num_shards" not in self.config:
             raise ValueError(
-                f"{self.folder} holds no hidden states of format {FORMAT_VERSION}: extract them anew, into another folder"
+                f"{self.folder} holds no hidden states of format {FORMAT_VERSION}: extract them again into another folder"
             )
         index = self.folder / "index.csv"
         if not index.is_file():
@@ -62,7 +62,7 @@ class States(Mapping[str, Tensor]):
         self._open: dict[int, Any] = {}
 
     def __getitem__(self, utterance: str) -> Tensor:
-        """Hidden states (T, d), or (layers, T, d) of several layers, as stored: a tensor of ``config["dtype"]`` on the CPU."""
+        """Hidden states (T, d), or (layers, T, d) for several layers: a CPU tensor of dtype ``config["dtype"]``."""
         number = self._shard[utterance]
         if number not in self._open:
             self._open[number] = safe_open(shard_path(self.folder, number), "pt")
@@ -75,21 +75,21 @@ class States(Mapping[str, Tensor]):
         return len(self._shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out, so that a loader's workers can be sent it."""
+        """State without open files, so that it can be sent to a loader's workers."""
         return {**self.__dict__, "_open": {}}
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
+    """Path of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the folder's config, or see that it has the same one.
+    """Write the folder's config, or check that the existing one is equal.
 
     Raises:
-        ValueError: it has another one.
-        FileExistsError: it is a file.
+        ValueError: the folder has another config.
+        FileExistsError: the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: the last argument is the folder to write")
@@ -107,7 +107,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _comparable(config: Any) -> dict[str, Any]:
-    """Settings by dotted names, without what may change: where the encoder lies."""
+    """Settings by dotted names, without the encoder's path, which may change."""
     flat: dict[str, Any] = {}
     for name, value in (config if isinstance(config, dict) else {}).items():
         flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
@@ -116,20 +116,20 @@ def _comparable(config: Any) -> dict[str, Any]:
 
 
 def write_shard(folder: Path, number: int, states: Mapping[str, Tensor], failures: Failures) -> None:
-    """Write a shard; the same states give the same bytes, whatever their order."""
+    """Write a shard. Equal states give equal bytes, whatever their order."""
     with replacing(shard_path(folder, number)) as temporary:
         save_file(dict(states), temporary, metadata={"failures": json.dumps(failures, sort_keys=True)})
 
 
 def stored(path: Path) -> Iterator[tuple[str, int]]:
-    """Utterances of a shard and their frames."""
+    """Utterances of a shard and their numbers of frames."""
     with safe_open(path, "pt") as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             yield name, shard.get_slice(name).get_shape()[-2]
 
 
 def shard_failures(folder: Path, number: int) -> Failures:
-    """What a shard lacks, and why.
+    """Utterances that a shard lacks, with the reasons.
 
     Raises:
         ValueError: the file is damaged.
@@ -143,5 +143,5 @@ def shard_failures(folder: Path, number: int) -> Failures:
 
 
 def is_done(folder: Path, number: int) -> bool:
-    """Whether a shard is there and whole; one that lacks utterances is not: their files may have been mended."""
+    """Whether a shard is complete. A shard that lacks utterances is not, because their files may have been repaired."""
     return shard_path(folder, number).is_file() and not shard_failures(folder, number)

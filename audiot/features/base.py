@@ -1,4 +1,4 @@
-"""Waveform → features, on the device, as the first module of a model: whoever has the checkpoint has its front end.
+"""Waveform → features, on the device, as the first module of a model. So a checkpoint contains its front end.
 
 Shapes: B utterances, N samples, F frames, C channels of a frame (deltas included), T tokens of `stack` frames each.
 """
@@ -22,33 +22,33 @@ SelfFeatures = TypeVar("SelfFeatures", bound="Features")
 class Features(nn.Module, ABC):
     """Base of the front ends: framing, deltas, mean and variance normalisation (CMVN), stacking and exact lengths.
 
-    Nothing is padded at the ends: frame t covers the samples [t·hop_length, t·hop_length + win_length), and samples
-    that do not fill a frame are left out; with `center`, each utterance is first reflected at its own ends. So lengths
-    are exact, and what lies behind the end of an utterance in a padded batch reaches none of its frames.
+    Nothing is padded at the ends. Frame t covers the samples [t·hop_length, t·hop_length + win_length), and samples that do not
+    fill a frame are left out. With `center`, each utterance is first reflected at its own ends. So lengths are exact, and padding
+    in a batch reaches no frame of an utterance.
 
     The order is level → frames → deltas → CMVN → stacking. Deltas repeat the utterance's own first and last frame. CMVN
-    subtracts the mean and divides by the unbiased (n - 1) standard deviation, floored at `eps`, so that a constant
-    channel comes out as zero. Padded tokens are zero.
+    subtracts the mean and divides by the unbiased (n - 1) standard deviation. The deviation is at least `eps`, so a constant
+    channel becomes zero. Padded tokens are zero.
 
-    Features are computed without gradients, in float32 (float64 for a float64 waveform) whatever autocast or the
-    model's dtype says; the buffers stay float32 in a half-precision model.
+    Features are computed without gradients, in float32 (float64 for a float64 waveform), whatever autocast or the
+    model's dtype is. The buffers stay float32 in a half-precision model.
 
     Args:
         frame_channels: Channels that `frames` returns, before deltas.
         win_length: Samples in a frame.
         hop_length: Samples from one frame to the next.
-        sample_rate: In Hz; waveforms must have it already.
+        sample_rate: Sample rate in Hz. Waveforms must have it already.
         cmvn: ``"utterance"`` (over each utterance's own frames), ``"global"`` (over a corpus, see `fit`) or ``"none"``.
-        stack: Consecutive frames in a token; an utterance's remaining frames are dropped.
+        stack: Consecutive frames per token. Remaining frames of an utterance are dropped.
         eps: Smallest standard deviation that CMVN divides by.
-        delta_order: 0, 1 (add first differences in time) or 2 (and differences of those).
-        delta_window: Frames that a delta looks at, odd.
-        center: Centre frame t on sample t·hop_length and reflect each utterance at its own ends, as torch.stft does by
-            default: N // hop_length + 1 frames of N samples.
-        level_db: Level, in dB of full scale (root mean square), that each utterance is brought to first; None leaves it.
+        delta_order: Order of deltas: 0, 1 (first differences in time) or 2 (also their differences).
+        delta_window: Frames that a delta is computed from, an odd number.
+        center: Whether frame t is centred on sample t·hop_length and each utterance is reflected at its own ends, as torch.stft
+            does by default. N samples then give N // hop_length + 1 frames.
+        level_db: Root-mean-square level to which each utterance is scaled first, in dB of full scale; None keeps its level.
 
     Attributes:
-        num_channels: C, channels of a frame: frame_channels · (delta_order + 1).
+        num_channels: Channels C of a frame: frame_channels · (delta_order + 1).
         output_dim: Size of a token: num_channels · stack.
     """
 
@@ -91,39 +91,39 @@ class Features(nn.Module, ABC):
         self.delta_window = delta_window
         self.center = center
         self.level_db = level_db
-        self.reflected = (win_length - win_length // 2, win_length // 2) if center else (0, 0)  # samples before and behind
+        self.reflected = (win_length - win_length // 2, win_length // 2) if center else (0, 0)  # samples at the start and the end
         self.num_channels = frame_channels * (delta_order + 1)
         self.output_dim = self.num_channels * stack
         self.cmvn_mean: Tensor
         self.cmvn_std: Tensor
-        if cmvn == "global":  # NaN until fitted: a forgotten fit cannot pass for a result
+        if cmvn == "global":  # NaN until fitted, so that a forgotten fit raises an error
             self.register_buffer("cmvn_mean", torch.full((self.num_channels,), math.nan))
             self.register_buffer("cmvn_std", torch.full((self.num_channels,), math.nan))
-        self._fitted = False  # only spares the device a look at the statistics in every step
+        self._fitted = False  # avoids reading the statistics from the device in every step
 
     @abstractmethod
     def frames(self, waveforms: Tensor) -> Tensor:
         """Features of every full frame, before deltas: (B, N) → (B, F, frame_channels).
 
-        The waveforms are float32 or float64, and so is the result; they are at their level and reflected already.
+        The waveforms are float32 or float64, scaled and reflected already. The result has the same dtype.
         """
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute tokens and how many of them each utterance has.
+        """Compute tokens and their number for each utterance.
 
         Args:
-            waveforms: (B, N) float in [-1, 1], padded at the end with anything.
-            lengths: (B,) integers, the samples of each utterance; None when nothing is padded. Best kept on the CPU,
-                as the data module gives them: they are checked only there, because a check on a GPU would wait for it.
-                On a GPU an utterance that is too short gets no tokens.
+            waveforms: Samples (B, N), float in [-1, 1]. The padding at the end may have any value.
+            lengths: Samples of each utterance, integers (B,); None when nothing is padded. Keep them on the CPU, as the data
+                module does: only there are they checked, because a check on a GPU would wait for it. On a GPU, an utterance
+                that is too short gets no tokens.
 
         Returns:
-            (B, T, output_dim) tokens with T = num_tokens(N), and (B,) lengths in tokens, where `lengths` was (or
-            beside the waveforms).
+            Tokens (B, T, output_dim) with T = num_tokens(N), and lengths in tokens (B,) on the device of `lengths` (by default
+            that of the waveforms).
 
         Raises:
-            ValueError: an utterance is shorter than one token, a length exceeds N, the shapes or types are wrong, or
+            ValueError: an utterance is shorter than one token, a length exceeds N, a shape or dtype is wrong, or
                 ``cmvn="global"`` has no statistics yet.
         """
         self._check(waveforms, lengths)
@@ -139,9 +139,9 @@ class Features(nn.Module, ABC):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Set the global CMVN statistics from (waveforms, lengths) batches, as `forward` takes them, in float64.
+        """Compute the global CMVN statistics in float64 from batches of (waveforms, lengths) as `forward` takes them.
 
-        Call it before training, on every rank with the same batches; the statistics are part of the state dict.
+        Call it before training, with the same batches on every rank. The statistics are part of the state dict.
 
         Raises:
             ValueError: ``cmvn`` is not ``"global"``, or the batches hold fewer than two frames.
@@ -183,12 +183,12 @@ class Features(nn.Module, ABC):
         return self.num_frames(num_samples) // self.stack
 
     def num_samples(self, num_tokens: int) -> int:
-        """Fewest samples that give so many tokens: the length of a crop."""
+        """Fewest samples that give a number of tokens. A crop has this length."""
         before, behind = self.reflected
         return max((num_tokens * self.stack - 1) * self.hop_length + self.win_length - before - behind, before + 1)
 
     def frame_centers(self, num_frames: int) -> Tensor:
-        """Middle of each frame in samples (num_frames,), to look up labels: t·hop_length, half a window on unless `center`."""
+        """Middle of each frame in samples (num_frames,), to look up labels: t·hop_length, plus half a window without `center`."""
         return torch.arange(num_frames) * self.hop_length + (0 if self.center else self.win_length // 2)
 
     def unstack(self, tokens: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class Features(nn.Module, ABC):
         return tokens.reshape(tokens.shape[0], tokens.shape[1] * self.stack, tokens.shape[2] // self.stack)
 
     def extra_repr(self) -> str:
-        """What print(features) shows."""
+        """Text that print(features) shows."""
         return (
             f"output_dim={self.output_dim}, sample_rate={self.sample_rate}, win_length={self.win_length}, "
             f"hop_length={self.hop_length}, delta_order={self.delta_order}, cmvn={self.cmvn}, stack={self.stack}"
@@ -209,14 +209,14 @@ class Features(nn.Module, ABC):
         return waveforms.unfold(-1, self.win_length, self.hop_length)
 
     def _frame_lengths(self, lengths: Tensor, waveforms: Tensor) -> Tensor | None:
-        """Frames of each utterance (B,), beside the waveforms; None where it can be seen that no frame is padding."""
+        """Frames of each utterance (B,), on the device of the waveforms; None if it is known that no frame is padding."""
         frame_lengths = self.num_frames(lengths)
         if lengths.device.type == "cpu" and bool((frame_lengths == self.num_frames(waveforms.shape[1])).all()):
             return None
         return frame_lengths.to(waveforms.device, non_blocking=True)
 
     def _prepared(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-        """Waveforms in single precision or better, at their level, reflected: (B, N) → (B, N + samples before and behind)."""
+        """Waveforms in float32 or better, scaled and reflected: (B, N) → (B, N + reflected samples)."""
         waveforms = waveforms if waveforms.dtype == torch.float64 else waveforms.float()
         if self.level_db is None and not self.center:
             return waveforms
@@ -237,7 +237,7 @@ class Features(nn.Module, ABC):
         return extended.scatter_(1, before + ends + beyond, mirrored)
 
     def _channels(self, waveforms: Tensor, frame_lengths: Tensor | None) -> Tensor:
-        """Frames with their deltas, before CMVN, of prepared waveforms (B, N) → (B, F, C)."""
+        """Frames with deltas, before CMVN, from prepared waveforms: (B, N) → (B, F, C)."""
         channels = [self.frames(waveforms)]
         for _ in range(self.delta_order):
             channels.append(_deltas(channels[-1], frame_lengths, self.delta_window))
@@ -257,7 +257,7 @@ class Features(nn.Module, ABC):
             padded = _padding(frame_lengths, channels.shape[1])
             channels = channels.masked_fill(padded, 0.0)
             centred = (channels - channels.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill_(padded, 0.0)
-        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # one frame deviates by zero, not NaN
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # a single frame has deviation 0, not NaN
         return centred.div_(variance.sqrt().clamp(min=self.eps))
 
     def _stack(self, frames: Tensor) -> Tensor:
@@ -272,15 +272,14 @@ class Features(nn.Module, ABC):
             )
         longest = waveforms.shape[1]
         if longest < self.num_samples(1):
-            raise ValueError(f"every item of the batch is too short, at {longest} samples: {self._too_short}")
+            raise ValueError(f"every item of the batch is too short, with {longest} samples: {self._too_short}")
         if lengths is None:
             return
         if lengths.shape != waveforms.shape[:1] or lengths.is_floating_point():
             raise ValueError(
-                f"lengths must be ({len(waveforms)},) integers, one for each waveform, "
-                f"found {tuple(lengths.shape)} {lengths.dtype}"
+                f"lengths must be ({len(waveforms)},) integers, one per waveform, found {tuple(lengths.shape)} {lengths.dtype}"
             )
-        if lengths.device.type != "cpu":  # looking at them would wait for the device
+        if lengths.device.type != "cpu":  # checking them would wait for the device
             return
         shortest = int(lengths.argmin())
         if int(lengths[shortest]) < self.num_samples(1):
@@ -306,7 +305,7 @@ class Features(nn.Module, ABC):
             )
 
     def _apply(self: SelfFeatures, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfFeatures:
-        # A model in bfloat16 would round the filters to three digits: follow its device and keep the dtype.
+        # In bfloat16 the filters would be rounded to three digits, so buffers follow the model's device but keep their dtype.
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -315,18 +314,18 @@ class Features(nn.Module, ABC):
 
 
 def power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
-    """(..., win_length) → (..., n_fft / 2 + 1)."""
+    """Power spectrum: (..., win_length) → (..., n_fft / 2 + 1)."""
     spectrum = torch.fft.rfft(windowed, n=n_fft)
     return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
 
 
 def log_power(power: Tensor, floor: float, add_floor: bool) -> Tensor:
-    """Natural logarithm of powers, of which small ones are raised to a floor, or all get it added."""
+    """Natural logarithm of powers. The floor is a minimum, or is added to every power with ``add_floor``."""
     return (power + floor if add_floor else power.clamp(min=floor)).log()
 
 
 def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor:
-    """Regression deltas, Σ n·(c[t+n] - c[t-n]) / (2·Σ n²), repeating each utterance's own first and last frame."""
+    """Regression deltas, Σ n·(c[t+n] - c[t-n]) / (2·Σ n²). Each utterance's own first and last frame are repeated."""
     reach = (window - 1) // 2
     num_frames = frames.shape[1]
     final = frames[:, -1:]
@@ -344,7 +343,7 @@ def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor
 
 
 def _padding(lengths: Tensor, longest: int) -> Tensor:
-    """(B,) → (B, longest, 1) bool, True behind the end."""
+    """Mask of the padding, (B,) → bool (B, longest, 1)."""
     return (torch.arange(longest, device=lengths.device) >= lengths[:, None]).unsqueeze(-1)
 
 
@@ -364,7 +363,7 @@ def check_n_fft(n_fft: int, win_length: int) -> None:
 
 
 def check_band(low_name: str, low: float, high_name: str, high: float, sample_rate: int) -> None:
-    """Refuse frequencies, in Hz, that are no band below half the sample rate."""
+    """Refuse frequencies, in Hz, that are not a band below half the sample rate."""
     if not 0 <= low < high <= sample_rate / 2:
         raise ValueError(
             f"features.{low_name} = {low:g} and {high_name} = {high:g} Hz must be a band within 0 to "

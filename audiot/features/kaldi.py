@@ -13,15 +13,15 @@ from audiot.features.base import MOST_CHANNELS, Features, check_band, check_size
 
 
 class Kaldi(Features):
-    """What Kaldi's compute-fbank-feats and compute-mfcc-feats share: a batch of log mel filter banks.
+    """Common part of Kaldi's compute-fbank-feats and compute-mfcc-feats: a batch of log mel filter banks.
 
     Kaldi's defaults without dither: mean removed from each frame, pre-emphasis 0.97 within the frame, Povey window,
-    Fourier transform of the next power of two, no energy channel, snip_edges. Waveforms stay in [-1, 1] as in
-    torchaudio, where Kaldi's own programs read 16-bit integers: that moves every log channel by 2·ln(32768).
+    Fourier transform of the next power of two, no energy channel, snip_edges. Waveforms stay in [-1, 1] as in torchaudio.
+    Kaldi's own programs read 16-bit integers, which adds 2·ln(32768) to every log channel.
     """
 
     PRE_EMPHASIS = 0.97
-    FLOOR = torch.finfo(torch.float32).eps  # Kaldi's own
+    FLOOR = torch.finfo(torch.float32).eps  # same as Kaldi
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Kaldi(Features):
         self.window: Tensor
         self.filters: Tensor
         window = torch.hann_window(win_length, periodic=False).pow(0.85)
-        # Triangles that are straight on the mel scale; the bin at half the sample rate belongs to none of them.
+        # The filters are triangles on the mel scale. The bin at half the sample rate belongs to none of them.
         filters, _ = torchaudio("compliance.kaldi").get_mel_banks(
             num_mel_bins, self.n_fft, sample_rate, low_freq, high_freq, 100.0, -500.0, 1.0
         )
@@ -52,16 +52,16 @@ class Kaldi(Features):
         self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, num_mel_bins
 
     def log_mel(self, waveforms: Tensor) -> Tensor:
-        """(B, N) → (B, F, num_mel_bins)."""
-        # A CPU has a cache for some 30 s of audio; a GPU wants the whole batch at once.
+        """Log mel filter banks: (B, N) → (B, F, num_mel_bins)."""
+        # A CPU's cache holds some 30 s of audio. A GPU takes the whole batch at once.
         rows = max(1, 2**19 // waveforms.shape[1]) if waveforms.device.type == "cpu" else len(waveforms)
         return torch.cat([self._log_mel_of(part) for part in waveforms.split(rows)])
 
     def _log_mel_of(self, waveforms: Tensor) -> Tensor:
-        # torchaudio's steps in torchaudio's order: weak bins beside strong ones are mostly rounding, which is then the same.
+        # Same steps in the same order as torchaudio. Weak bins beside strong ones are mostly rounding, which then agrees.
         frames = self._framed(waveforms)
         frames = frames - frames.mean(-1, keepdim=True)
-        # The first sample of a frame has no previous one, but the Povey window begins with a zero.
+        # The first sample of a frame has no previous one. It does not matter, because the Povey window begins with a zero.
         frames[..., 1:].sub_(self.PRE_EMPHASIS * frames[..., :-1])
         power = power_spectrum(frames.mul_(self.window), self.n_fft)
         return (power @ self.filters.to(power.dtype)).clamp_(min=self.FLOOR).log_()
@@ -70,17 +70,17 @@ class Kaldi(Features):
 class KaldiFbank(Kaldi):
     """Kaldi's log mel filter bank (compute-fbank-feats without dither), with deltas: 240 channels by default.
 
-    The computation of a whole batch at once of what torchaudio.compliance.kaldi.fbank gives for one utterance;
-    with the default deltas and CMVN, the features of S3PRL's Mockingjay. Waveforms are in [-1, 1].
+    It computes a whole batch at once and equals torchaudio.compliance.kaldi.fbank, which takes one utterance. With the
+    default deltas and CMVN it gives the features of S3PRL's Mockingjay. Waveforms are in [-1, 1].
 
     Args:
-        num_mel_bins: Mel filters.
-        frame_length_ms: Length of a frame, in ms, rounded down to samples.
-        frame_shift_ms: From one frame to the next, in ms, rounded down to samples.
-        low_freq: Lowest frequency of the filters, in Hz.
-        high_freq: Highest frequency, in Hz; zero or less counts from half the sample rate.
-        delta_order: Orders of deltas.
-        options: The options of every front end, `Features`: ``sample_rate``, ``cmvn``, ``stack``, …
+        num_mel_bins: Number of mel filters.
+        frame_length_ms: Length of a frame in ms, rounded down to samples.
+        frame_shift_ms: Time from one frame to the next in ms, rounded down to samples.
+        low_freq: Lowest frequency of the filters in Hz.
+        high_freq: Highest frequency in Hz. Zero or less counts from half the sample rate.
+        delta_order: Order of deltas.
+        options: Options of every front end (see `Features`): ``sample_rate``, ``cmvn``, ``stack``, …
     """
 
     def __init__(
@@ -106,5 +106,5 @@ class KaldiFbank(Kaldi):
         )
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, N) → (B, F, num_mel_bins)."""
+        """Log mel filter banks: (B, N) → (B, F, num_mel_bins)."""
         return self.log_mel(waveforms)

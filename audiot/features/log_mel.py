@@ -14,24 +14,24 @@ from audiot.features.base import MOST_CHANNELS, Features, check_band, check_n_ff
 class LogMel(Features):
     """Natural logarithm of the mel power spectrum under a periodic Hann window, as in librosa and torchaudio.
 
-    Equals ``log(max(melspectrogram, floor))`` of librosa with the same ``center`` (reflecting) and ``power=2`` and of
+    Equals librosa's ``log(max(melspectrogram, floor))`` with the same ``center`` (reflecting) and ``power=2``. It equals
     torchaudio's MelSpectrogram where n_fft = win_length. A longer n_fft pads each windowed frame with zeros.
 
     Args:
-        n_mels: Mel filters. More than about 100 need a longer n_fft: 160 go with n_fft 1024.
+        n_mels: Number of mel filters. More than about 100 need a longer n_fft; 160 work with n_fft 1024.
         n_fft: Points of the Fourier transform, at least win_length.
         win_length: Samples in a frame.
         hop_length: Samples from one frame to the next.
-        f_min: Lowest frequency of the filters, in Hz.
-        f_max: Highest frequency, in Hz; None is half the sample rate.
-        mel_scale: ``"htk"`` or ``"slaney"``.
-        norm: None (triangles of height one) or ``"slaney"`` (of area one).
+        f_min: Lowest frequency of the filters in Hz.
+        f_max: Highest frequency in Hz; None is half the sample rate.
+        mel_scale: Mel scale, ``"htk"`` or ``"slaney"``.
+        norm: Filter norm: None (triangles of height one) or ``"slaney"`` (triangles of area one).
         floor: Smallest power before the logarithm.
-        add_floor: Add the floor to every power in place of raising smaller ones to it.
-        options: The options of every front end, `Features`: ``sample_rate``, ``cmvn``, ``stack``, …
+        add_floor: Whether the floor is added to every power instead of replacing smaller ones.
+        options: Options of every front end (see `Features`): ``sample_rate``, ``cmvn``, ``stack``, …
 
     Warns:
-        UserWarning: filters lie between two bins of the Fourier transform, so that their channels are constant.
+        UserWarning: some filters lie between two bins of the Fourier transform, so their channels are constant.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LogMel(Features):
             hop_length=hop_length,
             **options,
         )
-        from librosa.filters import mel  # seconds, for Numba
+        from librosa.filters import mel  # slow import: it loads Numba
 
         check_n_fft(n_fft, win_length)
         if mel_scale not in ("htk", "slaney"):
@@ -68,7 +68,7 @@ class LogMel(Features):
         self.n_fft = n_fft
         self.floor = floor
         self.add_floor = add_floor
-        with warnings.catch_warnings():  # ours, below, names the remedy
+        with warnings.catch_warnings():  # our own warning, below, names the remedy
             warnings.filterwarnings("ignore", message="Empty filters detected")
             triangles = mel(
                 sr=self.sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max, htk=mel_scale == "htk",
@@ -88,6 +88,6 @@ class LogMel(Features):
         self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, n_mels
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, N) → (B, F, n_mels)."""
+        """Log mel spectrogram: (B, N) → (B, F, n_mels)."""
         power = power_spectrum(self._framed(waveforms) * self.window, self.n_fft)
         return log_power(power @ self.filters.to(power.dtype), self.floor, self.add_floor)

@@ -16,17 +16,17 @@ class MFCC(Kaldi):
     """Kaldi's mel-frequency cepstral coefficients (compute-mfcc-feats without dither and energy).
 
     The orthonormal cosine transform of Kaldi's log mel filter bank, liftered by 1 + L/2·sin(πi/L). Waveforms are in
-    [-1, 1], which moves only coefficient 0 from Kaldi's.
+    [-1, 1]. Only coefficient 0 differs from Kaldi's because of that.
 
     Args:
-        n_mfcc: Coefficients, the zeroth included; at most num_mel_bins.
-        num_mel_bins: Mel filters.
-        cepstral_lifter: L; 0 switches liftering off.
-        frame_length_ms: Length of a frame, in ms, rounded down to samples.
-        frame_shift_ms: From one frame to the next, in ms, rounded down to samples.
-        low_freq: Lowest frequency of the filters, in Hz.
-        high_freq: Highest frequency, in Hz; zero or less counts from half the sample rate.
-        options: The options of every front end, `Features`: ``sample_rate``, ``cmvn``, ``stack``, …
+        n_mfcc: Number of coefficients including the zeroth, at most num_mel_bins.
+        num_mel_bins: Number of mel filters.
+        cepstral_lifter: Liftering parameter L; 0 switches liftering off.
+        frame_length_ms: Length of a frame in ms, rounded down to samples.
+        frame_shift_ms: Time from one frame to the next in ms, rounded down to samples.
+        low_freq: Lowest frequency of the filters in Hz.
+        high_freq: Highest frequency in Hz. Zero or less counts from half the sample rate.
+        options: Options of every front end (see `Features`): ``sample_rate``, ``cmvn``, ``stack``, …
     """
 
     def __init__(
@@ -60,6 +60,6 @@ class MFCC(Kaldi):
         self.register_buffer("cosines", cosines, persistent=False)  # num_mel_bins, n_mfcc
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, N) → (B, F, n_mfcc)."""
+        """Cepstral coefficients: (B, N) → (B, F, n_mfcc)."""
         log_mel = self.log_mel(waveforms)
         return log_mel @ self.cosines.to(log_mel.dtype)

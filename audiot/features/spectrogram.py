@@ -18,8 +18,8 @@ class Spectrogram(Features):
         win_length: Samples in a frame.
         hop_length: Samples from one frame to the next.
         floor: Smallest power before the logarithm.
-        add_floor: Add the floor to every power in place of raising smaller ones to it.
-        options: The options of every front end, `Features`: ``sample_rate``, ``cmvn``, ``stack``, …
+        add_floor: Whether the floor is added to every power instead of replacing smaller ones.
+        options: Options of every front end (see `Features`): ``sample_rate``, ``cmvn``, ``stack``, …
     """
 
     def __init__(
@@ -46,5 +46,5 @@ class Spectrogram(Features):
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, N) → (B, F, n_fft / 2 + 1)."""
+        """Log power spectrum: (B, N) → (B, F, n_fft / 2 + 1)."""
         return log_power(power_spectrum(self._framed(waveforms) * self.window, self.n_fft), self.floor, self.add_floor)

@@ -1,1 +1,1 @@
-"""S3PRL and Hugging Face, both ways."""
+"""Exchange with S3PRL and Hugging Face, in both directions."""

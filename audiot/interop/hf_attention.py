@@ -7,8 +7,8 @@
 Works with the encoders of BERT, RoBERTa, HuBERT, wav2vec 2.0, WavLM, Whisper, ViT and AST, and with everything that
 transformers builds on them. Decoders and cross-attention stay as they are.
 
-Only `load` reads such a model back: the `from_pretrained` of transformers builds the model without the replacement, and
-does no more than report the weights that it has no place for.
+Only `load` reads such a model. The `from_pretrained` of transformers builds the model without the replacement, and only warns
+about the weights that do not fit.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ try:
     from transformers.trainer_callback import TrainerCallback
     from transformers.utils.versions import require_version
 
-    require_version("transformers>=5.16")  # before, layers pass and return other things
+    require_version("transformers>=5.16")  # older releases have other interfaces between layers
 except ImportError as error:
     message = "audiot.interop.hf_attention needs transformers 5.16 or newer: pip install 'audiot[hf]'"
     raise ImportError(message, name=error.name) from error
 
 SUPPORTED = "the encoders of BERT, RoBERTa, HuBERT, wav2vec 2.0, WavLM, Whisper, ViT and AST"
 RECORD = "audiot_attention"
-"""Where a model's config records the replacement, so that `save_pretrained` alone carries it."""
+"""Key of the replacement's record in a model's config. `save_pretrained` writes it without further code."""
 DEFAULT_MAX_FRAMES = 1500
-"""For models that set no limit: 30 s of the 20 ms frames of HuBERT, wav2vec 2.0 and WavLM, as much as Whisper takes."""
+"""For models without a limit: 30 s of the 20 ms frames of HuBERT, wav2vec 2.0 and WavLM, as much as Whisper takes."""
 
 
 def replace_self_attention(
@@ -63,41 +63,40 @@ def replace_self_attention(
 ) -> PreTrainedModel:
     """Replace the self-attention of a model's encoder by a mechanism of audiot, in place.
 
-    Positions stay the model's own: rotary positions and biases are not added. The new layers keep the value and output
-    projections, and of the query and key projections those that the mechanism uses; the others go. Parameters of the
-    mechanism's own start untrained. Call `audiot.attention.after_step` after each step of the optimiser (`AfterStep` does
-    in a `Trainer`), and build it with `audiot.training.optimization.parameter_groups`: some parameters must not decay.
+    The model keeps its own positions; rotary positions and biases are not added. The new layers keep the value and output
+    projections, and those of the query and key projections that the mechanism uses. Parameters that only the mechanism has
+    start untrained. Call `audiot.attention.after_step` after each step of the optimiser (`AfterStep` does so in a `Trainer`).
+    Build the optimiser with `audiot.training.optimization.parameter_groups`, because some parameters must not decay.
 
-    Padding masks: a model set to "sdpa", the default of transformers, is set to "audiot", whose masks are (B, T). Those
-    of "sdpa" and "eager" are (B, 1, T, T) and have to be checked in every layer; they work as well.
+    Padding masks: a model with "sdpa", the default of transformers, is switched to "audiot", whose masks are (B, T). Masks of
+    "sdpa" and "eager" are (B, 1, T, T). They work too, but every layer must check them.
 
-    Attention weights: with `output_attentions=True` the layers compute the mechanism's plain dense weights beside their
-    output, before dropout, and in WavLM head by head, where the original averages. Layers that keep their attention
-    return none unless the model is set to "eager".
+    Attention weights: with `output_attentions=True`, the layers also compute the mechanism's plain dense weights before
+    dropout. In WavLM they are per head, where the original averages. Layers that keep their attention return none unless the
+    model is set to "eager".
 
     Args:
-        model: A model with a supported encoder.
-        name: One of `audiot.attention.names()`. In WavLM only query_key and shared_query_key: its gated position bias is
-            added to the scores of all frames with all frames.
-        layers: Indices of the encoder's layers; negative ones count from the last. None: all.
-        reuse_weights: Keep the weights of the projections; False draws them as the model draws its own at the start.
-        max_frames: Longest sequence to support, special tokens included. None: what the model itself supports, or
-            `DEFAULT_MAX_FRAMES` where it has no limit (HuBERT, wav2vec 2.0, WavLM). The tables of synthesizers grow with it.
-        overrides: Parameters of the mechanism, as `audiot.attention.build` takes them. Dropout is the model's attention dropout
-            unless given.
+        model: Model with a supported encoder.
+        name: Mechanism, one of `audiot.attention.names()`. WavLM accepts only query_key and shared_query_key, because its gated
+            position bias is added to the scores between all frames.
+        layers: Indices of encoder layers. Negative ones count from the last. None means all.
+        reuse_weights: Whether to keep the weights of the projections. Otherwise they are initialised as in the model.
+        max_frames: Longest supported sequence, with special tokens. None takes the model's limit, or `DEFAULT_MAX_FRAMES` if it
+            has none (HuBERT, wav2vec 2.0, WavLM). The tables of synthesizers grow with it.
+        overrides: Parameters of the mechanism. The default dropout is the model's attention dropout.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: nothing can be replaced in the model, or an unknown name, parameter or layer.
+        ValueError: nothing in the model can be replaced, or a name, parameter or layer is unknown.
     """
     found = _encoder_layers(model)
     chosen = _chosen(layers, found)
     if hasattr(model.config, RECORD) and not any(isinstance(layer.attention, ReplacedAttention) for layer in found):
         raise ValueError(
-            f"the config of this {type(model).__name__} records audiot attention that the model does not have, as if another "
-            "model shared it: build the model from a copy of its config, or read it with load"
+            f"the config of this {type(model).__name__} records audiot attention that the model does not have; perhaps another "
+            "model shares it: build the model from a copy of its config, or read it with load"
         )
     config = found[0].owner.config
     options = parameters(name)
@@ -117,16 +116,16 @@ def replace_self_attention(
 
 
 def load(folder: str | os.PathLike[str], model_class: type[PreTrainedModel] | None = None, **options: Any) -> PreTrainedModel:
-    """Read a model that was saved by `save_pretrained` after `replace_self_attention`, in evaluation mode.
+    """Read, in evaluation mode, a model saved by `save_pretrained` after `replace_self_attention`.
 
     Args:
-        folder: What `from_pretrained` takes, usually a folder.
-        model_class: Class of the model; None: the class that was saved. Another one, such as one for fine-tuning, may lack
-            weights outside the replaced attention: they are drawn, and transformers reports it.
+        folder: Argument of `from_pretrained`, usually a folder.
+        model_class: Class of the model; None means the saved class. Another class, such as one for fine-tuning, may lack weights
+            outside the replaced attention. They are initialised, and transformers reports it.
         options: Further arguments of `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
-        ValueError: the folder records no attention of audiot, or its weights do not fit the record.
+        ValueError: the folder records no attention of audiot, or its weights do not match the record.
     """
     config = AutoConfig.from_pretrained(folder)
     if not hasattr(config, RECORD):
@@ -155,25 +154,25 @@ def load(folder: str | os.PathLike[str], model_class: type[PreTrainedModel] | No
 
 
 class AfterStep(TrainerCallback):
-    """Has a `Trainer` call `audiot.attention.after_step` after each step of the optimiser."""
+    """Callback that makes a `Trainer` call `audiot.attention.after_step` after each step of the optimiser."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Call `after_step` on the model."""
         after_step(kwargs["model"])
 
 
 class ReplacedAttention(nn.Module):
-    """Self-attention of a model with a mechanism of audiot inside.
+    """Self-attention of a model with a mechanism of audiot.
 
-    Mixed into the model's own class: by it transformers knows where to record attention weights.
+    It is mixed into the model's own class, by which transformers finds the modules whose attention weights to record.
     """
 
     projections: ClassVar[dict[str, str]] = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     """Name of each input projection in the model."""
     output: ClassVar[str | None] = "out_proj"
-    """Name of the output projection; None where it is `output.dense` of the module around."""
+    """Name of the output projection; None if it is `output.dense` of the parent module."""
     mechanisms: ClassVar[tuple[str, ...] | None] = None
-    """Names of the mechanisms that the model can have; None: all."""
+    """Names of the mechanisms that the model accepts; None means all."""
 
     config: Any
     mechanism: AttentionMechanism
@@ -184,21 +183,21 @@ class ReplacedAttention(nn.Module):
         return DEFAULT_MAX_FRAMES
 
     def kept_projections(self, parent: Any) -> list[Any]:
-        """The linear layers from and to the mechanism, all in this module or in `parent`, which holds it."""
+        """The linear layers around the mechanism. All are in this module or in its parent, `parent`."""
         inputs = [getattr(self, name) for role, name in self.projections.items() if role in self.mechanism.inputs]
         return [*inputs, parent.output.dense if self.output is None else getattr(self, self.output)]
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Attend.
+        """Compute self-attention.
 
         Args:
-            hidden_states: (B, T, d).
-            attention_mask: As transformers passes it; see `valid_frames`.
+            hidden_states: Frames (B, T, d).
+            attention_mask: Mask as transformers passes it, see `valid_frames`.
             args: Ignored.
-            kwargs: Of which only `output_attentions` matters.
+            kwargs: Options, of which only `output_attentions` is used.
 
         Returns:
-            (B, T, d), and the attention weights (B, H, T, T) or None if nobody asked for them.
+            Frames (B, T, d), and the attention weights (B, H, T, T) or None if they were not requested.
         """
         return self._attend(hidden_states, attention_mask, kwargs)
 
@@ -223,56 +222,56 @@ class ReplacedAttention(nn.Module):
 
 
 class ReplacedBert(ReplacedAttention, BertSelfAttention):
-    """BERT's self-attention with a mechanism of audiot inside."""
+    """BERT's self-attention with a mechanism of audiot."""
 
     projections: ClassVar[dict[str, str]] = {"query": "query", "key": "key", "value": "value"}
     output = None
 
     @staticmethod
     def longest(config: PreTrainedConfig) -> int:
-        """One frame a position."""
+        """One frame per position."""
         return config.max_position_embeddings
 
 
 class ReplacedRoberta(ReplacedAttention, RobertaSelfAttention):
-    """RoBERTa's self-attention with a mechanism of audiot inside."""
+    """RoBERTa's self-attention with a mechanism of audiot."""
 
     projections: ClassVar[dict[str, str]] = {"query": "query", "key": "key", "value": "value"}
     output = None
 
     @staticmethod
     def longest(config: PreTrainedConfig) -> int:
-        """Positions are counted from pad_token_id + 1."""
+        """One frame per position, counted from pad_token_id + 1."""
         return config.max_position_embeddings - config.pad_token_id - 1
 
 
 class ReplacedHubert(ReplacedAttention, HubertAttention):  # type: ignore[misc]  # the mask is passed by name
-    """HuBERT's self-attention with a mechanism of audiot inside."""
+    """HuBERT's self-attention with a mechanism of audiot."""
 
 
-class ReplacedWav2Vec2(ReplacedAttention, Wav2Vec2Attention):  # type: ignore[misc]  # likewise
-    """wav2vec 2.0's self-attention with a mechanism of audiot inside."""
+class ReplacedWav2Vec2(ReplacedAttention, Wav2Vec2Attention):  # type: ignore[misc]  # the mask is passed by name
+    """wav2vec 2.0's self-attention with a mechanism of audiot."""
 
 
 class ReplacedWavLM(ReplacedAttention, WavLMAttention):
-    """WavLM's self-attention with a mechanism of audiot inside: the gated position bias is added to its scores."""
+    """WavLM's self-attention with a mechanism of audiot, to whose scores the gated position bias is added."""
 
     mechanisms = ("query_key", "shared_query_key")
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, position_bias: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Attend, with the gated relative position bias of Chen et al. 2022 (arXiv:2110.13900).
+        """Compute self-attention with the gated relative position bias of Chen et al. 2022 (arXiv:2110.13900).
 
         Args:
-            hidden_states: (B, T, d).
-            attention_mask: bool (B, T) or None.
-            position_bias: (B·H, T, T); None in the first layer, which computes it.
+            hidden_states: Frames (B, T, d).
+            attention_mask: Mask, bool (B, T) or None.
+            position_bias: Position bias (B·H, T, T); None in the first layer, which computes it.
             args: Ignored.
-            kwargs: See `ReplacedAttention.forward`.
+            kwargs: Options as in `ReplacedAttention.forward`.
 
         Returns:
-            (B, T, d), the attention weights or None, and the position bias for the next layer.
+            Frames (B, T, d), the attention weights or None, and the position bias for the next layer.
         """
         num_sequences, num_frames, _ = hidden_states.shape
         if position_bias is None:
@@ -286,35 +285,35 @@ class ReplacedWavLM(ReplacedAttention, WavLMAttention):
 
 
 class ReplacedWhisper(ReplacedAttention, WhisperAttention):
-    """The self-attention of Whisper's encoder with a mechanism of audiot inside."""
+    """Self-attention of Whisper's encoder with a mechanism of audiot."""
 
     @staticmethod
     def longest(config: PreTrainedConfig) -> int:
-        """One frame a position."""
+        """One frame per position."""
         return config.max_source_positions
 
 
 class ReplacedViT(ReplacedAttention, ViTAttention):
-    """ViT's self-attention with a mechanism of audiot inside."""
+    """ViT's self-attention with a mechanism of audiot."""
 
     output = "o_proj"
 
     @staticmethod
     def longest(config: PreTrainedConfig) -> int:
-        """All patches of an image, and one special token."""
+        """All patches of an image and one special token."""
         height, width = _pair(config.image_size)
         patch_height, patch_width = _pair(config.patch_size)
         return (height // patch_height) * (width // patch_width) + 1
 
 
 class ReplacedAST(ReplacedAttention, ASTAttention):
-    """The Audio Spectrogram Transformer's self-attention with a mechanism of audiot inside."""
+    """The Audio Spectrogram Transformer's self-attention with a mechanism of audiot."""
 
     output = "o_proj"
 
     @staticmethod
     def longest(config: PreTrainedConfig) -> int:
-        """All patches of a spectrogram, and two special tokens."""
+        """All patches of a spectrogram and two special tokens."""
         bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         return bands * ((config.max_length - config.patch_size) // config.time_stride + 1) + 2
 
@@ -332,10 +331,10 @@ REPLACEMENTS: dict[type[nn.Module], type[ReplacedAttention]] = {
 
 
 class GatedBias(Positions):
-    """WavLM's position bias of one batch: gated by each frame, so that it depends on more than the offset.
+    """WavLM's position bias for one batch. Each frame gates it, so it depends on more than the offset.
 
     Args:
-        value: Bias of the scores of all frames with all frames (B, H, T, T).
+        value: Bias (B, H, T, T) of the scores between all frames.
     """
 
     has_bias = True
@@ -345,34 +344,36 @@ class GatedBias(Positions):
         self.value = value
 
     def bias(self, offset: Tensor) -> Tensor:
-        """The bias, for the offsets of all frames with all frames only."""
+        """The bias. It exists only for the offsets between all frames."""
         return self.value
 
 
 def valid_frames(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Which frames are real: bool (B, T), or None if all are.
+    """Mask of real frames, bool (B, T), or None if all frames are real.
 
     Args:
-        mask: What the attention layers of transformers get: None; (B, T), zero or False on padded frames ("audiot", flash
-            attention, WavLM); (B or 1, 1 or H, 1 or T, T), bool ("sdpa") or 0 and a very negative number added to the
+        mask: Mask in a form that attention layers of transformers get: None; (B, T), zero or False on padded frames ("audiot",
+            flash attention, WavLM); or (B or 1, 1 or H, 1 or T, T), bool ("sdpa") or 0 and a very negative number added to the
             scores of padded frames ("eager").
-        hidden: (B, T, d).
+        hidden: Frames (B, T, d).
 
     Raises:
-        ValueError: the mask is none of these, or differs from query to query.
+        ValueError: the mask has another form or differs between queries.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise ValueError(
-            f"the attention mask is a {type(mask).__name__}, but a tensor of 2 or 4 dimensions was expected: "
+            f"the attention mask must be a tensor of 2 or 4 dimensions, found a {type(mask).__name__}: "
             "call model.set_attn_implementation('sdpa')"
         )
     if mask.shape[-1] != hidden.shape[1]:
-        raise ValueError(f"the attention mask has {mask.shape[-1]} frames, the sequences have {hidden.shape[1]}: pass no cache")
+        raise ValueError(
+            f"the attention mask has {mask.shape[-1]} frames but the sequences have {hidden.shape[1]}: pass no cache"
+        )
     if mask.dim() == 4:
         row = mask[:, 0, 0]
-        # What torch.compile traces can't depend on values. The models themselves only make masks that pass.
+        # A graph of torch.compile cannot depend on values. The models themselves only make valid masks.
         if not torch.compiler.is_compiling():
             _check_rows(mask, row)
         mask = row >= 0 if row.dtype.is_floating_point else row
@@ -380,18 +381,18 @@ def valid_frames(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
 
 
 def _check_rows(mask: Tensor, row: Tensor) -> None:
-    """Raise ValueError unless `mask` (B, H, T, T) hides the same keys, `row` (B, T), wholly from all queries."""
+    """Raise ValueError unless `mask` (B, H, T, T) hides the same keys, `row` (B, T), from all queries."""
     if mask.shape[1:3] != (1, 1) and not (mask == row[:, None, None]).all():
         raise ValueError(
-            "the attention mask differs from query to query, as a causal mask does, but audiot's mechanisms know padding only: "
+            "the attention mask differs between queries, like a causal mask, but audiot's mechanisms only support padding: "
             "pass a mask of shape (sequences, frames)"
         )
     if row.dtype.is_floating_point and not ((row == 0) | (row <= -1e4)).all():
-        raise ValueError("the attention mask adds a bias, but audiot's mechanisms know padding only: pass 0 and -inf")
+        raise ValueError("the attention mask adds a bias, but audiot's mechanisms only support padding: pass 0 and -inf")
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Mask of "audiot": the padding, bool (B, T), or None if there is none."""
+    """Mask of the "audiot" implementation: bool (B, T), or None if nothing is padded."""
     if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
         return None
     return attention_mask
@@ -400,7 +401,7 @@ def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor
 def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of "audiot" in the layers that keep theirs: "sdpa" with the mask of `_padding_mask`."""
+    """The "audiot" implementation for layers that keep their attention: "sdpa" with the mask of `_padding_mask`."""
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -415,13 +416,13 @@ class _Layer(NamedTuple):
 
     attention: Any
     parent: nn.Module
-    owner: PreTrainedModel  # the innermost one
+    owner: PreTrainedModel  # the innermost model that contains the layer
 
 
 def _encoder_layers(model: PreTrainedModel) -> list[_Layer]:
     """The self-attention of all layers of a model's encoder."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model is a {type(model).__name__}: pass a model of transformers, such as one of {SUPPORTED}")
+        raise ValueError(f"model must be a model of transformers, such as one of {SUPPORTED}, found {type(model).__name__}")
     found: dict[nn.Module, _Layer] = {}
     decoders = False
     for owner in model.modules():
@@ -436,7 +437,7 @@ def _encoder_layers(model: PreTrainedModel) -> list[_Layer]:
                         found[module] = _Layer(module, parent, owner)
     kind = type(model).__name__
     if not found and decoders:
-        raise ValueError(f"{kind} is a decoder, but audiot's mechanisms look at both sides: use {SUPPORTED}")
+        raise ValueError(f"{kind} is a decoder, but audiot's mechanisms are bidirectional: use {SUPPORTED}")
     if not found:
         raise ValueError(f"{kind} has no self-attention that audiot can replace: use {SUPPORTED}")
     owners = {id(layer.owner.config): type(layer.owner).__name__ for layer in found.values()}
@@ -446,7 +447,7 @@ def _encoder_layers(model: PreTrainedModel) -> list[_Layer]:
 
 
 def _chosen(layers: Iterable[int] | None, found: list[_Layer]) -> list[int]:
-    """The indices `layers` from 0, sorted, each once."""
+    """The indices `layers`, counted from 0, sorted and without repetitions."""
     total = len(found)
     given = list(range(total) if layers is None else layers)
     for layer in given:
@@ -454,7 +455,7 @@ def _chosen(layers: Iterable[int] | None, found: list[_Layer]) -> list[int]:
             raise ValueError(f"layer {layer} does not exist: choose layers from {-total} to {total - 1}")
     chosen = sorted({layer % total for layer in given})
     if not chosen:
-        raise ValueError("layers is empty: name some, or None for all")
+        raise ValueError("layers is empty: give indices, or None for all")
     for layer in chosen:
         attention = found[layer].attention
         if isinstance(attention, ReplacedAttention):
@@ -464,38 +465,38 @@ def _chosen(layers: Iterable[int] | None, found: list[_Layer]) -> list[int]:
 
 
 def _replace(model: PreTrainedModel, replacement: dict[str, Any]) -> None:
-    """Do what a record in a model's config says."""
+    """Apply one record of a model's config."""
     found = _encoder_layers(model)
     config = found[0].owner.config
     chosen = [found[index].attention for index in replacement["layers"]]
     name, allowed = replacement["name"], REPLACEMENTS[type(chosen[0])].mechanisms
     if allowed is not None and name not in allowed:
         raise ValueError(
-            f"WavLM adds a gated position bias to the scores of all frames with all frames, which {name!r} does not compute: "
+            f"WavLM adds a gated position bias to the scores between all frames, which {name!r} does not compute: "
             f"choose {' or '.join(allowed)}, or a HuBERT or wav2vec 2.0 model"
         )
     sizes = (config.hidden_size, config.num_attention_heads, replacement["max_frames"])
     with _plain_tensors():
         mechanisms = [build_mechanism(name, *sizes, **replacement["parameters"]) for _ in chosen]
     for attention, mechanism in zip(chosen, mechanisms, strict=True):
-        # The class changes in place: hooks, and whatever else hangs on the module, stay.
+        # The class is changed in place, so hooks and other attributes of the module are kept.
         attention.__class__ = REPLACEMENTS[type(attention)]
         weight = getattr(attention, attention.projections["value"]).weight
         attention.config = config
         attention.mechanism = mechanism.to("cpu" if weight.is_meta else weight.device, weight.dtype).train(attention.training)
-        # A mechanism may have no weights, and from_pretrained would then ignore it in silence. This one it reports.
+        # A mechanism may have no weights. Then from_pretrained would silently ignore it, but it reports this buffer.
         attention.register_buffer(RECORD, torch.ones(1, dtype=torch.uint8, device=weight.device))
         for role, projection in attention.projections.items():
             if role not in mechanism.inputs:
                 delattr(attention, projection)
-    # A config shared with a decoder, whose masks are causal, keeps its masks; Whisper's encoder gets none anyway.
+    # The masks of a shared config are kept, since a decoder's are causal. Whisper's encoder gets none anyway.
     if config._attn_implementation == "sdpa" and not config.is_encoder_decoder:
         config._attn_implementation = "audiot"
 
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """New tensors are float32 and real, also while transformers builds a model in half precision on the meta device."""
+    """Create new tensors in float32, even while transformers builds a half-precision model on the meta device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -511,18 +512,18 @@ def _attention_dropout(config: PreTrainedConfig) -> float:
 
 
 def _draw_anew(projection: nn.Linear, owner: PreTrainedModel) -> None:
-    """Draw the weights of a projection as its model does at the start."""
+    """Initialise the weights of a projection as its model does."""
     fresh = nn.Linear(projection.in_features, projection.out_features, bias=projection.bias is not None)
     owner._init_weights(fresh)
     projection.load_state_dict(fresh.state_dict())
 
 
 def _replacing(model_class: type[PreTrainedModel], constants: dict[str, Tensor]) -> type[PreTrainedModel]:
-    """`model_class` with the replacements that its config records done in the constructor, before weights are read.
+    """`model_class` whose constructor applies the replacements recorded in its config, before weights are read.
 
     Args:
-        model_class: A class of transformers.
-        constants: Where to put the buffers that are not saved; `from_pretrained` overwrites them.
+        model_class: Class of transformers.
+        constants: Dict that receives the unsaved buffers, which `from_pretrained` overwrites.
     """
 
     def construct(model: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -535,10 +536,10 @@ def _replacing(model_class: type[PreTrainedModel], constants: dict[str, Tensor])
                 saved = module.state_dict()
                 constants.update({f"{name}.{key}": b.clone() for key, b in module.named_buffers() if key not in saved})
 
-    # Name and module are the original's: by them transformers finds how to rename weights and which outputs to record.
+    # transformers uses name and module to find how to rename weights and which outputs to record.
     return type(model_class.__name__, (model_class,), {"__init__": construct, "__module__": model_class.__module__})
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """Height and width of one number or of two."""
+    """Height and width, from one number or two."""
     return (size, size) if isinstance(size, int) else tuple(size)

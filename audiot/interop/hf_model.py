@@ -1,7 +1,7 @@
 """audiot's encoders as models of Hugging Face transformers.
 
 Importing this module registers `AudiotConfig`, `AudiotModel` and `AudiotFeatureExtractor` with the Auto classes, under the model
-type "audiot": `AutoModel.from_pretrained` then loads what ``audiot export-hf`` or `save_pretrained` wrote, without remote code.
+type "audiot". Then `AutoModel.from_pretrained` loads what ``audiot export-hf`` or `save_pretrained` wrote, without remote code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ try:
     from transformers.modeling_outputs import BaseModelOutput
     from transformers.utils import logging
 
-    from audiot.interop.hf_attention import _plain_tensors  # checks the version of transformers, too
+    from audiot.interop.hf_attention import _plain_tensors  # also checks the version of transformers
 except ImportError as error:
     message = "audiot.interop.hf_model needs transformers 5.16 or newer: pip install 'audiot[hf]'"
     raise ImportError(message, name=error.name) from error
@@ -37,8 +37,8 @@ class AudiotConfig(PreTrainedConfig):
     """Config of an `AudiotModel`.
 
     Args:
-        features: Config of the front end (``part``, its name, and its parameters), a plain dict.
-        model: Config of the encoder, likewise.
+        features: Config of the front end (``_target_`` and its parameters), a plain dict.
+        model: Config of the encoder (``_target_`` and its parameters), a plain dict.
     """
 
     model_type = "audiot"
@@ -53,26 +53,26 @@ class AudiotConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int | None:
-        """Layers; `AudiotModel` gives one hidden state more."""
+        """Number of layers. `AudiotModel` gives one hidden state more."""
         return (self.model or {}).get("num_layers")
 
     @property
     def num_attention_heads(self) -> int | None:
-        """Heads of each layer."""
+        """Number of heads in each layer."""
         return (self.model or {}).get("num_heads")
 
 
 class AudiotModel(PreTrainedModel):
-    """An audiot encoder, with its front end: waveforms → hidden states.
+    """An audiot encoder with its front end, from waveforms to hidden states.
 
-    Loading builds nothing but modules of the packages in `trusted`: add your own there for your own mechanisms, before
-    `from_pretrained`. The features stay in float32 in a model of half precision.
+    Loading builds only modules of the packages in `trusted`. For your own mechanisms, add your package there before
+    `from_pretrained`. Features stay in float32 in a half-precision model.
 
     Args:
-        config: What to build; the weights are drawn as audiot draws them.
+        config: Config of the model. Weights are initialised as in audiot.
 
     Raises:
-        ValueError: the config lacks features or model, or names code of other packages.
+        ValueError: the config lacks features or model, or names code from other packages.
     """
 
     config_class = AudiotConfig
@@ -111,10 +111,10 @@ class AudiotModel(PreTrainedModel):
         return model.train(encoder.training)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for modules with tensors that no checkpoint has filled.
+        """Called by transformers for modules with tensors that a checkpoint has not filled.
 
         Raises:
-            ValueError: these are weights of the encoder, which transformers alone would draw anew.
+            ValueError: they are weights of the encoder, which transformers would initialise randomly.
         """
         if module not in self._constants:
             super()._init_weights(module)
@@ -130,7 +130,7 @@ class AudiotModel(PreTrainedModel):
             module.get_buffer(name).copy_(value)
 
     def _get_feat_extract_output_lengths(self, input_lengths: Any) -> Any:
-        """Hidden states of so many samples; the name that the models of transformers give it."""
+        """Number of hidden states for a number of samples. The name is that of transformers."""
         return self.encoder.features.num_tokens(input_lengths)
 
     def forward(
@@ -141,18 +141,18 @@ class AudiotModel(PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Encode waveforms. A waveform gives the same states alone and in a batch.
+        """Encode waveforms. The states of a waveform do not depend on the batch.
 
         Args:
-            input_values: (B, N) in [-1, 1] at the front end's sample rate, not normalised.
-            attention_mask: (B, N), 1 for real samples and 0 behind them; None: nothing is padded.
-            output_hidden_states: Give all hidden states; None: as the config says.
-            output_attentions: Give attention weights, computed beside the output by the mechanism's plain dense form, before
-                dropout; None: as the config says.
-            return_dict: False: a tuple.
+            input_values: Samples (B, N) in [-1, 1] at the front end's sample rate, not normalised.
+            attention_mask: Mask (B, N), 1 for real samples and 0 for padding at the end; None if nothing is padded.
+            output_hidden_states: Whether to return all hidden states; None follows the config.
+            output_attentions: Whether to return attention weights, computed separately in the mechanism's plain dense form and
+                before dropout; None follows the config.
+            return_dict: Whether to return a model output; False returns a tuple.
 
         Returns:
-            `last_hidden_state` (B, T, d), zero behind an utterance's end; `hidden_states`, layers + 1 of them; `attentions`
+            `last_hidden_state` (B, T, d), zero on padding; `hidden_states`, layers + 1 of them; `attentions`
             (B, H, T, T) of each layer.
 
         Raises:
@@ -176,13 +176,13 @@ class AudiotModel(PreTrainedModel):
 
 
 class AudiotFeatureExtractor(SequenceFeatureExtractor):
-    """Pads waveforms to a batch; the features proper are computed inside `AudiotModel`.
+    """Pads waveforms to a batch. The features themselves are computed inside `AudiotModel`.
 
     Args:
-        feature_size: 1: a sample is one number.
-        sampling_rate: Of the waveforms, in Hz.
-        padding_value: Behind the end of the shorter ones.
-        kwargs: See `SequenceFeatureExtractor`.
+        feature_size: Size of a sample, always 1.
+        sampling_rate: Sample rate in Hz.
+        padding_value: Value of the padding at the end.
+        kwargs: Further arguments of `SequenceFeatureExtractor`.
     """
 
     model_input_names: ClassVar[list[str]] = ["input_values", "attention_mask"]
@@ -206,22 +206,23 @@ class AudiotFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_speech: One mono waveform (N,) in [-1, 1] or several: arrays, tensors or lists of floats.
-            sampling_rate: Of these, checked against the model's; without it nothing can be checked, as a warning says.
-            padding: True pads to the longest; see `SequenceFeatureExtractor.pad`, as for the others.
-            max_length: Likewise, in samples.
-            truncation: Likewise.
-            pad_to_multiple_of: Likewise.
-            return_attention_mask: Likewise.
-            return_tensors: ``"pt"`` or ``"np"``.
+            sampling_rate: Sample rate of the waveforms in Hz, checked against the model's. Without it, a warning says that it is
+                unchecked.
+            padding: Padding mode of `SequenceFeatureExtractor.pad`; True pads to the longest waveform.
+            max_length: Length in samples to pad or truncate to, as in `SequenceFeatureExtractor.pad`.
+            truncation: Whether to cut longer waveforms, as in `SequenceFeatureExtractor.pad`.
+            pad_to_multiple_of: Divisor of the padded length, as in `SequenceFeatureExtractor.pad`.
+            return_attention_mask: Whether to return the mask, as in `SequenceFeatureExtractor.pad`.
+            return_tensors: Type of the result, ``"pt"`` or ``"np"``.
 
         Returns:
             `input_values` (B, N) in float32 and `attention_mask` (B, N).
 
         Raises:
-            ValueError: another sample rate, several channels, or integers.
+            ValueError: the sample rate differs, or a waveform has several channels or integers.
         """
         if sampling_rate is None:
-            log.warning_once(f"no sampling_rate was given, so that {self.sampling_rate} Hz is taken on trust")
+            log.warning_once(f"no sampling_rate was given: {self.sampling_rate} Hz is assumed")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"the waveforms are at {sampling_rate} Hz, but this model takes {self.sampling_rate} Hz: resample them first"
@@ -239,7 +240,7 @@ class AudiotFeatureExtractor(SequenceFeatureExtractor):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars from transformers, and errors alone in its log."""
+    """Context without progress bars of transformers, and with only errors in its log."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -257,25 +258,23 @@ def _lengths(waveforms: Tensor, mask: Tensor | None) -> Tensor:
         return torch.full((len(waveforms),), waveforms.shape[-1])
     if mask.shape != waveforms.shape:
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)} but input_values are {tuple(waveforms.shape)}: give one value a sample"
+            f"attention_mask is {tuple(mask.shape)} but input_values are {tuple(waveforms.shape)}: give one value per sample"
         )
     lengths = mask.bool().sum(-1)
     if not torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-        raise ValueError("attention_mask has zeros before ones, but audiot's models take padding at the end: pad on the right")
+        raise ValueError("attention_mask has zeros before ones, but audiot's models need padding at the end: pad on the right")
     return lengths.cpu()
 
 
 def _as_waveforms(raw: Any) -> list[np.ndarray]:
-    """Float32 waveforms (N,) from one or several of any kind."""
+    """Float32 waveforms (N,), from one waveform or several of any type."""
     several = np.ndim(raw[0]) > 0 if isinstance(raw, (list, tuple)) and len(raw) else np.ndim(raw) > 1
     waveforms = [np.asarray(waveform) for waveform in (raw if several else [raw])]
     for number, waveform in enumerate(waveforms):
         if waveform.ndim != 1:
-            raise ValueError(f"waveform {number} is {waveform.shape}, but (samples,) was expected: mix its channels to one")
+            raise ValueError(f"waveform {number} must have the shape (samples,), found {waveform.shape}: mix its channels to one")
         if not np.issubdtype(waveform.dtype, np.floating):
-            raise ValueError(
-                f"waveform {number} is {waveform.dtype}, but floats in [-1, 1] were expected: divide by its full scale"
-            )
+            raise ValueError(f"waveform {number} must be floats in [-1, 1], found {waveform.dtype}: divide by its full scale")
     return [waveform.astype(np.float32, copy=False) for waveform in waveforms]
 
 

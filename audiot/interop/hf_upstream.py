@@ -1,4 +1,4 @@
-"""Audio encoders of Hugging Face transformers as upstreams."""
+"""Audio encoders of Hugging Face transformers as upstreams for downstream tasks."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ except ImportError as error:
 
 NO_FRAMES = {
     "audio-spectrogram-transformer": "its states are patches of time and frequency of a spectrogram of fixed length",
-    "clap": "it makes one embedding of a clip, by windows over time and frequency",
-    "clap_audio_model": "it makes one embedding of a clip, by windows over time and frequency",
+    "clap": "it makes one embedding per clip, from windows over time and frequency",
+    "clap_audio_model": "it makes one embedding per clip, from windows over time and frequency",
 }
-"""Audio models without one state a frame, by model type, and why."""
+"""Audio models without one state per frame, by model type, with the reason."""
 
 
 class Frames:
-    """How a model cuts audio into the frames of its states, as a chain of stages that each reduce the rate.
+    """How a model divides audio into frames: a chain of stages that each reduce the rate.
 
     Args:
-        sample_rate: In Hz.
-        stages: (window, stride, padding before, padding after) of each, in units of its input, from the samples on.
+        sample_rate: Sample rate in Hz.
+        stages: (window, stride, padding before, padding after) of each stage, in units of its input. The first input is samples.
     """
 
     stack = 1
@@ -78,7 +78,7 @@ class Frames:
         return self.num_frames(num_samples)
 
     def num_samples(self, num_tokens: int) -> int:
-        """Fewest samples that give so many hidden states."""
+        """Fewest samples that give a number of hidden states."""
         count = num_tokens
         for window, stride, before, after in reversed(self.stages):
             count = (count - 1) * stride + window - before - after
@@ -94,21 +94,21 @@ class Frames:
 
 
 class HFUpstream(Upstream):
-    """Hidden states of an audio encoder of transformers; see `hf`.
+    """Hidden states of an audio encoder of transformers (see `hf`).
 
-    An utterance gives the same states alone and in a batch. Where padding would reach real frames in spite of a mask, the
-    utterances of each length run apart. SpecAugment and LayerDrop, which would act in training mode, and adapters behind the
-    last layer are off. The last state is the model's output, behind its final normalisation if it has one.
+    The states of an utterance do not depend on the batch. If padding reaches real frames in spite of the mask, utterances of
+    different lengths are encoded separately. SpecAugment and LayerDrop, which act in training mode, and adapters behind the last
+    layer are off. The last state is the model's output, after its final normalisation if it has one.
 
     Args:
-        model: The encoder.
-        preprocessor: What the front end needs to know of the model's feature extractor, see `settings`.
+        model: Encoder of transformers.
+        preprocessor: Settings of the model's feature extractor that the front end needs, see `settings`.
     """
 
     extractor: ClassVar[type]
     """Class of the feature extractor."""
     settings: ClassVar[tuple[str, ...]]
-    """Its settings that matter here."""
+    """Names of its settings that are used here."""
 
     stack = 1
 
@@ -124,7 +124,7 @@ class HFUpstream(Upstream):
 
     @staticmethod
     def build(config: Any) -> Any:
-        """The encoder of a config, with random weights."""
+        """The encoder for a config, with random weights."""
         return AutoModel.from_config(config)
 
     @staticmethod
@@ -135,20 +135,20 @@ class HFUpstream(Upstream):
     @staticmethod
     @abstractmethod
     def _stages(config: Any, preprocessor: Mapping[str, Any]) -> tuple[tuple[int, int, int, int], ...]:
-        """See `Frames`."""
+        """Stages of `Frames`."""
 
     @property
     def masks_padding(self) -> bool:
-        """Whether `encode` gives an utterance in a padded batch the states that it has alone."""
+        """Whether `encode` gives an utterance the same states in a padded batch as alone."""
         return True
 
     @abstractmethod
     def encode(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """Hidden states (layers + 1, B, T, d); those behind an utterance's end may be anything.
+        """Hidden states (layers + 1, B, T, d). States on padding may have any value.
 
         Args:
-            waveforms: (B, N).
-            lengths: (B,) samples, on the CPU; all N unless `masks_padding`.
+            waveforms: Samples (B, N).
+            lengths: Samples of each utterance (B,), on the CPU; all equal to N unless `masks_padding`.
         """
 
     @property
@@ -158,20 +158,20 @@ class HFUpstream(Upstream):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The normalisation behind the last layer."""
+        """The final normalisation after the last layer."""
         return self.model.encoder.layer_norm if getattr(self.model.config, "do_stable_layer_norm", False) else None
 
     def top(self, num_layers: int) -> list[nn.Module]:
-        """The top layers, and the normalisation behind them."""
+        """The top layers and the final normalisation."""
         check_top(num_layers, len(self.transformer_layers))
         norm = [] if self.final_norm is None else [self.final_norm]
         return [*list(self.transformer_layers)[-num_layers:], *norm]
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (layers + 1, B, T, d), zero after an utterance's end, and lengths (B,).
+        """Hidden states (layers + 1, B, T, d), zero on padding, and lengths (B,).
 
         Raises:
-            ValueError: an utterance is too short for one state, a length exceeds N, or the waveforms are no batch of floats.
+            ValueError: an utterance is too short for one state, a length exceeds N, or the waveforms have a wrong shape or type.
         """
         lengths = lengths.cpu()
         self._check(waveforms, lengths)
@@ -205,19 +205,19 @@ class HFUpstream(Upstream):
             )
 
     def _states(self, *, squeezed: bool = False, **inputs: Tensor | None) -> Tensor:
-        """All hidden states of the model (layers + 1, B, T, d), the last one normalised."""
+        """All hidden states of the model (layers + 1, B, T, d). The last one is normalised."""
         output = self.model(**inputs, output_hidden_states=True)
         return torch.stack(output.hidden_states if squeezed else [*output.hidden_states[:-1], output.last_hidden_state])
 
 
 class WaveformUpstream(HFUpstream):
-    """Models over waveforms: wav2vec 2.0 and its kin.
+    """Models on waveforms: wav2vec 2.0 and similar ones.
 
-    Where the feature extractor normalises, each utterance gets mean 0 and variance 1 over its own samples. Padding is masked
-    for wav2vec 2.0, HuBERT, WavLM, UniSpeech and UniSpeech-SAT whose front end has a LayerNorm in each layer. It would leak
-    through the GroupNorm over time of the others (wav2vec2-base, hubert-base: feat_extract_norm "group"), the stacked
-    convolutions of data2vec-audio, the conformer's, the pooling of SEW and SEW-D, and a BatchNorm of positions; there,
-    utterances of different lengths run one after the other. SEW's states come at the rate of its layers, 40 ms.
+    If the feature extractor normalises, each utterance gets mean 0 and variance 1 over its own samples. Padding is masked for
+    wav2vec 2.0, HuBERT, WavLM, UniSpeech and UniSpeech-SAT if their front end has a LayerNorm in each layer. In other models
+    padding would leak: through the GroupNorm over time (wav2vec2-base, hubert-base: feat_extract_norm "group"), the stacked
+    convolutions of data2vec-audio and the conformer, the pooling of SEW and SEW-D, or a BatchNorm of positions. There,
+    utterances of different lengths run one after the other. The states of SEW have the rate of its layers, one per 40 ms.
     """
 
     extractor = Wav2Vec2FeatureExtractor
@@ -229,9 +229,9 @@ class WaveformUpstream(HFUpstream):
         self.normalize = preprocessor["do_normalize"]
         self.squeezed = hasattr(model.config, "squeeze_factor")
         if self.squeezed:
-            model.encoder.upsample = nn.Identity()  # acts behind the states
+            model.encoder.upsample = nn.Identity()  # acts after the states
         if model.config.model_type == "wav2vec2-conformer":
-            model.encoder.pos_conv_embed = None  # transformers builds it and never calls it
+            model.encoder.pos_conv_embed = None  # transformers never calls it
 
     @staticmethod
     def _stages(config: Any, preprocessor: Mapping[str, Any]) -> tuple[tuple[int, int, int, int], ...]:
@@ -254,12 +254,12 @@ class WaveformUpstream(HFUpstream):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The normalisation behind the last layer."""
+        """The final normalisation after the last layer."""
         conformer = self.model.config.model_type == "wav2vec2-conformer"
         return self.model.encoder.layer_norm if conformer else super().final_norm
 
     def encode(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See `HFUpstream.encode`."""
+        """Implements `HFUpstream.encode`."""
         valid = length_mask(lengths, waveforms.shape[1], waveforms.device)
         if self.normalize:
             waveforms = _normalised(waveforms, valid)
@@ -270,7 +270,7 @@ class WaveformUpstream(HFUpstream):
 
 
 class FbankUpstream(HFUpstream):
-    """Wav2Vec2-BERT: Kaldi's filter bank of 16-bit samples, normalised by utterance, two frames to a state. Padding is masked."""
+    """Wav2Vec2-BERT: Kaldi's filter bank of 16-bit samples, normalised per utterance, two frames per state, padding masked."""
 
     extractor = SeamlessM4TFeatureExtractor
     settings = ("sampling_rate", "num_mel_bins", "stride")
@@ -286,7 +286,7 @@ class FbankUpstream(HFUpstream):
         return ((rate // 40, rate // 100, 0, 0), (stride, stride, 0, 0))  # 25 ms every 10 ms
 
     def encode(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See `HFUpstream.encode`."""
+        """Implements `HFUpstream.encode`."""
         tokens, num_tokens = self.fbank(waveforms * 2**15, lengths)
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
         mask = None if valid is None else valid.long()
@@ -294,10 +294,10 @@ class FbankUpstream(HFUpstream):
 
 
 class WhisperUpstream(HFUpstream):
-    """The encoder of Whisper, which always sees 30 s: log-mel of an utterance and zeros, a state every 20 ms.
+    """Whisper's encoder, which always encodes 30 s: the log-mel of an utterance and zeros, with one state per 20 ms.
 
-    A longer utterance is cut into windows of 30 s, each encoded by itself; the states of all stand one after the other. The
-    states of the zeros are dropped, so that padding to the batch's length changes nothing.
+    A longer utterance is cut into windows of 30 s. Each is encoded separately and their states are joined. States of the zeros
+    are dropped, so padding in the batch changes nothing.
     """
 
     extractor = WhisperFeatureExtractor
@@ -336,18 +336,18 @@ class WhisperUpstream(HFUpstream):
 
     @property
     def final_norm(self) -> nn.Module:
-        """The normalisation behind the last layer."""
+        """The final normalisation after the last layer."""
         return self.model.layer_norm
 
     def encode(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """See `HFUpstream.encode`."""
+        """Implements `HFUpstream.encode`."""
         num_states = self.model.config.max_source_positions
         size = num_states * self.features.hop_length
         valid = length_mask(lengths, waveforms.shape[1], waveforms.device)
         if valid is not None:
             waveforms = waveforms.masked_fill(~valid, 0.0)
         windows = nn.functional.pad(waveforms, (0, -waveforms.shape[1] % size)).unflatten(1, (-1, size))  # B, W, size
-        # A window that begins behind an utterance's last state holds nothing of it.
+        # A window that begins after an utterance's last state holds nothing of it.
         used = torch.arange(windows.shape[1]) * num_states < self.features.num_frames(lengths)[:, None]
         used = used.to(windows.device)
         found = self._states(input_features=self._log_mel(windows[used]).to(self.model.dtype))
@@ -357,7 +357,7 @@ class WhisperUpstream(HFUpstream):
 
     @torch.no_grad()
     def _log_mel(self, windows: Tensor) -> Tensor:
-        """Whisper's log-mel spectrogram, of at most 8 powers of ten below its maximum: (W, size) → (W, n_mels, frames)."""
+        """Whisper's log-mel spectrogram, at most 8 powers of ten below its maximum: (W, size) → (W, n_mels, frames)."""
         with torch.autocast(windows.device.type, enabled=False):
             spectrum = torch.stft(windows.float(), self.n_fft, self.mel_hop, window=self.window.float(), return_complex=True)
             mel = (self.filters.float() @ spectrum[..., :-1].abs().square()).clamp(min=1e-10).log10()
@@ -377,26 +377,26 @@ FAMILIES: dict[str, type[HFUpstream]] = {
     "wav2vec2-bert": FbankUpstream,
     "whisper": WhisperUpstream,
 }
-"""Supported models by model type; audiot's own come beside them."""
+"""Supported models by model type, besides audiot's own."""
 
 
 def hf(path: str, revision: str | None = None) -> Upstream:
-    """An audio encoder of Hugging Face transformers: one of `FAMILIES`, or one that ``audiot export-hf`` wrote.
+    """Load an audio encoder of Hugging Face transformers: one of `FAMILIES`, or one that ``audiot export-hf`` wrote.
 
-    Also models whose self-attention `audiot.interop.hf_attention.replace_self_attention` replaced. No code of the model's own
-    is run, and weights are read from safetensors where there are such.
+    Models after `audiot.interop.hf_attention.replace_self_attention` work too. The model's own code is never run. Weights are
+    read from safetensors if there are such files.
 
     Args:
         path: Folder that ``save_pretrained`` wrote, with the feature extractor's ``preprocessor_config.json``, or the name of a
             model on the hub.
-        revision: Branch, tag or commit on the hub; None: its main branch.
+        revision: Branch, tag or commit on the hub; None means its main branch.
 
     Returns:
-        The encoder, in float32 and evaluation mode; an audiot encoder as upstream=checkpoint gives it.
+        The encoder in float32 and evaluation mode. For an audiot encoder, the same as from upstream=checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such folder or model.
-        ValueError: the model is of another kind or gives no frames, or its weights are incomplete.
+        FileNotFoundError: the folder or model does not exist.
+        ValueError: the model is of another kind or gives no frames, or weights are missing.
     """
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with _named_errors(path), quiet():
@@ -407,12 +407,10 @@ def hf(path: str, revision: str | None = None) -> Upstream:
         family = _family(config)
         saved = [(Path(path) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")]
         if Path(path).is_dir() and not any(saved):
-            raise ValueError("preprocessor_config.json is missing: call save_pretrained of the model's feature extractor, too")
+            raise ValueError("preprocessor_config.json is missing: also call save_pretrained of the model's feature extractor")
         extractor = AutoFeatureExtractor.from_pretrained(path, **where)
         if not isinstance(extractor, family.extractor):
-            raise ValueError(
-                f"its feature extractor is a {type(extractor).__name__}, but {family.extractor.__name__} was expected"
-            )
+            raise ValueError(f"its feature extractor must be a {family.extractor.__name__}, found {type(extractor).__name__}")
         model = family.encoder_of(_load(path, config, where))
     return family(model, {name: getattr(extractor, name) for name in family.settings}).eval()
 
@@ -430,10 +428,10 @@ def untrained_model(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -
 
 
 def _family(config: PreTrainedConfig) -> type[HFUpstream]:
-    """The class for a config.
+    """The upstream class for a config.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such class.
     """
     kind = config.model_type
     if kind in FAMILIES:
@@ -445,14 +443,14 @@ def _family(config: PreTrainedConfig) -> type[HFUpstream]:
     elif takes in ("input_ids", "pixel_values"):
         reason = f"it takes {takes}, not audio"
     else:
-        reason = "how it cuts audio into frames is not known here"
+        reason = "its division of audio into frames is not known here"
     raise ValueError(
-        f"a model of type {kind} is no upstream, {reason}: choose {', '.join(FAMILIES)}, or what audiot export-hf wrote"
+        f"a model of type {kind} can't be an upstream, {reason}: choose {', '.join(FAMILIES)}, or what audiot export-hf wrote"
     )
 
 
 def _load(path: str, config: PreTrainedConfig, where: Mapping[str, Any]) -> Any:
-    """The whole model with its weights."""
+    """The complete model with its weights."""
     if hasattr(config, RECORD):
         model_class: Any = transformers.MODEL_MAPPING[type(config)]
         return load(path, model_class=model_class, dtype=torch.float32, revision=where["revision"])
@@ -461,17 +459,17 @@ def _load(path: str, config: PreTrainedConfig, where: Mapping[str, Any]) -> Any:
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
     if missing:
         raise ValueError(
-            f"{len(missing)} weights are missing ({', '.join(missing[:3])}, …): it is no whole {config.model_type} model"
+            f"{len(missing)} weights are missing ({', '.join(missing[:3])}, …): it is not a complete {config.model_type} model"
         )
     return model
 
 
 UNUSED = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
-"""Weights of a model that its hidden states don't depend on."""
+"""Weights that the hidden states of a model do not depend on."""
 
 
 def _strip(model: Any) -> None:
-    """Switch off what acts in training mode beside dropout, and drop what no hidden state depends on."""
+    """Switch off what acts in training mode besides dropout, and delete what no hidden state depends on."""
     for name in ("mask_time_prob", "mask_feature_prob", "layerdrop", "encoder_layerdrop"):
         if hasattr(model.config, name):
             setattr(model.config, name, 0.0)
@@ -483,7 +481,7 @@ def _strip(model: Any) -> None:
             setattr(model, name, None)
     if hasattr(model, "masked_spec_embed"):
         del model.masked_spec_embed
-    model.layerdrop = 0.0  # Whisper's encoder keeps its own
+    model.layerdrop = 0.0  # Whisper's encoder has its own copy
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
@@ -492,7 +490,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _normalised(waveforms: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean 0 and variance 1 over each utterance's own samples, in float32, as Wav2Vec2FeatureExtractor has it."""
+    """Mean 0 and variance 1 over each utterance's own samples, in float32, as in Wav2Vec2FeatureExtractor."""
     waveforms = waveforms.float()
     weight = torch.ones_like(waveforms) if valid is None else valid.float()
     count = weight.sum(1, keepdim=True)
@@ -502,7 +500,7 @@ def _normalised(waveforms: Tensor, valid: Tensor | None) -> Tensor:
 
 @contextmanager
 def _named_errors(path: str) -> Iterator[None]:
-    """Errors of transformers in one line that names the model."""
+    """Turn errors of transformers into one line with the name of the model."""
     folder = Path(path)
     if folder.is_file():
         raise ValueError(f"upstream.path={path} is a file: give the folder that save_pretrained wrote")
@@ -515,23 +513,23 @@ def _named_errors(path: str) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         raise ValueError(
-            f"upstream.path={path}: its pytorch_model.bin holds more than tensors, which is not run: convert it to safetensors"
+            f"upstream.path={path}: its pytorch_model.bin holds more than tensors and was not loaded: convert it to safetensors"
         ) from error
     except SafetensorError as error:
         raise ValueError(
-            f"upstream.path={path}: its weights are truncated or not safetensors ({error}): get them again"
+            f"upstream.path={path}: its weights are truncated or not safetensors ({error}): download them again"
         ) from error
     except RuntimeError as error:
         words = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"upstream.path={path}: its weights do not fit its config.json ({words}): get both from one place"
+            f"upstream.path={path}: its weights do not match its config.json ({words}): get both from one source"
         ) from error
     except (OSError, ValueError) as error:
         words = " ".join(str(error).split())
         if "trust_remote_code" in words:
-            words = "the model brings code of its own, which is not run: choose one that transformers has built in"
+            words = "the model has its own code, which is not run: choose a model that transformers contains"
         if folder.is_dir() or not isinstance(error, OSError):
             raise ValueError(f"upstream.path={path}: {words}") from error
         raise FileNotFoundError(
-            f"upstream.path={path}: no such folder here, and none from the hub ({words[:200]}): check the name and the network"
+            f"upstream.path={path}: no such folder here, and none on the hub ({words[:200]}): check the name and the network"
         ) from error

@@ -1,9 +1,9 @@
-"""Checkpoints of S3PRL's Mockingjay, TERA and AudioALBERT (github.com/s3prl/s3prl, 0.4.18), read and written.
+"""Reading and writing checkpoints of S3PRL's Mockingjay, TERA and AudioALBERT (github.com/s3prl/s3prl, 0.4.18).
 
-Read, such a checkpoint is an audiot encoder like any other, and gives S3PRL's hidden states of each waveform alone to rounding.
-Several in a batch are as each alone, where S3PRL guesses lengths by counting frames that sum to something else than zero, lets
-log-mel frames near an utterance's end hear the padding, and cuts a long batch into chunks by its longest item. CMVN differs in
-channels that deviate by less than 1e-4, such as digital silence: S3PRL divides by any deviation and blows rounding up to noise.
+A checkpoint becomes an audiot encoder. Up to rounding, it gives S3PRL's hidden states of each waveform alone. In a batch, audiot
+gives the same states, but S3PRL does not: it guesses lengths by counting frames whose sum is not zero, lets padding into log-mel
+frames near an utterance's end, and cuts a long batch into chunks by its longest item. CMVN differs in channels that deviate by
+less than 1e-4, such as digital silence: S3PRL divides by any deviation and amplifies rounding to noise.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from audiot.objectives.reconstruction import ReconstructionHead
 from audiot.positions import Sinusoid
 
 SAMPLE_RATE = 16000  # Hz
-EPS = 1e-4  # of a log channel: no information
-LARGEST_EPS = 1e-3  # up to here, CMVN passes for S3PRL's
-FLOOR = 1e-10  # S3PRL's own, of powers
-NUM_FREQUENCIES = 201  # that S3PRL's mel filters are made for
+EPS = 1e-4  # standard deviation of a log channel without information
+LARGEST_EPS = 1e-3  # up to this eps, CMVN counts as equal to S3PRL's
+FLOOR = 1e-10  # S3PRL's floor of powers
+NUM_FREQUENCIES = 201  # size that S3PRL's mel filters are made for
 
-FBANK = {  # Kaldi's name of an option → ours
+FBANK = {  # Kaldi's option → ours
     "num_mel_bins": "num_mel_bins",
     "frame_length": "frame_length_ms",
     "frame_shift": "frame_shift_ms",
@@ -50,9 +50,9 @@ KALDI: dict[str, tuple[type, dict[str, str]]] = {
     "mfcc": (MFCC, {"num_ceps": "n_mfcc", "cepstral_lifter": "cepstral_lifter", **FBANK}),
 }
 STFT: dict[str, type] = {"mel": LogMel, "linear": Spectrogram}
-HEAD = {"dense": "dense", "LayerNorm": "norm", "output": "output"}  # S3PRL's name of a module → ours
+HEAD = {"dense": "dense", "LayerNorm": "norm", "output": "output"}  # S3PRL's module name → ours
 
-# Of optimisers in old checkpoints: inert stand-ins take their place.
+# Classes of optimisers in old checkpoints, replaced by stand-ins that do nothing.
 SCHEDULES = [
     f"{module}.{name}"
     for module in ("optimizers", "s3prl.optimizers")
@@ -68,30 +68,30 @@ SCHEDULES = [
 
 
 def upstream(path: str) -> EncoderUpstream:
-    """A checkpoint of S3PRL to listen to: ``upstream=s3prl upstream.path=X.ckpt``."""
+    """A checkpoint of S3PRL as an upstream: ``upstream=s3prl upstream.path=X.ckpt``."""
     return EncoderUpstream(import_s3prl(path)[0])
 
 
 def import_s3prl(path: str | Path) -> tuple[AudioEncoder, ReconstructionHead | None]:
-    """Read a checkpoint of S3PRL; nothing in the file is run.
+    """Read a checkpoint of S3PRL. Nothing in the file is run.
 
     Args:
-        path: A file of S3PRL's ``run_pretrain``, or one of its released checkpoints.
+        path: File of S3PRL's ``run_pretrain``, or one of its released checkpoints.
 
     Returns:
-        The encoder, in evaluation mode, and the reconstruction head; None where there is none or its target isn't the input.
+        The encoder in evaluation mode, and the reconstruction head (None if there is none or its target is not the input).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another kind, names code, or has settings that audiot cannot reproduce.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, of another kind, names code, or has settings that audiot cannot reproduce.
     """
     content, config = _read(Path(path))
     try:
         features, model = _features(config["audio"]), _model(config["transformer"], config["task"])
     except KeyError as error:
-        raise ValueError(f"the config in {path} lacks {error}: none that S3PRL reads") from error
+        raise ValueError(f"the config in {path} lacks {error}, so S3PRL could not read it") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"the config in {path} is none that S3PRL reads: {error}") from error
+        raise ValueError(f"S3PRL could not read the config in {path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
@@ -109,31 +109,33 @@ def import_s3prl(path: str | Path) -> tuple[AudioEncoder, ReconstructionHead | N
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is in the file, and the upstream's config in it."""
+    """Content of the file, and the config of the upstream in it."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and an S3PRL checkpoint a file: give its .ckpt; audiot's encoders need no import")
+        raise ValueError(
+            f"{path} is a folder, but an S3PRL checkpoint is a file: give its .ckpt; audiot's encoders need no import"
+        )
     known: list[Any] = [argparse.Namespace, *((_Inert, name) for name in SCHEDULES)]
     try:
         with path.open("rb") as stream, torch.serialization.safe_globals(known):
             content = torch.load(stream, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # a damaged file fails in any way
+    except Exception as error:  # a damaged file may raise anything
         named = re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", str(error))
         if isinstance(error, pickle.UnpicklingError) and named:
             raise ValueError(
-                f"{path} is refused: it names the code {named[1]}, and a checkpoint needs tensors and plain values alone; "
-                "nothing was run. If you trust it, save its Config, Upstream_Config, Transformer and SpecHead anew by themselves"
+                f"{path} is refused: it names the code {named[1]}, but a checkpoint may hold only tensors and plain values; "
+                "nothing was run. If you trust it, save only its Config, Upstream_Config, Transformer and SpecHead to a new file"
             ) from error
-        raise ValueError(f"{path} is truncated or no PyTorch checkpoint: copy or download it again") from error
+        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: copy or download it again") from error
     entries = content if isinstance(content, dict) else {}
-    for config in (entries.get("Config"), entries.get("Upstream_Config")):  # the upstream's own was in Config once
+    for config in (entries.get("Config"), entries.get("Upstream_Config")):  # old files have the upstream's config in Config
         if isinstance(config, dict) and "transformer" in config and isinstance(entries.get("Transformer"), dict):
             if "audio" not in config:
                 raise ValueError(
-                    f"{path} hears features from files, without a front end of its own (no audio in its config): audiot starts "
+                    f"{path} reads features from files, without a front end (no audio in its config), but audiot needs one "
                     "from waveforms"
                 )
             return entries, config
@@ -144,14 +146,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class _Inert:
-    """Takes the place of an object that is not needed, and does nothing."""
+    """Stand-in for an object that is not needed. It does nothing."""
 
 
 def _model(transformer: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder's config. S3PRL's numbers may be strings, as YAML reads 1e-12."""
+    """Config of the encoder. S3PRL's numbers may be strings, because YAML reads 1e-12 as one."""
     activation = transformer["hidden_act"]
     if activation != "gelu":
-        raise ValueError(f"transformer.hidden_act is {activation}, and audiot's feed-forward networks have gelu")
+        raise ValueError(f"transformer.hidden_act is {activation}, but audiot's feed-forward networks have gelu")
     sequence_length = int(task["sequence_length"])
     return {
         "_target_": "audiot.model.Encoder",
@@ -177,7 +179,7 @@ def _model(transformer: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str,
 
 
 def _features(audio: Mapping[str, Any]) -> dict[str, Any]:
-    """The front end's config."""
+    """Config of the front end."""
     return _kaldi_features(audio) if "kaldi" in audio else _stft_features(audio)
 
 
@@ -210,10 +212,10 @@ def _kaldi_defaults(kind: str) -> dict[str, Any]:
 
 
 def _stft_features(audio: Mapping[str, Any]) -> dict[str, Any]:
-    heard = audio["input"]
-    kind = heard["feat_type"]
+    section = audio["input"]
+    kind = section["feat_type"]
     _check("audio.input.feat_type", kind, *STFT)
-    _check("audio.input.log", bool(heard.get("log", False)), True)
+    _check("audio.input.log", bool(section.get("log", False)), True)
     rate, floor = int(audio.get("sample_rate", SAMPLE_RATE)), float(audio.get("eps", FLOOR))
     return {
         "_target_": f"audiot.features.{STFT[kind].__name__}",
@@ -224,26 +226,26 @@ def _stft_features(audio: Mapping[str, Any]) -> dict[str, Any]:
         "floor": floor,
         "add_floor": True,
         "sample_rate": rate,
-        "delta_order": int(heard.get("delta", 0)),
+        "delta_order": int(section.get("delta", 0)),
         "center": True,
         "level_db": float(audio["target_level"]),
-        **_cmvn(heard.get("cmvn", False), floor),
+        **_cmvn(section.get("cmvn", False), floor),
     }
 
 
 def _cmvn(use: bool, eps: float) -> dict[str, Any]:
     if use and eps > EPS:
-        raise ValueError(f"its CMVN adds eps={eps:g} to deviations, and audiot's floors them at {EPS:g}: too different")
+        raise ValueError(f"its CMVN adds eps={eps:g} to deviations, but audiot's floors them at {EPS:g}, which is too different")
     return {"cmvn": "utterance" if use else "none", "eps": EPS}
 
 
 def _check(name: str, value: Any, *expected: Any) -> None:
     if value not in expected:
-        raise ValueError(f"{name} is {value}, and audiot reproduces {' or '.join(map(str, expected))} alone")
+        raise ValueError(f"{name} is {value}, but audiot only reproduces {' or '.join(map(str, expected))}")
 
 
 def _names(num_layers: int, shared: bool, pre_norm: bool) -> dict[str, str]:
-    """S3PRL's name of a module → ours, in S3PRL's order. Some of S3PRL's are the same module by two names."""
+    """Our name of each module of S3PRL, in S3PRL's order. S3PRL has two names for some modules."""
     names = {"input_representations.spec_transform": "input", "input_representations.LayerNorm": "input_norm"}
     for index in range(num_layers):
         theirs, ours = f"encoder.layer.{index}", f"layers.{0 if shared else index}"
@@ -267,14 +269,14 @@ def _names(num_layers: int, shared: bool, pre_norm: bool) -> dict[str, str]:
 def _fill(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Load S3PRL's weights into our module."""
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"what should be weights in {path} is something else: damaged or changed by hand")
-    # LayerNorms had TensorFlow's names once.
+        raise ValueError(f"the weights in {path} are not tensors: it is damaged or was changed by hand")
+    # LayerNorms once had TensorFlow's names.
     given = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): value for name, value in weights.items()}
     expected = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in names.items() for part in ("weight", "bias")}
     missing, unknown = [*(expected.keys() - given)], [*(given.keys() - expected)]
     if missing or unknown:
         raise ValueError(
-            f"the weights in {path} are not those of its config: {len(missing)} missing ({', '.join(sorted(missing)[:3])}), "
+            f"the weights in {path} do not match its config: {len(missing)} missing ({', '.join(sorted(missing)[:3])}), "
             f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:3])})"
         )
     state: dict[str, Tensor] = {}
@@ -282,7 +284,7 @@ def _fill(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, Ten
         value = given[theirs].float()
         if not state.setdefault(ours, value).equal(value):
             raise ValueError(
-                f"{theirs} in {path} differs from others that are the same by its config: damaged or changed by hand"
+                f"{theirs} in {path} differs from weights that must be equal by its config: it is damaged or was changed by hand"
             )
     try:
         module.load_state_dict(state)
@@ -291,18 +293,18 @@ def _fill(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, Ten
 
 
 def export_s3prl(encoder: str | Path, path: str | Path) -> None:
-    """Write an exported encoder as a checkpoint that S3PRL loads as ``mockingjay_local``, with the same hidden states.
+    """Write an exported encoder as a checkpoint that S3PRL loads as ``mockingjay_local``, with equal hidden states.
 
-    CMVN differs in channels that deviate by less than the encoder's ``features.eps``. What S3PRL needs to go on with
-    pre-training, an optimiser's state and how to mask, is not in an encoder: the recipe is Mockingjay's, the step 0.
+    CMVN differs in channels that deviate by less than the encoder's ``features.eps``. An encoder lacks what S3PRL needs to
+    continue pre-training (the optimiser's state and the masking), so the file has Mockingjay's recipe and step 0.
 
     Args:
         encoder: Folder of the encoder.
-        path: File to write.
+        path: Path of the file to write.
 
     Raises:
         FileNotFoundError: there is no encoder.
-        ValueError: S3PRL's Mockingjay cannot be this encoder; says why, and what to do.
+        ValueError: S3PRL's Mockingjay cannot represent this encoder. The message has the reason and a remedy.
     """
     encoder = Path(encoder)
     loaded = load_encoder(encoder)
@@ -344,12 +346,12 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> OrderedDi
 
 def _refuse(encoder: Path, reason: str) -> NoReturn:
     raise ValueError(
-        f"{encoder} cannot be an S3PRL checkpoint: {reason}. S3PRL can use it as it is, by the upstream in audiot.s3prl_upstream"
+        f"{encoder} cannot be an S3PRL checkpoint: {reason}. S3PRL can use it directly with the upstream in audiot.s3prl_upstream"
     )
 
 
 def _check_model(model: Mapping[str, Any], encoder: Path) -> None:
-    """Refuse what S3PRL's transformer has not."""
+    """Refuse a model that S3PRL's transformer cannot represent."""
     attention, positions = _settings(model["attention"]), _settings(model["positions"])
     if get_class(attention["_target_"]) is not QueryKey or attention["share_query_key"]:
         _refuse(encoder, f"its attention is {_described(model['attention'])}, S3PRL's QueryKey with both projections")
@@ -366,7 +368,7 @@ def _described(config: Mapping[str, Any]) -> str:
 
 def _transformer(model: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "input_dim": -1,  # that of the features
+        "input_dim": -1,  # S3PRL takes the size of the features
         "hidden_size": model["embed_dim"],
         "num_hidden_layers": model["num_layers"],
         "num_attention_heads": model["num_heads"],
@@ -415,16 +417,18 @@ def _audio(config: Mapping[str, Any], encoder: Path) -> dict[str, Any]:
         if features[name] not in values:
             _refuse(encoder, f"features.{name} is {features[name]}, S3PRL's {' or '.join(map(str, values))}")
     if features["eps"] > LARGEST_EPS:
-        _refuse(encoder, f"features.eps is {features['eps']:g}, S3PRL's next to nothing (up to {LARGEST_EPS:g} passes)")
+        _refuse(
+            encoder, f"features.eps is {features['eps']:g}, but S3PRL's is almost 0 (at most {LARGEST_EPS:g} counts as equal)"
+        )
     if is_kaldi:
         return _kaldi_audio(front_end, features)
     if features["level_db"] is None:
-        _refuse(encoder, "features.level_db is None, where S3PRL brings each utterance to a level before log-mel")
+        _refuse(encoder, "features.level_db is None, but S3PRL scales each utterance to a level before log-mel")
     return _stft_audio(front_end, features)
 
 
 def _kaldi_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]:
-    kinds: dict[str, dict[str, Any]] = {  # all that S3PRL's recipes list, though one is used
+    kinds: dict[str, dict[str, Any]] = {  # S3PRL's recipes list all, though one is used
         "spectrogram": {"frame_length": 25.0, "frame_shift": 10.0},
         "fbank": {"num_mel_bins": 80, "frame_length": 25.0, "frame_shift": 10.0, "use_log_fbank": True},
         "mfcc": {"num_ceps": 13, "frame_length": 25.0, "frame_shift": 10.0},
@@ -442,7 +446,7 @@ def _kaldi_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]
 
 def _stft_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]:
     (kind,) = (kind for kind, known in STFT.items() if known is front_end)
-    heard = {
+    section = {
         "feat_type": kind,
         "channel": 0,
         "log": True,
@@ -457,11 +461,11 @@ def _stft_audio(front_end: type, features: Mapping[str, Any]) -> dict[str, Any]:
         "n_mels": features.get("n_mels", 80),
         "n_mfcc": 13,
         **({} if features["floor"] == FLOOR else {"eps": features["floor"]}),
-        "input": heard,
-        "target": heard | {"channel": 1},
+        "input": section,
+        "target": section | {"channel": 1},
     }
 
 
 def _whole(value: float) -> int | float:
-    """S3PRL's recipes have whole numbers where they can."""
+    """A whole number as int, as S3PRL's recipes write it."""
     return int(value) if value == int(value) else value

@@ -1,12 +1,12 @@
 """Any audiot encoder as an upstream of S3PRL (github.com/s3prl/s3prl, 0.4.18), for its downstream suite.
 
-S3PRL finds upstreams as attributes of ``s3prl.hub``. ``python -m audiot.s3prl_upstream ARGUMENTS`` is S3PRL's
-``run_downstream.py ARGUMENTS`` with this one among them::
+S3PRL finds upstreams as attributes of ``s3prl.hub``. ``python -m audiot.s3prl_upstream ARGUMENTS`` runs S3PRL's
+``run_downstream.py ARGUMENTS`` with this upstream added::
 
     python -m audiot.s3prl_upstream -m train -n NAME -u audiot_local -k RUN/encoder -d phone_linear -c …/config.yaml
 
-In a program, `register` does it, and for ``torch.hub.load(FOLDER, "audiot_local", source="local", ckpt=…)`` a ``hubconf.py`` in
-FOLDER that says ``from audiot.s3prl_upstream import audiot_local``. S3PRL itself is needed by `register` and the command alone.
+In a program, call `register`. For ``torch.hub.load(FOLDER, "audiot_local", source="local", ckpt=…)``, write a ``hubconf.py`` in
+FOLDER with ``from audiot.s3prl_upstream import audiot_local``. Only `register` and the command need S3PRL itself.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audiot.checkpoint import load_encoder
 
-SAMPLE_RATE = 16000  # Hz, of all S3PRL
+SAMPLE_RATE = 16000  # Hz, the only sample rate in S3PRL
 
 
 class UpstreamExpert(nn.Module):
-    """An exported encoder, as S3PRL calls upstreams: each waveform gets the hidden states that it gets alone.
+    """An exported encoder with S3PRL's interface of upstreams. The hidden states of a waveform do not depend on the batch.
 
     Args:
-        ckpt: The encoder's folder (``RUN/encoder``), S3PRL's ``-k``.
-        trusted: Packages from outside audiot whose classes its config may name.
+        ckpt: Folder of the encoder (``RUN/encoder``), S3PRL's ``-k``.
+        trusted: Packages whose classes its config may name, see :func:`audiot.checkpoint.load_encoder`.
 
     Raises:
         FileNotFoundError: there is no encoder.
-        ValueError: what is there is of another kind, or for audio that isn't sampled at 16 kHz.
+        ValueError: the folder holds something else, or the encoder needs another sample rate than 16 kHz.
     """
 
     def __init__(self, ckpt: str | Path, trusted: Sequence[str] = ()) -> None:
@@ -41,7 +41,9 @@ class UpstreamExpert(nn.Module):
         self.encoder = load_encoder(ckpt, tuple(trusted))
         rate = self.encoder.features.sample_rate
         if rate != SAMPLE_RATE:
-            raise ValueError(f"the encoder {ckpt} hears audio at {rate} Hz, S3PRL's is at {SAMPLE_RATE}: pre-train one at that")
+            raise ValueError(
+                f"the encoder {ckpt} takes audio at {rate} Hz, but S3PRL's is at {SAMPLE_RATE} Hz: pre-train one at this rate"
+            )
 
     def get_downsample_rates(self, key: str = "hidden_states") -> int:
         """Samples from one hidden state to the next."""
@@ -51,10 +53,10 @@ class UpstreamExpert(nn.Module):
         """Hidden states of waveforms at 16 kHz.
 
         Args:
-            wavs: Of any lengths (samples,); what is shorter than one state needs gets zeros behind.
+            wavs: Waveforms (samples,) of any lengths. Those too short for one state are padded with zeros.
 
         Returns:
-            ``hidden_states``: one (B, T, d) a layer and the input embedding's before them, zero behind a waveform's end;
+            ``hidden_states``: the input embedding and the output of each layer, (B, T, d) each and zero on padding;
             ``last_hidden_state``: the last of them.
         """
         shortest = self.encoder.features.num_samples(1)
@@ -71,17 +73,17 @@ def audiot_local(ckpt: str | Path, model_config: str | None = None, refresh: boo
 
     Args:
         ckpt: Folder of the encoder (``-k``).
-        model_config: Must be None: an encoder brings its own config.
-        refresh: Ignored: nothing is downloaded.
-        options: For `UpstreamExpert`: what a downstream config has under ``upstream_expert``.
+        model_config: Must be None, because an encoder has its own config.
+        refresh: Ignored, because nothing is downloaded.
+        options: Arguments of `UpstreamExpert`, from ``upstream_expert`` in a downstream config.
     """
     if model_config is not None:
-        raise ValueError(f"audiot_local takes no config (-g {model_config}): the encoder in -k brings its own")
+        raise ValueError(f"audiot_local takes no config (-g {model_config}): the encoder in -k has its own")
     return UpstreamExpert(ckpt, **options)
 
 
 def register() -> None:
-    """Make ``audiot_local`` known to S3PRL in this process: its runners, and ``S3PRLUpstream("audiot_local", RUN/encoder)``."""
+    """Add ``audiot_local`` to S3PRL in this process, for its runners and ``S3PRLUpstream("audiot_local", RUN/encoder)``."""
     from s3prl import hub
 
     hub.audiot_local = audiot_local

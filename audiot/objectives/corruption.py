@@ -1,9 +1,9 @@
 """Corruption of spectrogram frames for masked acoustic modelling.
 
-Mockingjay (Liu et al. 2020, arXiv:1910.12638) masks spans of frames; TERA (Liu et al. 2021, arXiv:2007.06028) adds a masked
-band of channels and noise on the magnitudes; AudioALBERT (Chi et al. 2021, arXiv:2005.08575) corrupts as Mockingjay does.
-Everything is vectorised over the batch and drawn from one key an utterance, so that an utterance is corrupted alike in every
-batch and on every device.
+Mockingjay (Liu et al. 2020, arXiv:1910.12638) masks spans of frames. TERA (Liu et al. 2021, arXiv:2007.06028) also masks a band
+of channels and adds noise to the magnitudes. AudioALBERT (Chi et al. 2021, arXiv:2005.08575) corrupts as Mockingjay does.
+All operations are vectorised over the batch. Each utterance has its own random key, so its corruption does not depend on the
+batch or the device.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _SPANS, _POLICY, _SOURCES, _BAND, _NOISE, _NOISE_CHOICE = range(6)
 
 
 def num_spans(lengths: Tensor, proportion: float, span: int) -> Tensor:
-    """Spans an utterance gets: proportion · length / span, rounded, at least one and at most one a start position."""
+    """Number of spans per utterance: proportion · length / span, rounded, at least 1, at most the number of start positions."""
     return (lengths * proportion / span).round().long().clamp(min=1).minimum((lengths - span + 1).clamp(min=1))
 
 
 def max_spans(num_frames: int, proportion: float, span: int) -> int:
-    """Most spans that `num_spans` gives an utterance of up to ``num_frames``; a Python number, so no device is asked."""
+    """Upper bound of `num_spans` for utterances of up to ``num_frames``. It is a Python number and needs no synchronisation."""
     return max(1, math.ceil(num_frames * proportion / span))
 
 
 def span_starts(keys: Tensor, lengths: Tensor, num_frames: int, proportion: float, span: int) -> Tensor:
-    """Start frames of the masked spans, drawn without replacement; the spans may overlap.
+    """Draw the start frames of the masked spans without replacement. Spans may overlap.
 
     Args:
-        keys: (B,) random keys.
-        lengths: (B,) valid frames, on the keys' device.
-        num_frames: T, frames of the batch.
+        keys: Random keys (B,).
+        lengths: Valid frames of each utterance (B,), on the keys' device.
+        num_frames: Frames T of the padded batch.
 
     Returns:
         bool (B, T).
@@ -43,35 +43,35 @@ def span_starts(keys: Tensor, lengths: Tensor, num_frames: int, proportion: floa
     position = torch.arange(num_frames, device=keys.device)
     allowed = position <= (lengths[:, None] - span).clamp(min=0)
     score = streams.bits(keys, num_frames, _SPANS).masked_fill(~allowed, torch.iinfo(torch.int64).max)
-    # topk, not sort: Inductor leaves it to PyTorch's own kernels, and of a sort it writes code that takes minutes to compile.
+    # topk instead of sort: Inductor leaves topk to PyTorch's kernels, while its code for a sort takes minutes to compile.
     lowest = score.topk(min(max_spans(num_frames, proportion, span), num_frames), dim=1, largest=False, sorted=True).values
     threshold = lowest.gather(1, num_spans(lengths, proportion, span)[:, None] - 1)
     return allowed & (score <= threshold)
 
 
 def cover(starts: Tensor, lengths: Tensor, span: int) -> Tensor:
-    """Frames covered by spans of ``span`` frames that begin at ``starts`` (B, T), within ``lengths``: bool (B, T)."""
+    """Frames (B, T) that lie in a span of ``span`` frames from one of ``starts`` (B, T) and within ``lengths``, as bool."""
     position = torch.arange(starts.shape[1], device=starts.device)
     return _latest(starts, span).any(-1) & (position < lengths[:, None])
 
 
 def _latest(starts: Tensor, span: int) -> Tensor:
-    """``starts`` at each frame and the ``span`` - 1 before it, the latest first: bool (B, T, span).
+    """``starts`` at each frame and at the ``span`` - 1 frames before it, latest first: bool (B, T, span).
 
-    A look back of so many frames is compiled as a plain reduction; of a running sum or maximum Inductor would write a scan.
+    Inductor compiles this window to a plain reduction. For a running sum or maximum it would write a scan.
     """
     span = min(span, starts.shape[1])
     return torch.nn.functional.pad(starts, (span - 1, 0)).unfold(1, span, 1).flip(-1)
 
 
 def frames_from_elsewhere(features: Tensor, starts: Tensor, keys: Tensor, lengths: Tensor, span: int) -> Tensor:
-    """Every span's frames taken from a span of the same utterance that starts at random: (B, T, C).
+    """Replace every span by a random span of the same utterance: (B, T, C).
 
-    What the result holds outside the spans means nothing.
+    Values outside the spans are meaningless.
     """
     num_frames = features.shape[1]
     position = torch.arange(num_frames, device=features.device).expand_as(starts)
-    begin = (position - _latest(starts, span).byte().argmax(-1)).clamp(min=0)  # of the latest span that covers each frame
+    begin = (position - _latest(starts, span).byte().argmax(-1)).clamp(min=0)  # start of the latest span that covers each frame
     choices = (lengths[:, None] - span).clamp(min=0) + 1
     drawn = (streams.uniform(keys, num_frames, _SOURCES) * choices).long()
     source = (drawn.gather(1, begin) + position - begin).clamp(max=num_frames - 1)
@@ -79,9 +79,11 @@ def frames_from_elsewhere(features: Tensor, starts: Tensor, keys: Tensor, length
 
 
 def band(keys: Tensor, num_channels: int, max_width: int) -> Tensor:
-    """A band of channels an utterance, its width uniform in 0…max_width: bool (B, num_channels)."""
+    """A random band of channels per utterance, its width uniform in 0…max_width: bool (B, num_channels)."""
     if max_width > num_channels:
-        raise ValueError(f"objective.band_width is {max_width} but a frame has {num_channels} channels: lower it")
+        raise ValueError(
+            f"objective.band_width must be at most the {num_channels} channels of a frame, found {max_width}: lower it"
+        )
     width, start = streams.uniform(keys, 2, _BAND).unbind(1)
     width = (width * (max_width + 1)).long()
     start = (start * (num_channels - width + 1)).long()
@@ -90,12 +92,12 @@ def band(keys: Tensor, num_channels: int, max_width: int) -> Tensor:
 
 
 class Corrupted(NamedTuple):
-    """What the encoder sees and what the loss scores.
+    """A corrupted batch and the elements that the loss scores.
 
     Args:
-        features: (B, T, C), what the encoder sees.
-        frames: bool (B, T), frames with something to reconstruct.
-        elements: bool (B, T, C), what is scored in those frames; None: all of it.
+        features: Corrupted features (B, T, C), the encoder's input.
+        frames: Frames with something to reconstruct, bool (B, T).
+        elements: Scored elements of those frames, bool (B, T, C); None means all of them.
     """
 
     features: Tensor
@@ -104,16 +106,16 @@ class Corrupted(NamedTuple):
 
 
 class Corruption:
-    """Time, channel and magnitude alteration; each preset of the ``objective`` group is one setting of it.
+    """Time, channel and magnitude alteration. Each preset of the ``objective`` group sets its parameters.
 
-    Departures from the published code: the noise is drawn an utterance, not once a batch, and an utterance has at least one span.
+    Differs from the published code: noise is drawn per utterance, not per batch, and every utterance has at least one span.
 
     Args:
-        mask_proportion: Share of the frames that spans are drawn for; overlaps make the share that is masked smaller.
-        span: Frames of a span (encoder frames: with ``features.stack`` > 1, stacked ones).
+        mask_proportion: Share of the frames that spans are drawn for. Overlaps make the masked share smaller.
+        span: Length of a span in encoder frames (stacked ones with ``features.stack`` > 1).
         zero_probability: Probability that an utterance's spans are set to zero.
-        replace_probability: Probability that they are taken from elsewhere in the utterance; else they are left as they are.
-        band_width: Widest band of channels set to zero; 0 for none.
+        replace_probability: Probability that other spans of the utterance replace its spans; else they stay.
+        band_width: Widest band of channels set to zero; 0 means no band.
         noise_std: Standard deviation of the noise added to all magnitudes.
         noise_probability: Probability that an utterance gets noise.
     """
@@ -146,21 +148,21 @@ class Corruption:
         self.noise_probability = noise_probability
 
     def max_masked(self, num_frames: int) -> int:
-        """Most frames that spans can cover in an utterance of up to ``num_frames``; a Python number, so no device is asked."""
+        """Most frames that spans can cover in up to ``num_frames`` frames. It is a Python number and needs no synchronisation."""
         return min(max_spans(num_frames, self.mask_proportion, self.span) * self.span, num_frames)
 
     def mask(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
-        """Frames under a span: bool (B, T)."""
+        """Masked frames, bool (B, T)."""
         starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
         return cover(starts, lengths, self.span)
 
     def zero_out(self, features: Tensor, lengths: Tensor, keys: Tensor) -> Corrupted:
-        """Corruption for validation: every span is zeroed and nothing else is altered.
+        """Corrupt a batch for validation: every span is zeroed and nothing else is altered.
 
         Args:
-            features: (B, T, C).
-            lengths: (B,) valid frames.
-            keys: (B,) random keys.
+            features: Feature frames (B, T, C).
+            lengths: Valid frames of each utterance (B,).
+            keys: Random keys (B,).
         """
         frames = self.mask(keys, lengths, features.shape[1])
         return Corrupted(features.masked_fill(frames[..., None], 0), frames, None)
@@ -169,10 +171,10 @@ class Corruption:
         """Corrupt a batch for training.
 
         Args:
-            features: (B, T, C).
-            lengths: (B,) valid frames, on the features' device.
-            keys: (B,) random keys, on the features' device.
-            stack: Spectrogram frames in one encoder frame; a band covers the same channels of each.
+            features: Feature frames (B, T, C).
+            lengths: Valid frames of each utterance (B,), on the features' device.
+            keys: Random keys (B,), on the features' device.
+            stack: Spectrogram frames per encoder frame. A band covers the same channels in each of them.
         """
         num_frames = features.shape[1]
         starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)

@@ -1,4 +1,4 @@
-"""Reconstruction of corrupted frames: the head, the loss, and the trivial reconstruction to beat."""
+"""Reconstruction of corrupted frames: the head, the loss and a trivial baseline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReconstructionHead(nn.Module):
 
 
 def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Mean:
-    """Mean absolute error over the scored elements; ``weight`` is 0 or 1 and broadcasts to the others' shape."""
+    """Mean absolute error over the scored elements. ``weight`` is 0 or 1 and broadcasts to the shape of the others."""
     weight = weight.expand_as(target)
     count = weight.sum()
     error = (at_least_float32(prediction) - at_least_float32(target)).abs()
@@ -35,18 +35,18 @@ def masked_l1(prediction: Tensor, target: Tensor, weight: Tensor) -> Mean:
 
 
 def interpolate_masked(features: Tensor, masked: Tensor, lengths: Tensor) -> Tensor:
-    """Linear interpolation across each masked span, the trivial reconstruction to beat.
+    """Linear interpolation across each masked span, the trivial baseline.
 
-    Between the nearest visible frames on both sides; at an utterance's edge the one visible neighbour is repeated; an utterance
-    with no visible frame is all zeros.
+    It interpolates between the nearest visible frames on both sides. At the edge of an utterance, the one visible neighbour is
+    repeated. An utterance without visible frames becomes zero.
 
     Args:
-        features: (B, T, C), as they were before corruption.
-        masked: bool (B, T).
-        lengths: (B,) valid frames.
+        features: Features before corruption (B, T, C).
+        masked: Masked frames, bool (B, T).
+        lengths: Valid frames of each utterance (B,).
 
     Returns:
-        (B, T, C); visible frames are unchanged.
+        (B, T, C). Visible frames are unchanged.
     """
     num_frames = features.shape[1]
     position = torch.arange(num_frames, device=features.device).expand_as(masked)

@@ -1,1 +1,1 @@
-"""What surrounds the training loop: optimisation, callbacks, interrupts, compilation, several processes."""
+"""The parts around the training loop: optimisation, callbacks, interrupts, compilation, several processes."""

@@ -1,4 +1,4 @@
-"""One step of the optimiser from several batches, of one process or of many, as from one big batch."""
+"""One optimiser step over several batches, of one process or many, equal to a step over one big batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from audiot.base.private import scale
-from audiot.training.fsdp import own_part
+from audiot.training.fsdp import local_part
 
 
 class Mean(NamedTuple):
     """The loss of a batch.
 
     Args:
-        value: Mean over what is scored, ().
-        scored: Number of elements, frames or utterances that it is the mean of, () on the same device.
+        value: Mean over the scored elements, a scalar.
+        scored: Number of scored elements, frames or utterances, a scalar on the same device.
     """
 
     value: Tensor
@@ -28,17 +28,16 @@ class Mean(NamedTuple):
 
 
 class WeightedSteps(pl.LightningModule):
-    """LightningModule each of whose steps has the loss and the gradient of one big batch: the sum over all that is scored,
-    divided by its number.
+    """LightningModule whose steps have the loss and gradient of one big batch: the sum over all scored elements by their number.
 
     A step adds up the gradients of k batches (``trainer.accumulate_grad_batches``) of N processes. Lightning divides each by k
-    and the strategy by N, as if all batches scored as much. So `weighted` multiplies the mean of each batch by its count over a
-    unit, and before gradients are clipped they are divided by the mean count of all kN batches over that unit. The unit is the
-    mean count of the first batch of each process: it keeps numbers in the range of float16, and with k = 1 nothing is left to
-    divide. Counts stay on the device, so that no process waits for it.
+    and the strategy by N, as if all batches scored the same number of elements. `weighted` therefore multiplies the mean of each
+    batch by its count / unit. Before clipping, the gradients are divided by the mean count of all kN batches / unit. The unit is
+    the mean count of the first batch of each process. It keeps numbers in the range of float16, and with k = 1 no division is
+    left. Counts stay on the device, so no process waits for it.
     """
 
-    latest_loss: Tensor | None = None  # of the latest step, on the device
+    latest_loss: Tensor | None = None  # loss of the latest step, on the device
 
     _unit: Tensor
     _sums: Tensor
@@ -48,7 +47,7 @@ class WeightedSteps(pl.LightningModule):
         """Log the loss of a step."""
 
     def weighted(self, mean: Mean, batch_idx: int) -> Tensor:
-        """What a training step returns for the loss of its batch; the mean itself, where a step is one batch."""
+        """Weighted loss of a batch, which a training step returns. It is the mean itself if a step has one batch."""
         if self._batches_per_step == 1:
             self._note(mean.value.detach())
             return mean.value
@@ -66,14 +65,14 @@ class WeightedSteps(pl.LightningModule):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradients those of the mean over all batches of the step."""
+        """Rescale the gradients to those of the mean over all batches of the step."""
         if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
             return
         total = self._of_all_processes(self._sums)
         count = total[1].clamp(min=1)
         self._note(total[0] / count)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         scale(gradients, self._unit * self._batches_per_step / count)
 
     @property

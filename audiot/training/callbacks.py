@@ -1,4 +1,4 @@
-"""Lightning callbacks: progress, throughput, which data was used, and pictures."""
+"""Lightning callbacks: progress, throughput, consumed data and pictures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from audiot.base.files import replacing
 from audiot.data.batches import Batch, to_device
 from audiot.training.accumulation import WeightedSteps
 
-MAX_WAIT = 0.05  # share of the time that a GPU may wait for data before it is told
-PATIENCE = 50  # steps before that
+MAX_WAIT = 0.05  # share of the time that a GPU may wait for data without a warning
+PATIENCE = 50  # steps before the first warning
 
 
 class Latest:
-    """The latest value of a number that lives on the device, read without waiting for the device: as soon as it is there."""
+    """Latest value of a number on the device. It is read when it has arrived, without waiting."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -33,7 +33,7 @@ class Latest:
         self._arrived: torch.cuda.Event | None = None
 
     def put(self, value: Tensor) -> None:
-        """Send for a value; one that is still on its way stays the next to be read."""
+        """Start the copy of a value. While an earlier copy is on its way, the new value is dropped."""
         if not value.is_cuda:
             self.value = float(value)
         elif self._copy is None:
@@ -47,9 +47,9 @@ class Latest:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar over all ``max_steps`` of a training that is one endless epoch.
+    """Lightning's progress bar over all ``max_steps``, for training in one endless epoch.
 
-    Loss and throughput are read as they arrive: what Lightning shows of ``log(prog_bar=True)`` waits for the device.
+    Loss and throughput are shown when they have arrived. Lightning's ``log(prog_bar=True)`` would wait for the device.
     """
 
     def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
@@ -59,9 +59,9 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Note the loss, and draw."""
+        """Store the loss and redraw."""
         assert isinstance(pl_module, WeightedSteps)
-        if pl_module.latest_loss is not None:  # the first step may still lack batches
+        if pl_module.latest_loss is not None:  # None until all batches of the first step are done
             self.loss.put(pl_module.latest_loss)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -82,10 +82,10 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Throughput(Callback):
-    """Log real (unpadded) spectrogram frames a second, over all processes, and the share of the time that waits for data.
+    """Log real (unpadded) spectrogram frames per second over all processes, and the share of the time spent waiting for data.
 
-    Validation, and the first step of a process, which compiles, are left out. Data is waited for where the device has nothing
-    to do when a batch arrives: on a GPU by its own events, whose times are read once they are there.
+    Validation and the first step of a process, which compiles, are not counted. Waiting means that the device is idle when a
+    batch arrives. On a GPU, CUDA events measure it, and their times are read once they are there.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Throughput(Callback):
         self.total_s = 0.0
         self.total_waited_s = 0.0
         self.first_step_s = 0.0
-        self.rate: float | None = None  # the latest that was logged
+        self.rate: float | None = None  # the latest logged rate
         self.since = self.last = 0.0
         self.warned = False
         self._ended: torch.cuda.Event | float | None = None
@@ -118,7 +118,7 @@ class Throughput(Callback):
         return event
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Note for how long the device had nothing to do."""
+        """Measure how long the device was idle."""
         begun, ended = self._now(pl_module), self._ended
         if isinstance(begun, float) and isinstance(ended, float):
             self.waited_s += begun - ended
@@ -129,7 +129,7 @@ class Throughput(Callback):
             self.waited_s += first.elapsed_time(second) / 1000
 
     def _count(self, until: float | None = None) -> tuple[float, float]:
-        """Frames a second and the share that waited for data, since the last count."""
+        """Frames per second and the share of waiting since the last count."""
         elapsed = max((time.monotonic() if until is None else until) - self.since, 1e-9)
         rate, share = self.frames / elapsed, self.waited_s / elapsed
         self.total_frames += self.frames
@@ -159,7 +159,7 @@ class Throughput(Callback):
             self._warn(trainer, waited)
 
     def _warn(self, trainer: pl.Trainer, waited: float) -> None:
-        """Tell, once, that training could be faster: on a GPU, beyond the first batches, which find the loaders starting."""
+        """Warn once that data slows training down. On a GPU only, and after the first batches, while which the loaders start."""
         if (
             waited > MAX_WAIT
             and not self.warned
@@ -171,7 +171,7 @@ class Throughput(Callback):
             rank_zero_warn(f"the GPU waits for data {waited:.0%} of the time: {remedy}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock, where the last batch ended: what starts the validation's loaders is no training."""
+        """Stop the clock at the end of the last batch. Starting the validation loaders is not training."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._count(self.last)
 
@@ -184,32 +184,32 @@ class Throughput(Callback):
         self._count()
 
     def state_dict(self) -> dict[str, float]:
-        """Totals, for a resumed run to go on with."""
+        """Totals, which a resumed run continues."""
         return {"frames": self.total_frames, "seconds": self.total_s, "waited": self.total_waited_s}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on with the totals of an earlier part of the run."""
+        """Restore the totals of the earlier part of the run."""
         self.total_frames, self.total_s = int(state_dict["frames"]), state_dict["seconds"]
         self.total_waited_s = state_dict.get("waited", 0.0)
 
     @property
     def average(self) -> float:
-        """Frames a second over the whole training."""
+        """Frames per second over the whole training."""
         return self.total_frames / max(self.total_s, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Share of the whole training that waited for data."""
+        """Share of the whole training spent waiting for data."""
         return self.total_waited_s / max(self.total_s, 1e-9)
 
 
 class ConsumedBatches(Callback):
-    """Tell the data module which batches training has used; before the checkpoints, which come last among callbacks."""
+    """Tell the data module which batches training has used. It must run before checkpoint callbacks, which come last."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Note the batch."""
+        """Report the batch."""
         trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
 
 
@@ -217,7 +217,7 @@ class ReconstructionPictures(Callback):
     """Draw one validation utterance, corrupted and reconstructed, after every validation.
 
     Args:
-        folder: Where ``reconstruction.png`` and one picture a validation go.
+        folder: Folder for ``reconstruction.png`` and one picture per validation.
     """
 
     def __init__(self, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""What `torch.compile` can't see of a training step by itself."""
+"""`torch.compile` of a training step, with an optimisation that Inductor lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from audiot.base.private import graph_pass
 
-FRESH = "audiot.residual_norm_backward.default"  # its results are memory that nothing else refers to
+FRESH = "audiot.residual_norm_backward.default"  # operation whose results share no memory with other tensors
 
 
 GraphPass: Any
@@ -20,7 +20,7 @@ GraphPass, digest_of_files = graph_pass() or (None, None)
 
 
 def compiled(function: Any, graphs: bool) -> Any:
-    """`torch.compile` of a training step; with ``graphs``, each shape is replayed as a CUDA graph."""
+    """`torch.compile` of a training step. With ``graphs``, each shape is replayed as a CUDA graph."""
     options: dict[str, Any] = {"triton.cudagraphs": graphs}
     if GraphPass is not None:
         options["post_grad_custom_post_pass"] = SumsInPlace()
@@ -29,19 +29,19 @@ def compiled(function: Any, graphs: bool) -> Any:
 
 @torch.library.custom_op("audiot::add_product", mutates_args=("total",))
 def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """Add the product of two matrices to a third, in place."""
+    """Add the product of two matrices to a third one in place."""
     total.addmm_(first, second)
 
 
 class SumsInPlace(GraphPass or object):  # type: ignore[misc]
-    """Adds products to the residual's gradient where it lies.
+    """Graph pass that adds matrix products to the residual's gradient in place.
 
-    Inductor makes such a sum an ``addmm`` with a result of its own, to which the gradient is copied first: as long a way as the
-    sum by itself.
+    Inductor uses ``addmm`` with a new result. It first copies the gradient there, which costs as much memory traffic as a
+    separate addition.
     """
 
     def __call__(self, graph: Graph) -> None:
-        """Change the graph, after Inductor's own passes."""
+        """Change the graph. It runs after Inductor's own passes."""
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
             total, first, second = node.args
             if node.kwargs or not self._is_fresh(total):
@@ -53,12 +53,12 @@ class SumsInPlace(GraphPass or object):  # type: ignore[misc]
             graph.erase_node(node)
 
     def _is_fresh(self, total: Node) -> bool:
-        """Whether nothing else needs this tensor as it is."""
+        """Whether the tensor may be overwritten because nothing else uses it."""
         if total.target is not operator.getitem or len(total.users) != 1:
             return False
         source = total.args[0]
         return isinstance(source, Node) and str(source.target) == FRESH
 
     def uuid(self) -> Any:
-        """What the cache of compiled code knows the pass by."""
+        """Identifier of the pass in the cache of compiled code."""
         return digest_of_files((__file__,))

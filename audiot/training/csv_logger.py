@@ -11,14 +11,14 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from audiot.base.private import has_begun
+from audiot.base.private import has_opened_file
 
 
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` right in the run's folder; a resumed run goes on with the rows it has.
+    """Writes ``metrics.csv`` directly into the run's folder. A resumed run keeps its rows.
 
     Args:
-        save_dir: The run's folder.
+        save_dir: Folder of the run.
     """
 
     def __init__(self, save_dir: str) -> None:
@@ -27,7 +27,7 @@ class RunCSVLogger(CSVLogger):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=100)
 
     def _restore(self, before: int | None) -> None:
-        """Write the earlier part's rows again (Lightning's writer deletes the file), up to step ``before``."""
+        """Write earlier rows again up to step ``before``, because Lightning's writer deletes the file."""
         kept, self._kept = self._kept, []
         for row in kept:
             step = int(row["step"])
@@ -37,13 +37,13 @@ class RunCSVLogger(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
-        """Log a row; rows of an earlier part of the run are kept up to its step."""
+        """Log a row. Rows from before a resume are kept up to its step."""
         self._restore(step)
         super().log_metrics(dict(metrics), step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        if has_begun(self):
+        """Write the remaining rows."""
+        if has_opened_file(self):
             self._restore(None)
         super().finalize(status)

@@ -1,4 +1,4 @@
-"""Training by several processes that have the same parameters and share the data: distributed data parallel (DDP).
+"""Distributed data parallel training (DDP): processes have the same parameters and share the data.
 
 Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704.
 """
@@ -14,10 +14,10 @@ from audiot.base.private import DDPWithoutDevice
 
 
 class ReplicatedStrategy(DDPWithoutDevice):
-    """Lightning's strategy for DDP, but batches stay where they lie.
+    """Lightning's DDP strategy, except that batches stay where they are.
 
-    Told of its device, DDP moves all of a batch there, also the lengths, which `audiot.data.batches.to_device` leaves on the CPU:
-    there they tell without waiting for the device that nothing is padded. Every step would attend with a mask.
+    If DDP knows its device, it moves the whole batch there, even the lengths, which `audiot.data.batches.to_device` leaves on the
+    CPU. On the CPU, they tell without synchronisation that nothing is padded. On the device, every step would need a mask.
 
     Args:
         options: Arguments of Lightning's `DDPStrategy`.
@@ -28,7 +28,7 @@ class ReplicatedStrategy(DDPWithoutDevice):
 
 
 def warn_of_slow_strategy(strategy: Strategy) -> None:
-    """Tell who chose Lightning's own DDP for GPUs that `ReplicatedStrategy` does not wait for them."""
+    """Warn if Lightning's own DDP is used on GPUs, since `ReplicatedStrategy` avoids its synchronisation."""
     if isinstance(strategy, DDPStrategy) and not isinstance(strategy, ReplicatedStrategy) and strategy.root_device.type == "cuda":
         rank_zero_warn(
             "Lightning's DDP moves the lengths of utterances to the GPU, where every step waits for them: use trainer=ddp, whose "

@@ -1,4 +1,4 @@
-"""Pre-training with parameters, gradients and optimiser state shared out among processes: fully sharded data parallel (FSDP2).
+"""Fully sharded data parallel training (FSDP2): processes share parameters, gradients and optimiser state out among them.
 
 Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277.
 """
@@ -17,7 +17,7 @@ from audiot.model import Encoder
 
 
 class ShardedStrategy(AllProcessesShareData):
-    """Lightning's strategy for FSDP2, all processes of which share the data; a checkpoint is one file, as of one device.
+    """Lightning's FSDP2 strategy, with all processes sharing the data. A checkpoint is one file, as on one device.
 
     Args:
         options: Arguments of Lightning's `ModelParallelStrategy`.
@@ -28,7 +28,7 @@ class ShardedStrategy(AllProcessesShareData):
 
 
 def shard(encoder: Encoder, head: nn.Module, mesh: DeviceMesh) -> None:
-    """Share out the parameters over a mesh, in place: layer by layer, or the encoder at once where layers have some in common."""
+    """Shard the parameters over a mesh, in place: layer by layer, or the encoder as one if layers share parameters."""
     owners = [*encoder.layers, encoder.positions]
     parameters = [id(parameter) for owner in owners for parameter in owner.parameters()]
     if len(set(parameters)) == len(parameters):
@@ -44,7 +44,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gather(module: nn.Module) -> None:
-    """Give every process all parameters, until `release`: each may then compute forward passes when it likes."""
+    """Give every process all parameters until `release`, so that each may run forward passes at any time."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(False, recurse=False)
@@ -52,18 +52,18 @@ def gather(module: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Keep a share of the parameters alone again."""
+    """Keep only this process's share of the parameters again."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be shared out, in the same memory."""
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded. It shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be shared out among processes, in one piece; all of them have to ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

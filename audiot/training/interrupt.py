@@ -1,4 +1,4 @@
-"""Stopping a training so that it can go on: signals, in one process or in many."""
+"""Stopping a training so that it can be resumed: signals, in one process or many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from audiot.base.devices import to_host
-from audiot.base.private import no_question_of_sigterm
+from audiot.base.private import skip_sigterm_broadcast
 from audiot.data.batches import Batch
 from audiot.runs import Interrupted
 
@@ -21,8 +21,8 @@ from audiot.runs import Interrupted
 class AnyProcess:
     """Whether a flag is set in any process.
 
-    On GPUs the answer comes with the next question, over a stream of its own: to wait for it, the host or the training's stream,
-    would leave them without work between two steps.
+    On GPUs the answer arrives with the next call, over a separate stream. If the host or the training's stream waited for it,
+    the GPUs would be idle between two steps.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class AnyProcess:
         self._stream: torch.cuda.Stream | None = None
 
     def ask(self, flag: bool, trainer: pl.Trainer) -> bool:
-        """All processes have to ask, and get the same answer."""
+        """Ask whether any process has set its flag. All processes must call it and get the same answer."""
         device = trainer.strategy.root_device
         if trainer.world_size == 1 or device.type != "cuda":
             return trainer.strategy.reduce_boolean_decision(flag, all=False)
@@ -46,17 +46,17 @@ class AnyProcess:
             self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             work.wait()
-            self._asked = (question, *to_host(question))  # kept, as the training's stream could reuse its memory
+            self._asked = (question, *to_host(question))  # kept alive, as the training's stream could reuse its memory
         return before
 
 
 class GracefulInterrupt(Callback):
-    """On Ctrl-C (or SIGTERM), finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
+    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and stop. A second Ctrl-C stops at once.
 
-    Several GPUs finish one step more, in which they agree on it.
+    Several GPUs run one more step, in which they agree to stop.
 
     Args:
-        folder: For the checkpoint; None: none is saved.
+        folder: Folder for the checkpoint; None saves none.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -71,8 +71,8 @@ class GracefulInterrupt(Callback):
         self.requested = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals."""
-        no_question_of_sigterm(trainer)
+        """Install the signal handlers."""
+        skip_sigterm_broadcast(trainer)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
 
@@ -84,7 +84,7 @@ class GracefulInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Save and stop, if asked to, once all batches of an optimiser step are done."""
+        """Save and stop if asked to, after the last batch of an optimiser step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not self._anywhere.ask(self.requested, trainer):
@@ -96,9 +96,9 @@ class GracefulInterrupt(Callback):
         raise Interrupted(trainer.global_step, path)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._release()

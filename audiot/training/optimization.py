@@ -14,18 +14,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from audiot.attention import after_step
 from audiot.base.parts import make
-from audiot.base.private import clips_unscaled
+from audiot.base.private import unscale_before_clipping
 
 
 class Schedule(LambdaLR):
-    """Learning rates that are functions of the step alone.
+    """Learning-rate schedule that depends on the step alone.
 
-    A checkpoint brings back the step and nothing else: a resumed training has the rates of its own settings, whatever they were
-    before, from its first step on.
+    A checkpoint restores only the step. From its first step on, a resumed training uses the rates of its own settings, whatever
+    they were before.
 
     Args:
-        factor: Step, counted from 0 → factor of the learning rate.
-        description: The same in words, after "the learning rate goes …", for a user.
+        factor: Function from the step, counted from 0, to a factor of the learning rate.
+        description: The schedule in words that follow "the learning rate goes …".
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], description: str) -> None:
@@ -33,11 +33,11 @@ class Schedule(LambdaLR):
         super().__init__(optimizer, factor)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 1, in the first group."""
+        """Learning rate of the first parameter group at a step, counted from 1."""
         return float(self.base_lrs[0] * self.lr_lambdas[0](step - 1))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step of a checkpoint; the optimiser's state has to be loaded before."""
+        """Continue at the step of a checkpoint. Load the optimiser's state before."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
@@ -52,7 +52,7 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportio
         r · s / W                      in the warm-up, s ≤ W
         r · (T − s + 1) / (T − W)      after it.
 
-    So steps W and W + 1 have the full rate, the first and the last step have one above 0, and a step T + 1 would have 0.
+    So steps W and W + 1 have the full rate. The first and the last step have a rate above 0, and a step T + 1 would have 0.
 
     Raises:
         ValueError: ``warmup_proportion`` isn't in [0, 1).
@@ -73,16 +73,16 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportio
 
 
 def constant(optimizer: Optimizer, total_steps: int) -> Schedule:
-    """The learning rate as it is, from the first step to the last."""
+    """Constant learning rate."""
     return Schedule(optimizer, lambda step: 1.0, f"on as it is to step {total_steps:,}")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; biases, norms and what a mechanism names in ``no_weight_decay`` without.
+    """Two groups: matrices with weight decay; biases, norms and a mechanism's ``no_weight_decay`` parameters without it.
 
     Parameters that need no gradient are left out.
     """
-    decays: dict[nn.Parameter, bool] = {}  # a parameter that two modules share counts once
+    decays: dict[nn.Parameter, bool] = {}  # a shared parameter counts once
     for part in module.modules():
         exempt: frozenset[str] = getattr(part, "no_weight_decay", frozenset())
         for name, parameter in part.named_parameters(recurse=False):
@@ -101,14 +101,16 @@ def configure(
     weight_decay: float,
     total_steps: float,
 ) -> dict[str, Any]:
-    """Optimiser and schedule as Lightning's ``configure_optimizers`` returns them.
+    """Optimiser and schedule in the form that Lightning's ``configure_optimizers`` returns.
 
-    A checkpoint brings back what the optimiser has learnt, such as its moments. Its settings stay those that it is made with.
-    The learning rate is the scheduler's: a `Schedule` computes it anew, any other one goes on with the rate of the checkpoint.
+    A checkpoint restores the optimiser's state, such as its moments, but not its settings. The scheduler sets the learning rate:
+    a `Schedule` computes it again, any other scheduler continues with the rate of the checkpoint.
 
     Args:
-        optimizer: Makes an optimiser of parameter groups.
-        scheduler: Makes a schedule of an optimiser and ``total_steps``.
+        module: Module whose parameters are trained.
+        optimizer: Function from parameter groups to an optimiser.
+        scheduler: Function from an optimiser and ``total_steps`` to a schedule.
+        weight_decay: Weight decay of matrices.
         total_steps: Optimiser steps of the whole training.
 
     Raises:
@@ -117,17 +119,17 @@ def configure(
     if total_steps in (-1, float("inf")):
         raise ValueError("the learning-rate schedule needs a length: set trainer.max_steps")
     built = optimizer(parameter_groups(module, weight_decay))
-    clips_unscaled(built)
+    unscale_before_clipping(built)
     settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in built.param_groups]
 
     def with_settings(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         saved = state["param_groups"]
-        if len(saved) != len(settings):  # PyTorch says so
+        if len(saved) != len(settings):  # PyTorch raises the error
             return state
         return state | {"param_groups": [group | own for group, own in zip(saved, settings, strict=True)]}
 
     built.register_load_state_dict_pre_hook(with_settings)
-    # State of attention mechanisms that no gradient trains, such as centroids.
+    # Updates state of attention mechanisms that has no gradient, such as centroids.
     built.register_step_post_hook(lambda *_: after_step(module))
     schedule = scheduler(built, total_steps=int(total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -141,7 +143,7 @@ def configure_from(module: nn.Module, settings: Mapping[str, Any], total_steps: 
 
 
 def schedule(cfg: DictConfig) -> Any:
-    """The schedule of a config, of an optimiser without a model."""
+    """The schedule of a config, attached to an optimiser without a model."""
     return instantiate(cfg.scheduler)(
         instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))]), total_steps=cfg.trainer.max_steps
     )

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a config asks for it, and whether its steps are compiled."""
+"""Lightning's Trainer for a config, and whether to compile its steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from audiot.base.devices import fast_precision
 from audiot.training.ddp import warn_of_slow_strategy
 from audiot.training.fsdp import ShardedStrategy
 
-# From so many steps on a run is no short one, for which everything is ready at its first step: a compiled step of a GPU saves
-# some 8 ms (3 layers of 192 or 768), and compiling takes 45 s for the first two shapes.
+# Steps of a run from which compiling pays. On a GPU it saves some 8 ms per step (3 layers of 192 or 768) and takes 45 s for the
+# first two shapes.
 LONG_RUN = 5000
 
 
@@ -28,7 +28,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     """Lightning's Trainer with the callbacks and loggers of the config.
 
     Raises:
-        ValueError: the devices asked for are not there.
+        ValueError: the requested devices do not exist, or a setting of the trainer is wrong.
     """
     asked = f"trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices}"
     for name in ("val_check_interval", "log_every_n_steps"):
@@ -36,7 +36,9 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
             raise ValueError(f"trainer.{name} must be at least 1, found {cfg.trainer[name]}")
     count = cfg.trainer.get("overfit_batches", 0)  # runs of earlier versions have no such key
     if not isinstance(count, int | float) or count != int(count):
-        raise ValueError(f"trainer.overfit_batches must be a number of batches, found {count}: training has no end for a share")
+        raise ValueError(
+            f"trainer.overfit_batches must be a number of batches, found {count}: training is endless, so a share has no meaning"
+        )
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         if cfg.trainer.get(name) == 0:
             raise ValueError(f"trainer.{name}=0 leaves nothing to measure: set at least 1, or null for all")
@@ -45,7 +47,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not loggers:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it insists on one
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it needs a logger
     for name, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
         if cfg.trainer.get(name) is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
@@ -66,15 +68,15 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:
-    """What Lightning calls a precision; ``auto``: the one that is fast on this machine."""
+    """Lightning's name for a precision. ``auto`` chooses the fast one for this machine."""
     return fast_precision(accelerator) if precision == "auto" else precision
 
 
 def start_wandb(logger: WandbLogger) -> None:
-    """Start a W&B run before anything is computed, and without asking for a key: in a batch job nobody answers.
+    """Start a W&B run before any computation. It never asks for a key, because in a batch job nobody would answer.
 
     Raises:
-        ValueError: W&B refuses, most often because nobody has logged in.
+        ValueError: W&B refuses, usually because nobody has logged in.
     """
     from wandb.errors import Error
 
@@ -88,27 +90,29 @@ def start_wandb(logger: WandbLogger) -> None:
 
 
 def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
-    """Whether ``compile`` of the config means to compile the training step.
+    """Whether to compile the training step, from the config's ``compile``.
 
     Raises:
-        ValueError: it is none of auto, true, false; or true with parameters that are shared out.
+        ValueError: it is not auto, true or false, or it is true with sharded parameters.
     """
     if cfg.compile not in ("auto", True, False):
         raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
     sharded = isinstance(trainer.strategy, ShardedStrategy)
     if sharded and cfg.compile is True:
-        raise ValueError("compile=true: not with trainer=fsdp, which fetches parameters between the layers: set compile=auto")
+        raise ValueError(
+            "compile=true does not work with trainer=fsdp, which fetches parameters between the layers: set compile=auto"
+        )
     if cfg.compile != "auto":
         return bool(cfg.compile)
     return not is_short(trainer) and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
 
 
 def is_short(trainer: pl.Trainer) -> bool:
-    """Whether a run has so few steps that it does not pay to compile them."""
-    return 0 <= trainer.max_steps < LONG_RUN  # below 0: as many as its epochs have
+    """Whether a run has too few steps for compiling to pay."""
+    return 0 <= trainer.max_steps < LONG_RUN  # negative: no limit of steps
 
 
 def wants_graphs(trainer: pl.Trainer) -> bool:
-    """Whether a compiled step may be a CUDA graph: on one GPU or with DDP, where no batch adds to another's gradients."""
+    """Whether a compiled step may be a CUDA graph: on one GPU or with DDP, and without gradient accumulation."""
     on_gpu = trainer.strategy.root_device.type == "cuda"
     return on_gpu and trainer.accumulate_grad_batches == 1 and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))

@@ -1,4 +1,4 @@
-"""What is chosen for the device at hand."""
+"""Choices that depend on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchaudio is loaded where it is needed alone, and a pair that does not load is told with the command that mends it."""
+"""torchaudio is imported only where it is needed, and an incompatible pair is reported with the command that fixes it."""
 
 from __future__ import annotations
 

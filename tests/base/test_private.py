@@ -1,4 +1,4 @@
-"""Private names of PyTorch and Lightning stand in one module, which has a plain way where one is missing."""
+"""Private names of PyTorch and Lightning are used in one module, which has a fallback for each."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def test_settings_that_dynamo_no_longer_has_are_left_alone(monkeypatch):
 
 def test_a_loop_that_asks_in_another_way_is_left_alone():
     trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))
-    private.no_question_of_sigterm(trainer)
+    private.skip_sigterm_broadcast(trainer)
     assert not vars(trainer.fit_loop.epoch_loop)
 
 
 def test_a_logger_that_can_not_be_asked_is_taken_to_have_begun():
-    assert private.has_begun(SimpleNamespace())
-    assert not private.has_begun(SimpleNamespace(_experiment=None))
+    assert private.has_opened_file(SimpleNamespace())
+    assert not private.has_opened_file(SimpleNamespace(_experiment=None))

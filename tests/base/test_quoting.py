@@ -1,4 +1,4 @@
-"""What the program prints for a user to run says what it means, whatever a path holds."""
+"""Printed commands run as intended, whatever characters a path has."""
 
 import random
 import shlex

@@ -1,4 +1,4 @@
-"""A figure over few utterances comes with what it is worth."""
+"""A result over few utterances is reported with its uncertainty."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The closing table of a sweep, from made-up runs."""
+"""The final table of a sweep, from artificial runs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_sweep_without_results_writes_no_table(tmp_path):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """The folder of the run of a sweep that is under way."""
+    """Folder of a running job of a sweep."""
     config = OmegaConf.create({"job": {"num": 3}, "runtime": {"output_dir": str(tmp_path)}})
     monkeypatch.setattr(HydraConfig, "get", lambda: config)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Audio files: whatever a header says, all there is comes out, or a reason why not."""
+"""Audio files are read completely, whatever their header says, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTH = 3 * RATE
 
 
 def sound(num_samples: int = LENGTH, seed: int = 0) -> np.ndarray:
-    """A tone that swells, in noise: no two parts of it are alike, and a variable bit rate varies."""
+    """A swelling tone in noise. No two parts are equal, and a variable bit rate really varies."""
     times = np.arange(num_samples) / RATE
     noise = 0.02 * np.random.default_rng(seed).standard_normal(num_samples)
     return 0.3 * np.sin(2 * np.pi * 440 * times) * np.abs(np.sin(2 * times + seed)) + noise
@@ -59,7 +59,7 @@ def patched(content: bytes, at: int, new: bytes) -> bytes:
 
 
 def mpeg_frames(content: bytes) -> list[int]:
-    """Where the frames of an MP3 of 16 kHz begin, by the size that each header gives."""
+    """Positions of the frames of a 16 kHz MP3, computed from the size in each header."""
     kbit_per_s = [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160]
     places, at = [], 0
     while at < len(content):
@@ -175,7 +175,7 @@ def ogg_with_position(position: int) -> bytes:
         (lambda: encoded("OGG")[: encoded("OGG").rindex(b"OggS")] + encoded("OGG"), "truncated"),
         (lambda: encoded("OGG")[:-5] + encoded("OGG"), "unreadable: no Ogg page at byte"),
         (lambda: encoded("OGG") + encoded("OGG", rate=8000), "joined of unlike parts"),
-        (lambda: ogg_with_position(1000), "unreadable: the Ogg page at byte .* goes back in time"),
+        (lambda: ogg_with_position(1000), "unreadable: the Ogg page at byte .* has a decreasing position"),
         (lambda: ogg_with_position(LENGTH + 10000), f"truncated: .* samples of {LENGTH + 10000}"),
         (lambda: ogg_with_position(2**61), "truncated"),
     ],

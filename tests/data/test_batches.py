@@ -27,7 +27,7 @@ def made_up(count, seed=0):
 
 
 def of_lengths(samples):
-    """Cuts of so many samples, without audio."""
+    """Cuts with these numbers of samples, without audio."""
     return CutSet.from_cuts(
         MonoCut(
             f"cut{number:03d}",
@@ -347,5 +347,5 @@ def test_more_loader_processes_than_cores_are_told_once(demo_corpus, caplog, mon
     for number in (2, 3, 3):
         SpeechDataModule(demo_corpus, "phone", batch_s=10, num_workers=number)
     assert caplog.messages == [
-        "data.num_workers=3: so many loader processes share 2 cores; data.num_workers=auto takes as many as are of use"
+        "data.num_workers=3: more loader processes than cores (2 here); data.num_workers=auto chooses a useful number"
     ]

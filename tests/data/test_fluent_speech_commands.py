@@ -120,8 +120,8 @@ def test_a_speaker_in_two_splits_is_refused_by_name(root):
             "no column transcription; found , path",
         ),
         ([(*rows_of("test")[0][:2], " ", *rows_of("test")[0][3:])], HEADER, r"test_data\.csv:2: nothing in column transcription"),
-        ([rows_of("test")[0][:-1]], HEADER, r"test_data\.csv:2: not as many values as the header has columns: 6, not 7"),
-        ([(*rows_of("test")[0], "more")], HEADER, r"test_data\.csv:2: not as many values as the header has columns: 8, not 7"),
+        ([rows_of("test")[0][:-1]], HEADER, r"test_data\.csv:2: expected 7 values, one per column of the header, found 6"),
+        ([(*rows_of("test")[0], "more")], HEADER, r"test_data\.csv:2: expected 7 values, one per column of the header, found 8"),
         ([rows_of("test")[0]] * 2, HEADER, r"test_data\.csv:3: wavs/speakers/d2waAp3pEjiWgrDEY/0\.wav occurs a second time"),
     ],
 )

@@ -230,7 +230,7 @@ def test_expressions_mean_what_they_say(text, expected):
     ],
 )
 def test_anything_but_comparisons_of_labels_is_refused(text):
-    with pytest.raises(ValueError, match=r"^data\.test: .* is no condition on labels"):
+    with pytest.raises(ValueError, match=r"^data\.test: .* is not a condition on labels"):
         takes(text, take="12", speaker="theo")
 
 
@@ -314,8 +314,8 @@ def test_labels_come_from_a_table(tmp_path, suffix, separator):
         ("", "labels.csv: no column path; found nothing, the file is empty"),
         ("path,speaker\n ,x\n", "labels.csv:2: nothing in column path"),
         ("path,speaker\na.wav,x\na.wav,y\n", r"labels.csv:3: the path a.wav occurs a second time"),
-        ("path,speaker\na.wav,x,y\n", r"labels.csv:2: not as many values"),
-        ("path,speaker\na.wav\n", r"labels.csv:2: not as many values"),
+        ("path,speaker\na.wav,x,y\n", r"labels.csv:2: expected 2 values"),
+        ("path,speaker\na.wav\n", r"labels.csv:2: expected 2 values"),
     ],
 )
 def test_a_table_that_is_not_as_described_is_refused(tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""What is held out where a corpus names no splits: of new speakers where there are enough."""
+"""Held-out utterances of a corpus without splits have new speakers if there are enough."""
 
 import json
 from itertools import chain
@@ -15,7 +15,7 @@ ROLES = ("train", "valid", "test")
 
 
 def corpus(speakers, takes=10, **labels):
-    """Utterance → labels, so many takes of each speaker; ``labels`` are functions of speaker and take."""
+    """Labels by utterance, with a number of takes per speaker; ``labels`` are functions of speaker and take."""
     return {
         f"{speaker}_{take}": {"speaker": speaker, **{name: label(speaker, take) for name, label in labels.items()}}
         for speaker in speakers
@@ -67,9 +67,9 @@ def test_training_keeps_half_of_the_utterances_and_every_label_that_speakers_sha
 @pytest.mark.parametrize(
     ("labels_of", "said"),
     [
-        (corpus("abc"), "3 speakers are too few to hold some out: validation and test will hear speakers of training\n"),
-        (corpus("a"), "1 speaker is too few to hold some out: validation and test will hear speakers of training\n"),
-        (corpus("abcd") | {"x": {}}, "some utterances have no speaker: validation and test may hear speakers of training\n"),
+        (corpus("abc"), "3 speakers are too few to hold some out: validation and test will have speakers of training\n"),
+        (corpus("a"), "1 speaker is too few to hold some out: validation and test will have speakers of training\n"),
+        (corpus("abcd") | {"x": {}}, "some utterances have no speaker: validation and test may have speakers of training\n"),
         ({str(n): {} for n in range(20)}, ""),  # nothing is known of speakers, and nothing asked for
     ],
 )

@@ -36,7 +36,7 @@ def made_up(items, name="cut", num_samples=8000, **supervision):
 
 
 def by_loop(items, num_samples, index, begin=0):
-    """Class of every 25 ms frame, one each 10 ms, by the sample in its middle; ``begin`` is where the cut begins."""
+    """Class of every 25 ms frame (one per 10 ms), from the sample in its middle. ``begin`` is the start of the cut."""
     classes = []
     for first in range(0, num_samples - 400 + 1, 160):
         label = IGNORED
@@ -139,7 +139,7 @@ def test_an_alignment_may_miss_the_audio_by_the_tolerance_and_no_more():
             with pytest.raises(
                 ValueError,
                 match=rf"the phone alignment of utterance utt7 goes from {begin / 16000:.3f} to {end / 16000:.3f} s, its audio "
-                r"from 0.000 to 0.500 s: an alignment of another file\? .* raise downstream.labels.tolerance_s=0.05",
+                r"from 0.000 to 0.500 s: the alignment of another file\? .* raise downstream.labels.tolerance_s=0.05",
             ):
                 labels.check(cut)
             FrameLabels("phone", LogMel(), tolerance_s=None).check(cut)
@@ -255,7 +255,7 @@ def test_characters_are_encoded_and_padded():
 @pytest.mark.parametrize("text", [".,", " . "])
 def test_a_transcript_of_punctuation_names_its_utterance(text):
     with pytest.raises(
-        ValueError, match=rf"the transcript of utterance utt7 is empty \('{text.strip()}'\): mend it or leave the utterance"
+        ValueError, match=rf"the transcript of utterance utt7 is empty \('{text.strip()}'\): correct it or leave the utterance"
     ):
         survey({"train": [spoken(text)]}, CharacterLabels(LogMel(), remove=".,"))
 
@@ -295,7 +295,7 @@ def test_the_sign_between_words_is_no_character():
 
 @pytest.mark.parametrize("phone", ["|", "<blank>", "(none)", "a b"])
 def test_a_phone_can_be_told_from_what_is_none(tmp_path, phone):
-    with pytest.raises(ValueError, match=rf"utterance utt7 has the phone '{re.escape(phone)}': a phone has no space"):
+    with pytest.raises(ValueError, match=rf"utterance utt7 has the phone '{re.escape(phone)}': a phone must have no space"):
         survey({"train": [made_up([("A", 0, 100), (phone, 100, 8000)], "utt7")]}, PhoneSequence(LogMel()))
     (tmp_path / "lexicon.txt").write_text(f"\nYES Y\nNO N {phone}\n")
     if " " not in phone:
@@ -353,7 +353,7 @@ def test_phones_are_those_of_the_tier_in_order_without_silences():
     assert PhoneSequence(LogMel(), silences=["B"]).names(cut) == ["SIL", "A", "sp", "SIL"]  # a blank is a silence
     with pytest.raises(ValueError, match="utterance cut has no alignment tier 'word'"):
         PhoneSequence(LogMel(), tier="word").names(cut)
-    with pytest.raises(ValueError, match="utterance quiet has no phone: mend its transcript or alignment"):
+    with pytest.raises(ValueError, match="utterance quiet has no phone: correct its transcript or alignment"):
         PhoneSequence(LogMel()).names(made_up([("SIL", 0, 100)], "quiet"))
 
 
@@ -397,7 +397,7 @@ def test_a_missing_or_broken_lexicon_is_named(tmp_path):
 
 @pytest.mark.parametrize("stack", [1, 3])
 def test_a_target_is_refused_exactly_where_no_path_of_frames_spells_it(stack):
-    """PyTorch's CTC loss is infinite where there is none."""
+    """PyTorch's CTC loss is infinite if no path exists."""
     rng = np.random.default_rng(0)
     labels = CharacterLabels(LogMel(stack=stack))
     index = {"A": 0, "B": 1}
@@ -423,7 +423,7 @@ def test_a_target_longer_than_its_input_says_how_long_both_are():
     with pytest.raises(
         ValueError,
         match=r"the target of utterance utt7 is longer than its input: 4 tokens and 2 blanks between equal ones, 5 frames "
-        r"\(0.07 s\): a transcript of another file\? Mend it or leave the utterance out",
+        r"\(0.07 s\): the transcript of another file\? Correct it or leave the utterance out",
     ):
         CharacterLabels(LogMel()).check(spoken("aabb", num_samples=400 + 4 * 160))
     with pytest.raises(ValueError, match=r": 6 tokens, 5 frames"):
@@ -431,7 +431,7 @@ def test_a_target_longer_than_its_input_says_how_long_both_are():
 
 
 def test_labels_of_frames_say_that_they_need_frames():
-    with pytest.raises(ValueError, match="CharacterLabels needs the features whose frames it labels"):
+    with pytest.raises(ValueError, match="CharacterLabels needs `features`, the front end whose frames it labels"):
         CharacterLabels().check(spoken("a"))
 
 
@@ -474,7 +474,7 @@ def test_an_utterance_in_two_splits_is_refused(roles):
         cuts[role] = [*cuts[role], *voices("anna7")]
     with pytest.raises(
         ValueError,
-        match=rf"utterance anna7 is in the {roles[0]} split and in the {roles[1]} split: a result would be worth nothing",
+        match=rf"utterance anna7 is in the {roles[0]} split and in the {roles[1]} split: results would be meaningless",
     ):
         survey(cuts, UtteranceLabel("speaker"))
 

@@ -1,4 +1,4 @@
-"""Pre-training crops to few lengths, so that a batch is of one; what workers read and send."""
+"""Pre-training crops to few lengths, and a batch has one length. Also what workers read and send."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_the_remedy_for_waiting_names_the_workers_that_help(demo_corpus, monkeyp
     assert data("auto").loader_processes == 5
     assert data(0).loader_processes == 0
     assert data(2).faster_loading() == "set data.num_workers=5 (now 2)"
-    assert data("auto").faster_loading().startswith("5 loader processes are what this machine has cores for: audiot benchmark")
+    assert data("auto").faster_loading().startswith("this machine has cores for 5 loader processes: audiot benchmark")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_the_remedy_for_waiting_names_the_workers_that_help(demo_corpus, monkeyp
     [
         ({"num_workers": "many"}, "data.num_workers must be auto, 0 or more, found 'many'"),
         ({"num_workers": -1}, "data.num_workers must be auto, 0 or more, found -1"),
-        ({"lengths": [16000], "labels": UtteranceLabel("speaker")}, "crops of few lengths are for pre-training"),
+        ({"lengths": [16000], "labels": UtteranceLabel("speaker")}, "data.num_lengths excludes labels"),
     ],
 )
 def test_impossible_settings_are_refused(demo_corpus, options, message):

@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch):
-    """What was published is what stands above."""
+    """Publish the counts above as those of the corpus."""
     for subset in TREE:
         monkeypatch.setitem(librispeech.SUBSETS, subset, Subset(len(names(subset)), 12, 0, ""))
 
@@ -165,7 +165,7 @@ def test_the_order_of_the_tree_and_of_its_transcripts_does_not_matter(root):
     [
         (
             {"train": ["train-clean"]},
-            r"data\.train: 'train-clean' is no subset of LibriSpeech, these are: dev-clean, .*dev-clean-2",
+            r"data\.train: 'train-clean' is not a subset of LibriSpeech, which are: dev-clean, .*dev-clean-2",
         ),
         ({"valid": []}, r"data\.valid must name at least one subset"),
         ({"train": ["train-clean-100", "train-clean-100"]}, r"data\.train names train-clean-100 twice"),
@@ -185,7 +185,7 @@ def test_one_subset_may_be_given_without_brackets(whole):
 
 def test_an_utterance_in_two_subsets_is_refused(root):
     shutil.copytree(root / "dev-clean" / "84", root / "train-clean-5" / "84")
-    with pytest.raises(ValueError, match=r"84-121123-0000 is in train-clean-5 and in dev-clean \(Mini LibriSpeech's"):
+    with pytest.raises(ValueError, match=r"84-121123-0000 is in train-clean-5 and in dev-clean \(Mini LibriSpeech is part of"):
         read(root, train=["train-clean-5"], partial=True)
 
 
@@ -541,7 +541,7 @@ def test_frames_of_a_prepared_corpus_have_the_labels_of_the_file(mini, tmp_path)
 
 @pytest.fixture
 def archive(whole, tmp_path, monkeypatch):
-    """An archive of dev-clean, published: its bytes."""
+    """Bytes of an archive of dev-clean that counts as published."""
     path = tmp_path / "dev-clean.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name in ("dev-clean", "SPEAKERS.TXT", "CHAPTERS.TXT"):
@@ -558,7 +558,7 @@ def publish(monkeypatch, content, subset="dev-clean"):
 
 
 class Server(BaseHTTPRequestHandler):
-    """One file, whole or from a byte on; ``broken_after`` bytes of an answer the line goes dead."""
+    """Server of one file, also from an offset. It stops ``broken_after`` bytes into an answer."""
 
     def __init__(self, *arguments, content, requests, broken_after):
         self.content, self.requests, self.broken_after = content, requests, broken_after
@@ -625,7 +625,7 @@ def test_a_mirror_may_be_a_folder(whole, without_dev, archive, tmp_path):
 
 def test_an_interrupted_download_goes_on_where_it_was(whole, without_dev, archive, serve):
     mirror, requests = serve(archive, broken_after=[1000])
-    with pytest.raises(OSError, match=rf"came to 1,000 of {len(archive):,} bytes in .*: run the command again to go on"):
+    with pytest.raises(OSError, match=rf"has 1,000 of the {len(archive):,} bytes of .*: run the command again to continue"):
         read(without_dev, download=True, mirror=mirror)
     assert not (without_dev / "dev-clean").exists()
     assert read(without_dev, download=True, mirror=mirror) == read(whole)
@@ -657,9 +657,9 @@ def change_a_byte(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_a_byte, r"is damaged: its SHA-256 is [0-9a-f]{64}, published was [0-9a-f]{64}: delete it"),
-        (lambda content: content[:-1], r"is not what was published: [0-9,]+ bytes instead of [0-9,]+: delete it"),
-        (lambda content: content + b"0", r"is not what was published: [0-9,]+ bytes instead of [0-9,]+: delete it"),
+        (change_a_byte, r"is damaged: its SHA-256 is [0-9a-f]{64}, expected [0-9a-f]{64}: delete it"),
+        (lambda content: content[:-1], r"is not the published file: [0-9,]+ bytes instead of [0-9,]+: delete it"),
+        (lambda content: content + b"0", r"is not the published file: [0-9,]+ bytes instead of [0-9,]+: delete it"),
     ],
 )
 def test_a_wrong_archive_is_refused_by_name_and_not_unpacked(without_dev, archive, change, message):

@@ -42,7 +42,7 @@ def cuts_of(manifests: Manifests) -> dict[str, list]:
 
 
 def all_cuts(corpus: ManifestCorpus) -> list:
-    """Of all splits, by their ids."""
+    """Cuts of all splits by id."""
     return sorted(chain(*cuts_of(corpus.manifests(progress=False)).values()), key=lambda cut: cut.id)
 
 
@@ -196,7 +196,7 @@ SEGMENT = {"id": "s", "recording_id": "r", "start": 0, "duration": 1}
         ([SEGMENT | {"language": 3}], r"supervisions\[0\]\.language must be text, found 3"),
         ([SEGMENT | {"custom": ["a"]}], r"not a Lhotse cut|supervisions\[0\]\.custom must be an object"),
         ([SEGMENT | {"start": True}], r"supervisions\[0\]\.start must be a number of seconds, found True"),
-        ([SEGMENT | {"duration": -1}], r"supervisions\[0\]\.duration must not be below 0, found -1"),
+        ([SEGMENT | {"duration": -1}], r"supervisions\[0\]\.duration must be at least 0, found -1"),
         ([SEGMENT | {"duration": float("nan")}], r"supervisions\[0\]\.duration must be a number, found nan"),
         (
             [SEGMENT | {"alignment": {"phone": [[7, 0, 1]]}}],
@@ -206,7 +206,10 @@ SEGMENT = {"id": "s", "recording_id": "r", "start": 0, "duration": 1}
             [SEGMENT | {"alignment": {"phone": [["a", "0", 1]]}}],
             r"a start of supervisions\[0\]\.alignment\.phone must be a number",
         ),
-        ([SEGMENT | {"alignment": {"phone": [["a", 0, -1]]}}], r"a duration of supervisions\[0\]\.alignment\.phone must not be"),
+        (
+            [SEGMENT | {"alignment": {"phone": [["a", 0, -1]]}}],
+            r"a duration of supervisions\[0\]\.alignment\.phone must be at least 0",
+        ),
         ([SEGMENT | {"alignment": {"phone": "abc"}}], r"not a Lhotse cut"),
         ([SEGMENT | {"alignment": {"phone": [[]]}}], r"not a Lhotse cut"),
         ("abc", r"not a Lhotse cut"),

@@ -197,9 +197,9 @@ def test_more_than_five_labels_too_many_or_too_few_are_refused(tmp_path, count):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("84-1-0000 3 x 4", r"expected UTTERANCE and one integer phone a frame, found 'x'"),
-        ("84-1-0000 3 -1 4", r"expected UTTERANCE and one integer phone a frame, found '-1'"),
-        ("84-1-0000 3 1.5 4", r"expected UTTERANCE and one integer phone a frame, found '1\.5'"),
+        ("84-1-0000 3 x 4", r"expected UTTERANCE and one integer phone per frame, found 'x'"),
+        ("84-1-0000 3 -1 4", r"expected UTTERANCE and one integer phone per frame, found '-1'"),
+        ("84-1-0000 3 1.5 4", r"expected UTTERANCE and one integer phone per frame, found '1\.5'"),
         ("84-1-0001 3 3 3", r"utterance 84-1-0001 occurs a second time"),
     ],
 )
@@ -218,7 +218,7 @@ def test_labels_that_are_not_there_say_what_was_expected(tmp_path):
 def test_integers_have_no_stress_to_strip(tmp_path):
     path = tmp_path / "labels.txt"
     path.write_text("84-1-0000 1\n")
-    with pytest.raises(ValueError, match=r"data\.strip_stress is about TextGrids, .*labels\.txt has one integer a frame"):
+    with pytest.raises(ValueError, match=r"data\.strip_stress is for TextGrids, but .*labels\.txt has one integer per frame"):
         read_phone_labels(path, [cut(400)], strip_stress=True)
 
 
@@ -274,7 +274,7 @@ def test_time_without_an_interval_is_silence(tmp_path):
 
 
 def test_a_textgrid_may_begin_late_and_a_tier_end_early(tmp_path):
-    """What Praat extracts with its times kept, and tiers that stop with the last word."""
+    """TextGrids as Praat extracts them with times preserved, and tiers that end with the last word."""
     late = LONG.replace("xmin = 0\n", "xmin = 0.2\n").replace(LAST, LAST.replace("1.5", "1.3"))
     write(tmp_path, late.replace('text = "sil"', 'text = "B"').replace('text = ""', 'text = "AH0"'))
     phones = [("SIL", 0.0, 0.2), ("B", 0.2, 0.25), ("AH0", 0.25, 0.9), ("B", 0.9, 1.2), ("AH0", 1.2, 1.3), ("SIL", 1.3, 1.5)]

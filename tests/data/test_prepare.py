@@ -209,7 +209,7 @@ def test_a_supervision_of_the_whole_cut_never_outlasts_it(tmp_path):
 
 
 def bad_files(folder: Path) -> dict[str, str]:
-    """Make one of each; name → the kind of its reason."""
+    """Make one file of each kind. Returns the kind of the expected reason by name."""
     folder.mkdir(parents=True)
     silent = 10 ** (-75 / 20) * math.sqrt(2) * tone(level=1.0)
     write(folder / "silent.wav", silent, subtype="FLOAT")
@@ -347,7 +347,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(tmp_pat
     assert 10 <= len(journal.read_text().splitlines()) < 20
     with journal.open("a") as stream:
         stream.write('{"id": "half a li')
-    with pytest.raises(FileNotFoundError, match="not prepared to the end"):
+    with pytest.raises(FileNotFoundError, match="not completely prepared"):
         PreparedCorpus.load(tmp_path / "killed")
     with pytest.raises(ValueError, match=r"prepare\.sample_rate=16000, now it is 8000"):
         run(some_corpus(tmp_path / "in"), tmp_path / "killed", sample_rate=8000)
@@ -465,7 +465,9 @@ def test_a_worker_does_not_import_pytorch():
 def test_a_cut_with_a_channel_that_its_source_lacks_is_bad_audio(tmp_path):
     cut = whole(write(tmp_path / "a.wav", noise()))
     cut.channel = 1
-    with pytest.raises(BadAudioError, match=r"not as its manifest says: utterance a\.wav has channel 1, its recording \[0\]"):
+    with pytest.raises(
+        BadAudioError, match=r"not as its manifest says: utterance a\.wav has channel 1, but its recording has \[0\]"
+    ):
         module.read_cut(cut)
 
 

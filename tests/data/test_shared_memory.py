@@ -1,4 +1,4 @@
-"""A small /dev/shm is told in one line: what it has, what the loaders want, what to do."""
+"""A too small /dev/shm is reported in one line: its free size, the needed size and the remedy."""
 
 from types import SimpleNamespace
 
@@ -9,14 +9,14 @@ import torch
 from test_cli import run
 
 from audiot.data import shared_memory
-from audiot.data.shared_memory import check_room, room_told
+from audiot.data.shared_memory import check_room, shared_memory_errors
 
 MB = 2**20
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Sets how much is free."""
+    """Sets the free size."""
     monkeypatch.setattr(shared_memory, "PLACE", tmp_path)
 
     def set_free(size):
@@ -37,11 +37,11 @@ def test_loaders_that_do_not_fit_are_refused_with_what_would(small):
     with pytest.raises(ValueError, match=r"^/dev/shm has 64 MB free") as refused:
         check_room(8, 4, 2 * MB)
     assert str(refused.value) == (
-        "/dev/shm has 64 MB free, and 8 loader processes want about 68 MB of it (4 batches of 2 MB each): "
+        "/dev/shm has 64 MB free, but 8 loader processes need about 68 MB of it (4 batches of 2 MB each): "
         "docker run --shm-size=1g makes it larger, else set data.num_workers=7 or a smaller data.batch_s"
     )
     check_room(7, 4, 2 * MB)
-    with pytest.raises(ValueError, match=r"2 × 7 loader processes want about 120 MB .* data\.num_workers=3 or"):
+    with pytest.raises(ValueError, match=r"2 × 7 loader processes need about 120 MB .* data\.num_workers=3 or"):
         check_room(7, 4, 2 * MB, training_processes=2)
     with pytest.raises(ValueError, match=r"--shm-size=40g .* --workers 0 or a smaller --batch-s"):
         check_room(8, 4, 600 * MB, remedy="--workers {workers} or a smaller --batch-s")
@@ -53,7 +53,7 @@ def test_a_system_without_shared_memory_files_has_nothing_to_look_at(monkeypatch
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="something else"), room_told(1):
+    with pytest.raises(RuntimeError, match="something else"), shared_memory_errors(1):
         raise RuntimeError("something else")
 
 
@@ -72,7 +72,7 @@ def test_training_is_refused_before_it_starts(corpus, small):
     small(100_000)
     error = run("pretrain", *corpus, "data.num_workers=1").err.splitlines()[-1]
     # 16-bit samples of 2 s at 16 kHz, 4 of them ahead and 2 in use.
-    assert error.startswith("audiot: error: /dev/shm has 0.0938 MB free, and 1 loader processes want about 0.366 MB of it")
+    assert error.startswith("audiot: error: /dev/shm has 0.0938 MB free, but 1 loader processes need about 0.366 MB of it")
     assert error.endswith("else set data.num_workers=0 or a smaller data.batch_s")
 
 
@@ -84,6 +84,6 @@ def test_a_loader_that_finds_no_room_says_so(corpus, monkeypatch):
     result = run("pretrain", *corpus, "data.num_workers=1")
     assert result.code == 1
     error = result.err.splitlines()[-1]
-    assert "free, and a loader process wants " in error
+    assert "free, but a loader process needs " in error
     assert error.endswith("makes it larger, else set data.num_workers=0 or a smaller data.batch_s")
     assert "Traceback" not in result.err

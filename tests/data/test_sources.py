@@ -1,4 +1,4 @@
-"""What becomes of a prepared corpus when its sources change."""
+"""A prepared corpus after changes of its sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hydra.utils import get_object, instantiate
 from lhotse import CutSet, Recording
 from omegaconf import OmegaConf
 
-from audiot.commands import common
+from audiot.base.config import compose_command
+from audiot.data import opening
 from audiot.data import prepare as module
 from audiot.data.corpora.folder import FolderCorpus
 from audiot.data.corpora.fsdd import FsddCorpus
@@ -33,7 +34,7 @@ def write(path: Path, seed: int = 0, rate: int = 16000) -> Path:
 
 
 def later(path: Path) -> None:
-    """Set a file's time of change a second on: clocks of file systems may be coarse."""
+    """Advance a file's modification time by a second, because clocks of file systems may be coarse."""
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
@@ -64,7 +65,7 @@ class Project:
         return prepare(lambda: self.corpus().manifests(False), self.prepared, when=when, **options)
 
     def fresh(self, folder: Path, **options) -> dict[str, bytes]:
-        """Files of a preparation from nothing."""
+        """Files of a preparation from scratch."""
         options = {"num_jobs": 1, "progress": False, "sources": lambda: self.corpus().sources(), **options}
         prepare(lambda: self.corpus().manifests(False), folder, **options)
         return contents(folder)
@@ -159,7 +160,7 @@ def test_audio_used_where_it_lies_is_refused_when_it_was_changed_or_is_gone(proj
     later(project.root / "2.flac")  # a copy of it is used
     prepared.check_audio()
     later(project.root / "3.wav")
-    with pytest.raises(ValueError, match=r"3\.wav was changed since \(1 of 4 files"):
+    with pytest.raises(ValueError, match=r"3\.wav was changed since preparation \(1 of 4 files"):
         prepared.check_audio()
     (project.root / "3.wav").unlink()
     with pytest.raises(ValueError, match=r"3\.wav is gone since"):
@@ -300,7 +301,7 @@ def test_an_update_that_is_interrupted_while_it_takes_the_old_ones_place_is_fini
         patch.setattr(os, "replace", some)
         with pytest.raises(KeyboardInterrupt):
             project.open()
-    with pytest.raises(FileNotFoundError, match="not prepared to the end: run the preparation again"):
+    with pytest.raises(FileNotFoundError, match="not completely prepared: run the preparation again"):
         PreparedCorpus.load(project.prepared)
     assert keywords(project.open("check")) == expected(project)
     assert contents(project.prepared) == project.fresh(tmp_path / "fresh")
@@ -347,7 +348,7 @@ def test_a_folder_without_a_record_is_used_only_when_asked_to_keep_it(project, d
     path.write_text(json.dumps(content))
     assert project.open("keep").content is None
     PreparedCorpus.load(project.prepared).check_audio()
-    with pytest.raises(ValueError, match="an earlier audiot prepared it and noted no sources"):
+    with pytest.raises(ValueError, match="an earlier audiot prepared it and recorded no sources"):
         project.open("check")
     decoded.clear()
     project.open()
@@ -500,7 +501,7 @@ def test_files_below_a_folder_are_found_once_whatever_links_lead_to_it(tmp_path)
 
 
 def config(project: Project, data_dir: Path, **prepare_options):
-    """What `open_corpus` takes; places as a user writes them, relative to the current folder."""
+    """Config for `open_corpus`, with paths relative to the current folder as a user writes them."""
     loading = OmegaConf.load(Path(__file__).parents[2] / "conf" / "data" / "_loading.yaml").prepare
     corpus = {"_target_": "audiot.data.corpora.folder.FolderCorpus", "root": "wavs", "labels": "labels.csv"}
     options = OmegaConf.merge(loading, {"sample_rate": 16000, "num_jobs": 1}, prepare_options)
@@ -514,11 +515,11 @@ def test_two_projects_with_the_same_relative_places_never_share_a_corpus(tmp_pat
         project.labels = dict.fromkeys(project.labels, word)
         project.write_table()
         monkeypatch.chdir(tmp_path / name)
-        opened[name] = common.open_corpus(config(project, tmp_path / "data"))
+        opened[name] = opening.open_corpus(config(project, tmp_path / "data"))
         assert set(keywords(opened[name]).values()) == {word}
     assert opened["A"].directory != opened["B"].directory
     monkeypatch.chdir(tmp_path / "A")
-    assert common.open_corpus(config(project, tmp_path / "data")) == opened["A"]
+    assert opening.open_corpus(config(project, tmp_path / "data")) == opened["A"]
     os.rename(tmp_path / "data", tmp_path / "moved")
     directory = tmp_path / "moved" / opened["A"].directory.relative_to(tmp_path / "data")
     assert len([cut.load_audio() for cut in PreparedCorpus.load(directory).cuts("train")]) == 6
@@ -541,7 +542,7 @@ def test_lhotse_manifests_with_relative_audio_belong_to_the_folder_they_are_open
         monkeypatch.chdir(tmp_path / name)
         cfg = config(None, tmp_path / "data")
         cfg.data.corpus = {"_target_": "audiot.data.corpora.manifest.ManifestCorpus", "train": str(tmp_path / "train.jsonl.gz")}
-        prepared[name] = common.open_corpus(cfg)
+        prepared[name] = opening.open_corpus(cfg)
         heard = {cut.id: cut.load_audio()[0] for split in prepared[name].counts for cut in prepared[name].cuts(split)}
         wanted = np.random.default_rng(seed).uniform(-0.5, 0.5, 4000 + seed)
         assert np.abs(heard["0"] - wanted).max() < 1e-4
@@ -553,21 +554,21 @@ def test_a_run_is_measured_on_the_data_that_it_was_trained_on(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run, cfg = tmp_path / "run", config(project, tmp_path / "data")
     cfg.run_dir = str(run)
-    common.note_data(cfg, common.open_corpus(cfg))
-    common.open_corpus(cfg, run)
+    opening.note_data(cfg, opening.open_corpus(cfg))
+    opening.open_corpus(cfg, run)
     project.labels["3.wav"] = "other"
     project.write_table()
     with pytest.raises(ValueError, match=r"labels\.csv edited.*when=keep uses it as it was"):
-        common.open_corpus(cfg, run)
+        opening.open_corpus(cfg, run)
     cfg.data.prepare.when = "keep"
-    assert "other" not in keywords(common.open_corpus(cfg, run)).values()
+    assert "other" not in keywords(opening.open_corpus(cfg, run)).values()
     cfg.data.prepare.when = "update"
-    updated = common.open_corpus(cfg)  # by another run
+    updated = opening.open_corpus(cfg)  # by another run
     assert "other" in keywords(updated).values()
     for when in ("update", "keep"):
         cfg.data.prepare.when = when
         with pytest.raises(ValueError, match=r"run=.*run: .* has other utterances, labels or audio .* was updated since"):
-            common.open_corpus(cfg, run)
+            opening.open_corpus(cfg, run)
 
 
 def test_a_run_is_measured_with_the_lexicon_that_it_was_trained_with(tmp_path, monkeypatch):
@@ -579,12 +580,12 @@ def test_a_run_is_measured_with_the_lexicon_that_it_was_trained_with(tmp_path, m
     objective = {"_target_": "audiot.downstream.ctc.CTC"}
     more = {"run_dir": str(tmp_path / "run"), "downstream": {"labels": labels, "objective": objective}}
     cfg = OmegaConf.merge(cfg, more)
-    common.note_data(cfg, common.open_corpus(cfg))
+    opening.note_data(cfg, opening.open_corpus(cfg))
     later(tmp_path / "lexicon.txt")
-    common.open_corpus(cfg, tmp_path / "run")
+    opening.open_corpus(cfg, tmp_path / "run")
     rewrite(tmp_path / "lexicon.txt", "yes Y IH S\n")
     with pytest.raises(ValueError, match=r"lexicon\.txt \(downstream\.labels\.lexicon\) is not what the run was trained with"):
-        common.open_corpus(cfg, tmp_path / "run")
+        opening.open_corpus(cfg, tmp_path / "run")
 
 
 def test_a_folder_of_an_earlier_version_is_said_and_kept_apart(tmp_path, monkeypatch, caplog):
@@ -593,21 +594,21 @@ def test_a_folder_of_an_earlier_version_is_said_and_kept_apart(tmp_path, monkeyp
     cfg = config(project, tmp_path / "data")
     caplog.set_level("INFO", "audiot")
     options = {name: value for name, value in cfg.data.prepare.items() if name not in ("when", "num_jobs")}
-    former = common._prepared_folder(cfg, OmegaConf.to_container(cfg.data.corpus), options)
+    former = opening._prepared_folder(cfg, OmegaConf.to_container(cfg.data.corpus), options)
     prepare(lambda: project.corpus().manifests(False), former, progress=False, num_jobs=1)
-    opened = common.open_corpus(cfg)
+    opened = opening.open_corpus(cfg)
     assert opened.directory != former
-    assert f"{former} is of an earlier audiot, which noted neither place nor state of its sources" in caplog.text
+    assert f"{former} was prepared by an earlier audiot, which recorded no sources" in caplog.text
     caplog.clear()
-    common.open_corpus(cfg)
-    assert "noted neither" not in caplog.text
+    opening.open_corpus(cfg)
+    assert "recorded no sources" not in caplog.text
 
 
 def test_a_corpus_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.delattr(FolderCorpus, "sources")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="FolderCorpus has no method sources"):
-        common.open_corpus(config(Project(tmp_path), tmp_path / "data"))
+        opening.open_corpus(config(Project(tmp_path), tmp_path / "data"))
 
 
 def test_files_that_preparation_did_not_write_stay_where_they_are(project):
@@ -686,8 +687,8 @@ def test_a_manifest_belongs_to_the_current_folder_only_where_it_has_no_root(tmp_
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         options = ["data=manifest", f"data.train={tmp_path / 'train.jsonl'}", f"data_dir={tmp_path}", *given]
-        cfg = common.compose_command("prepare", options)
-        folders.add(common.corpus_folder(cfg)[0])
+        cfg = compose_command("prepare", options)
+        folders.add(opening.corpus_folder(cfg)[0])
         roots.add(instantiate(cfg.data.corpus).root)
     assert len(folders) == (2 if root is None else 1)
     assert roots == {root and tmp_path / root}

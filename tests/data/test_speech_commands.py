@@ -347,11 +347,11 @@ def test_an_incomplete_or_damaged_download_is_not_unpacked(published):
     archive, folder = published
     content = archive.read_bytes()
     archive.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"v0\.01\.tar\.gz is incomplete, .* bytes: run the command again to go on"):
+    with pytest.raises(ValueError, match=r"v0\.01\.tar\.gz is incomplete, .* bytes: run the command again to continue"):
         download("speech_commands_v0.01", folder)
     (folder.parent / archive.name).unlink()
     archive.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"v0\.01\.tar\.gz is damaged: its SHA-256 is \w+, published was \w+: delete it"):
+    with pytest.raises(ValueError, match=r"v0\.01\.tar\.gz is damaged: its SHA-256 is \w+, expected \w+: delete it"):
         download("speech_commands_v0.01", folder)
     assert not folder.exists()
 

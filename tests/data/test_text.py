@@ -1,4 +1,4 @@
-"""Text that users bring: encodings, tables, JSON, types."""
+"""Users' text files: encodings, tables, JSON, types."""
 
 import gzip
 import os
@@ -49,7 +49,7 @@ def test_every_reader_takes_a_byte_order_mark_and_refuses_other_encodings_by_nam
     assert read(write(tmp_path, content.replace("\n", "\r\n"))) == plain
     for encoding, message in {
         "latin-1": r"file\.txt:2: not UTF-8 \(byte 0xe9\): save the file as UTF-8",
-        "utf-16": r"file\.txt is UTF-16, as its first bytes say: save it as UTF-8",
+        "utf-16": r"file\.txt is UTF-16, according to its first bytes: save it as UTF-8",
         "utf-16-le": r"file\.txt:1: a zero byte: not text, or not UTF-8: save it as UTF-8",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -67,7 +67,7 @@ def test_the_line_of_a_wrong_byte_is_right_in_a_long_file(tmp_path, end):
 def test_utf_16_is_text_where_it_may_be(tmp_path):
     for encoding in ("utf-16-le", "utf-16-be"):
         assert read_text(write(tmp_path, "\ufeffé\r\nb".encode(encoding)), utf_16=True) == "é\nb"
-    with pytest.raises(ValueError, match=r"file\.txt begins as UTF-16 and is not: truncated data"):
+    with pytest.raises(ValueError, match=r"file\.txt begins like UTF-16 but is not: truncated data"):
         read_text(write(tmp_path, "é".encode("utf-16") + b"b"), utf_16=True)
 
 
@@ -96,8 +96,8 @@ def test_a_table_gives_cells_without_the_blanks_around_them(tmp_path):
     ("content", "message"),
     [
         ("path,label,label \na,b,c\n", r"1: label is the name of several columns: rename all but one"),
-        ("path,label\na,b\na\n", r"3: not as many values as the header has columns: 1, not 2"),
-        ("path,label\na,b,c\n", r"2: not as many values as the header has columns: 3, not 2"),
+        ("path,label\na,b\na\n", r"3: expected 2 values, one per column of the header, found 1"),
+        ("path,label\na,b,c\n", r"2: expected 2 values, one per column of the header, found 3"),
         ('path,label\na,"b\nc,d\n', r"2: a quote that is opened in this row is not closed"),
         ('path,label\na,"b" c\n', r"2: ',' expected after '\"'"),
         pytest.param('path,label\na,b\nc,"' + "x\n" * 70000, r"3: field larger than field limit", id="long"),
@@ -115,13 +115,13 @@ def test_a_broken_table_is_refused_with_its_line(tmp_path, content, message):
     ("line", "message"),
     [
         ('{"a": 1', r"not JSON: Expecting ',' delimiter at character 8"),
-        ('{"a": {"b": [1, NaN]}}', r"a\.b\[1\] must be a number, found nan: write null where there is none"),
+        ('{"a": {"b": [1, NaN]}}', r"a\.b\[1\] must be a number, found nan: write null for a missing value"),
         ('{"a": -Infinity}', r"a must be a number, found -inf"),
         ('{"a": 1e999}', r"a must be a number, found inf"),
         ('{"a": {"b": 1, "b": 2}}', r"b occurs twice in one object"),
-        (r'{"a": "\ud83d"}', r"a has half a character in it: '\\ud83d'"),
+        (r'{"a": "\ud83d"}', r"a has a lone surrogate, half a character: '\\ud83d'"),
         ("[1]", "a JSON object was expected, found list"),
-        ("[" * 100_000, "its brackets are too deep"),
+        ("[" * 100_000, "its brackets are nested too deep"),
         ('{"a": ' + "1" * 5000 + "}", "integer string conversion"),
     ],
 )

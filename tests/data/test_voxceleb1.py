@@ -132,7 +132,7 @@ def test_a_tree_of_one_part_says_which_is_missing_and_who_needs_it(root, tmp_pat
     write_audio(half / "wav", there)
     write_lists(half)
     expected = (
-        rf"{len(names()) - len(names(there))} of 35 .*: this is the whole {part} part, the tree holds the {other} part alone; "
+        rf"{len(names()) - len(names(there))} of 35 .*: all of the {part} part is missing, and only the {other} part is there; "
         r"speaker_identification and speaker_verification need both"
     )
     with pytest.raises(FileNotFoundError, match=expected):

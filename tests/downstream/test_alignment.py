@@ -256,7 +256,7 @@ def phone_run(trained):
 
 
 def command(run, corpus, output, monkeypatch, **changes):
-    """What `audiot align` does and says on a prepared corpus."""
+    """Run `audiot align` on a prepared corpus. Returns its output."""
     said = []
     monkeypatch.setattr("audiot.commands.align.open_corpus", lambda cfg: corpus)
     monkeypatch.setattr("audiot.commands.align.say", said.append)

@@ -1,4 +1,4 @@
-"""Cached hidden states give what the waveforms give."""
+"""Cached hidden states give the same results as waveforms."""
 
 from __future__ import annotations
 

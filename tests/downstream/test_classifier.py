@@ -1,4 +1,4 @@
-"""A fine-tuned model by itself: what it says of files, in which order, and what it refuses."""
+"""Inference with a fine-tuned model: its predictions, their order, and what it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from audiot.commands import predict as command
 from audiot.commands.arguments import parse
 from audiot.data.audio import BadAudioError, read_audio
 from audiot.data.labels import FrameLabels
-from audiot.downstream.classifier import by_length, load_classifier, together
+from audiot.downstream.classifier import by_length, compute_with_fallback, load_classifier
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import random_encoder
 
@@ -68,7 +68,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def save(module, run):
-    """What `audiot finetune` leaves of a module: Lightning's checkpoint."""
+    """The Lightning checkpoint that `audiot finetune` writes for a module."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(run / "checkpoints" / "best.ckpt")
@@ -166,7 +166,7 @@ def test_audio_of_any_kind_is_read_as_mono_at_the_rate_of_the_model(tmp_path, su
 
 
 def bad_files(folder):
-    """Path → what its reason says."""
+    """Expected reason by path."""
     soundfile.write(folder / "short.wav", np.full(500, 0.1), 16000)
     soundfile.write(folder / "endless.wav", np.array([0.1, np.inf] * 8000), 16000, subtype="FLOAT")
     (folder / "words.wav").write_text("not audio")
@@ -234,9 +234,9 @@ def test_arrays_with_a_rate_give_what_their_files_give(runs, speech, tmp_path):
         ((np.full(16000, 5000), 16000), "found int64"),
         (np.zeros(16000), r"a path or a pair \(samples, sample_rate\), found ndarray"),
         (None, "found NoneType"),
-        (([[0.1, 0.2], [0.3]], 16000), "samples are no array: "),
-        ((torch.full((16000,), 0.1, dtype=torch.bfloat16), 16000), "samples are no array: .*BFloat16"),
-        ((torch.full((16000,), 0.1).to_sparse(), 16000), "samples are no array: "),
+        (([[0.1, 0.2], [0.3]], 16000), "samples are not an array: "),
+        ((torch.full((16000,), 0.1, dtype=torch.bfloat16), 16000), "samples are not an array: .*BFloat16"),
+        ((torch.full((16000,), 0.1).to_sparse(), 16000), "samples are not an array: "),
     ],
 )
 def test_an_array_that_cannot_be_used_says_why(runs, speech, item, reason):
@@ -259,9 +259,9 @@ def test_what_is_too_long_for_a_model_does_not_take_its_batch_with_it():
             raise ValueError(f"sequence has {max(items)} frames but\nmax_frames is 9")
         return [item * item for item in items]
 
-    assert together([1, 2, 3], squares) == [1, 4, 9]
-    assert together([1, 12, 3], squares) == [1, "sequence has 12 frames but max_frames is 9", 9]
-    assert together([], squares) == []
+    assert compute_with_fallback([1, 2, 3], squares) == [1, 4, 9]
+    assert compute_with_fallback([1, 12, 3], squares) == [1, "sequence has 12 frames but max_frames is 9", 9]
+    assert compute_with_fallback([], squares) == []
 
 
 def test_batches_hold_every_file_once_within_the_budget():
@@ -278,7 +278,7 @@ def test_batches_hold_every_file_once_within_the_budget():
 
 def test_a_pretraining_run_is_refused_with_the_command_that_makes_a_classifier_of_it(runs, tmp_path):
     (tmp_path / "run" / "encoder").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"its encoder is not a classifier: fine-tune it: audiot finetune .*run/encoder"):
+    with pytest.raises(ValueError, match=r"whose encoder is not a classifier: fine-tune it with audiot finetune .*run/encoder"):
         load_classifier(tmp_path / "run")
     shutil.copytree(runs / "keyword", tmp_path / "run" / "probes" / "mine")
     with pytest.raises(ValueError, match=r"not a classifier.*below it: .*run/probes/mine"):
@@ -294,7 +294,7 @@ def test_a_folder_without_a_model_names_those_below_it(runs, tmp_path):
 
 
 def changed(runs, folder, change):
-    """A run whose checkpoint is another one's after ``change``."""
+    """A run whose checkpoint is a copy of another one, changed by ``change``."""
     content = torch.load(runs / "keyword" / "checkpoints" / "best.ckpt", weights_only=True)
     change(content)
     (folder / "checkpoints").mkdir(parents=True)
@@ -303,7 +303,7 @@ def changed(runs, folder, change):
 
 
 class Malicious:
-    """Unpickled, it makes a folder."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder

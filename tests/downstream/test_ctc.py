@@ -31,7 +31,7 @@ def batch_of(rows):
 
 
 def collapsed(path):
-    """What a path of outputs spells: repetitions merged, blanks (0) left out, classes from 0."""
+    """Classes (from 0) that a path of outputs spells: repetitions are merged and blanks (0) removed."""
     return tuple(number - 1 for number, _ in itertools.groupby(path) if number)
 
 
@@ -87,7 +87,7 @@ def test_greedy_decoding_equals_a_loop():
 
 
 def measured(objective, said, heard, stage="valid"):
-    """The objective after it has heard texts in place of others."""
+    """The objective after an update with reference and hypothesis texts."""
     objective.reset(stage)
     characters = objective.classes
     for number, (one, other) in enumerate(zip(said, heard, strict=True)):
@@ -123,7 +123,7 @@ def test_spaces_are_merged_before_they_are_counted():
 
 
 def phone_errors(objective, seed=0, count=50):
-    """Update with random phones; what was said and heard, phones joined by spaces."""
+    """Update with random phones. Returns references and hypotheses, with phones joined by spaces."""
     rng = random.Random(seed)
     said, heard = [], []
     for number in range(count):
@@ -379,7 +379,7 @@ def test_a_lexicon_of_the_beam_may_begin_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("lexicon", "WORD AA\nOTHER B Q\n", "file:2: 'Q' of the word 'OTHER' is none of the model's 4 tokens"),
+        ("lexicon", "WORD AA\nOTHER B Q\n", "file:2: 'Q' of the word 'OTHER' is not one of the model's 4 tokens"),
         ("lexicon", "\nWORD\n", "file:2: the word 'WORD' has no tokens"),
         ("lexicon", "\n", "file has no word"),
         ("language_model", "hello\n", 'file: .*first non-empty line was "hello" not'),

@@ -24,7 +24,7 @@ def affine(linear, x):
 
 
 def chosen(selection, states):
-    """What comes of all layers' states."""
+    """Selected or summed states of all layers."""
     return selection(selection.pick(states))
 
 

@@ -1,4 +1,4 @@
-"""Probing and fine-tuning: what is trained, what is counted."""
+"""Probing and fine-tuning: trained parameters and metrics."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_a_saved_probe_loads_without_its_configs(tiny, demo_corpus, upstream, tm
 
 
 def grouped(names):
-    """Parts of an encoder that the names of parameters belong to."""
+    """Parts of an encoder to which parameter names belong."""
     return {".".join(name.removeprefix("encoder.encoder.").split(".")[: 2 if ".layers." in name else 1]) for name in names}
 
 

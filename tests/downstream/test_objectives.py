@@ -43,7 +43,7 @@ def frames():
 
 
 def items(outputs, labels, lengths):
-    """Scores and class of every frame that counts, one at a time."""
+    """Scores and class of every labelled frame, one at a time."""
     found = []
     for row, length in enumerate(lengths.tolist()):
         for t in range(length):
@@ -64,7 +64,7 @@ def table(path):
 
 
 def expected_figures(pairs, names):
-    """Accuracy, macro F1 and a row a class, by counting."""
+    """Accuracy, macro F1 and one row per class, by counting."""
     counts = Counter((label, int(scores.argmax())) for scores, label in pairs)
     rows, scores = [], []
     for number, name in enumerate(names):

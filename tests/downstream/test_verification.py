@@ -23,9 +23,9 @@ def draw(*shape, seed=0):
 
 
 def by_thresholds(scores, same, p_target):
-    """Equal error rate and minimum cost by trying every threshold: accepted is what scores at least that.
+    """Equal error rate and minimum cost by trying every threshold. Scores of at least the threshold are accepted.
 
-    The equal error rate is where S3PRL's evaluation of SUPERB finds it: a root of 1 − x − hits(x), interpolated.
+    The equal error rate is computed as in S3PRL's evaluation of SUPERB: a root of 1 − x − hits(x), interpolated.
     """
     targets = [score for score, kind in zip(scores, same, strict=True) if kind]
     others = [score for score, kind in zip(scores, same, strict=True) if not kind]
@@ -184,12 +184,12 @@ def test_a_line_that_is_no_trial_is_named(listed, line):
 
 def test_trials_that_contradict_each_other_are_refused_and_repeated_ones_count_twice(listed):
     assert len(read_trials(listed("1 a b", "1 b a", "0 a c", "1 a b"))) == 4
-    with pytest.raises(ValueError, match=r"trials\.txt:4: c and a are of one speaker here or in line 1, not in both"):
+    with pytest.raises(ValueError, match=r"trials\.txt:4: c and a have the same speaker either here or in line 1: correct one"):
         read_trials(listed("1 a c", "", "0 a b", "0 c.wav a"))
 
 
 def test_a_list_without_trials_is_refused(listed):
-    with pytest.raises(ValueError, match=r"trials\.txt has no trial: lines of 1 or 0 and two utterances"):
+    with pytest.raises(ValueError, match=r"trials\.txt has no trial: expected lines of 1 or 0 and two utterances"):
         read_trials(listed("", " "))
 
 
@@ -201,7 +201,7 @@ def test_a_missing_list_of_trials_is_named(tmp_path):
 def test_trials_of_utterances_that_are_not_there_are_refused_before_training_and_after(listed):
     path = listed("1 u00 u01", "0 u00 u77", "0 u66 u01")
     objective = Verification(SPEAKERS, embedding_dim=4, trials=path)
-    message = rf"{path} names 2 utterances that the test split has not, u77 of line 2 first: were they rejected by preparation\?"
+    message = rf"{path} names 2 utterances that the test split lacks, u77 of line 2 first: were they rejected by preparation\?"
     with pytest.raises(ValueError, match=message):
         objective.check(["u00", "u01"])
     objective.check(["u00", "u01", "u66", "u77", "u99"])
@@ -213,7 +213,7 @@ def test_trials_of_utterances_that_are_not_there_are_refused_before_training_and
 @pytest.mark.parametrize("speakers", [["anna", "anna", "anna"], ["anna", "bert", "carl"]])
 def test_trials_of_one_kind_are_refused(speakers):
     objective = measured(Verification(SPEAKERS, embedding_dim=4), draw(3, 4), speakers)
-    with pytest.raises(ValueError, match="the trials are all of one kind: verification needs two utterances of one speaker and"):
+    with pytest.raises(ValueError, match="all trials are of one kind: verification needs trials with the same speaker and"):
         objective.compute()
 
 

@@ -1,4 +1,4 @@
-"""Hidden states of a corpus in files: what each utterance has alone, whatever was batched, interrupted or shared out."""
+"""Extracted hidden states equal those of each utterance alone, whatever was batched, interrupted or distributed."""
 
 from __future__ import annotations
 

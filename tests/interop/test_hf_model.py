@@ -1,4 +1,4 @@
-"""audiot's encoders in transformers: the same states, whatever loads them, and an export that says what it is."""
+"""audiot's encoders in transformers give the same states however they are loaded, and exports are documented."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def folder(encoder, tmp_path):
 
 
 def check_same(encoder, model):
-    """States and every buffer, saved or not, are the encoder's to the bit."""
+    """States and all buffers, saved or not, equal the encoder's bit by bit."""
     expected, lengths = encoder(speech(), LENGTHS)
     output = model(speech(), attention_mask=MASK, output_hidden_states=True)
     assert torch.stack(output.hidden_states).equal(expected)
@@ -188,7 +188,7 @@ def test_half_precision_is_that_of_the_encoder_itself(tiny, published_attention,
 
 
 def test_a_model_of_ones_own_may_hold_an_encoder(encoder, folder, tmp_path):
-    """The constants are right there too, where no from_pretrained of audiot's is called."""
+    """Constants are correct even without audiot's from_pretrained."""
 
     class Classifier(PreTrainedModel):
         config_class = AudiotConfig
@@ -290,14 +290,14 @@ def test_the_feature_extractor_pads_and_nothing_else(folder, monkeypatch):
     assert [len(values) for values in short["input_values"]] == [50, 50]
     with pytest.raises(ValueError, match="the waveforms are at 8000 Hz, but this model takes 16000 Hz: resample"):
         extractor(one, sampling_rate=8000)
-    with pytest.raises(ValueError, match=r"waveform 0 is int16, but floats in \[-1, 1\] were expected"):
+    with pytest.raises(ValueError, match=r"waveform 0 must be floats in \[-1, 1\], found int16"):
         extractor(np.zeros(10, dtype=np.int16), sampling_rate=16000)
-    with pytest.raises(ValueError, match=r"waveform 0 is \(2, 10\), but \(samples,\) was expected: mix"):
+    with pytest.raises(ValueError, match=r"waveform 0 must have the shape \(samples,\), found \(2, 10\): mix"):
         extractor(np.zeros((1, 2, 10), dtype=np.float32), sampling_rate=16000)
     warned = []
     monkeypatch.setattr("audiot.interop.hf_model.log", SimpleNamespace(warning_once=warned.append))
     extractor(one)
-    assert warned == ["no sampling_rate was given, so that 16000 Hz is taken on trust"]
+    assert warned == ["no sampling_rate was given: 16000 Hz is assumed"]
 
 
 SUMMARY = {
@@ -333,7 +333,7 @@ SETTINGS = {
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """A pre-training run's folder, as far as the export reads it."""
+    """The files of a pre-training run that the export reads."""
     folder = tmp_path / "run"
     save_encoder(folder / "encoder", build(tiny["features"] | {"cmvn": "global"}, tiny["model"]))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))

@@ -1,4 +1,4 @@
-"""Encoders of transformers as upstreams: what transformers itself gives for each utterance alone, in any batch."""
+"""Encoders of transformers as upstreams give, in any batch, the states that transformers gives for each utterance."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def speech(samples=8000, count=4):
 
 
 def batch():
-    """A padded batch; what lies behind an utterance's end is loud."""
+    """A padded batch with loud padding."""
     waveforms = speech()
     waveforms[torch.arange(8000) >= LENGTHS[:, None]] = 0.9
     return waveforms
@@ -127,7 +127,7 @@ def batch():
 
 @torch.no_grad()
 def expected(folder, waveform):
-    """What transformers gives for one utterance by its own feature extractor: (layers + 1, T, d)."""
+    """States from transformers for one utterance, with its own feature extractor: (layers + 1, T, d)."""
     model, extract = AutoModel.from_pretrained(folder).eval(), AutoFeatureExtractor.from_pretrained(folder)
     if model.config.model_type == "whisper":
         size, states = 20 * 320, []
@@ -229,7 +229,7 @@ def test_frames_equal_a_chain_of_averages(stages):
 
 
 def test_labels_can_be_built_on_these_frames(saved):
-    """Hydra takes an object of any kind but a dataclass, which it would make a config of."""
+    """Hydra passes such an object on. It would turn a dataclass into a config."""
     frames = hf(saved("hubert")).features
     labels = instantiate({"_target_": "audiot.data.labels.FrameLabels", "tier": "phones"}, features=frames)
     assert labels.features is frames
@@ -290,7 +290,7 @@ def test_rebuild_needs_the_config_alone(saved, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_trained_and_training_mode_is_reproducible(saved, name):
-    """Nothing but dropout acts; no parameter without a gradient, which distributed training would refuse."""
+    """Only dropout acts in training mode, and every parameter has a gradient, which distributed training needs."""
     upstream = hf(saved(name)).train()
 
     def run(seed):
@@ -348,7 +348,7 @@ def test_checkpoints_with_a_head_give_their_encoder(tmp_path):
 
 
 def test_a_processor_holds_the_feature_extractor_too(tmp_path):
-    """So transformers saves what was fine-tuned to recognise speech."""
+    """Transformers saves models fine-tuned for speech recognition in this form."""
     folder = save(CONFIGS["hubert"], tmp_path)
     expected = hf(folder)(batch(), LENGTHS)[0]
     (tmp_path / "preprocessor_config.json").unlink()
@@ -417,10 +417,10 @@ def test_an_exported_audiot_encoder_is_the_checkpoint_itself(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BertConfig(), "a model of type bert is no upstream, it takes input_ids, not audio: choose wav2vec2, .*whisper"),
-        (ViTConfig(), "a model of type vit is no upstream, it takes pixel_values, not audio"),
-        (ASTConfig(), "audio-spectrogram-transformer is no upstream, its states are patches of time and frequency"),
-        (Speech2TextConfig(), "speech_to_text is no upstream, how it cuts audio into frames is not known here"),
+        (BertConfig(), "a model of type bert can't be an upstream, it takes input_ids, not audio: choose wav2vec2, .*whisper"),
+        (ViTConfig(), "a model of type vit can't be an upstream, it takes pixel_values, not audio"),
+        (ASTConfig(), "audio-spectrogram-transformer can't be an upstream, its states are patches of time and frequency"),
+        (Speech2TextConfig(), "speech_to_text can't be an upstream, its division of audio into frames is not known here"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path, config, message):
@@ -442,12 +442,12 @@ def test_missing_things_are_named(saved, tmp_path, monkeypatch):
     check_refused("outputs/run/encoder", FileNotFoundError, r"no folder at")
     check_refused(str(tmp_path), FileNotFoundError, "has no config.json")
     CONFIGS["hubert"].save_pretrained(tmp_path)
-    check_refused(str(tmp_path), ValueError, r"preprocessor_config\.json is missing: call save_pretrained")
+    check_refused(str(tmp_path), ValueError, r"preprocessor_config\.json is missing: also call save_pretrained")
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
     check_refused(str(tmp_path), ValueError, r"model\.safetensors")
     (tmp_path / "file").touch()
     check_refused(str(tmp_path / "file"), ValueError, "is a file: give the folder")
-    check_refused("no such name", FileNotFoundError, "none from the hub .*check the name and the network")
+    check_refused("no such name", FileNotFoundError, "none on the hub .*check the name and the network")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -456,7 +456,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr("transformers.configuration_utils.cached_file", offline)
     monkeypatch.setattr("transformers.configuration_utils.cached_files", offline, raising=False)
-    check_refused("somebody/some-model", FileNotFoundError, "none from the hub .*couldn't connect .*the network")
+    check_refused("somebody/some-model", FileNotFoundError, "none on the hub .*couldn't connect .*the network")
 
 
 def test_incomplete_or_broken_weights_are_refused(tmp_path):
@@ -464,13 +464,13 @@ def test_incomplete_or_broken_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     content, weights = path.read_bytes(), load_file(path)
     save_file({name: value for name, value in weights.items() if ".layers.1." not in name}, path, {"format": "pt"})
-    check_refused(folder, ValueError, r"\d+ weights are missing \(encoder.layers.1.*: it is no whole hubert model")
+    check_refused(folder, ValueError, r"\d+ weights are missing \(encoder.layers.1.*: it is not a complete hubert model")
     path.write_bytes(content[:-10])
     check_refused(folder, ValueError, "its weights are truncated or not safetensors")
     path.write_bytes(content)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 30}))
-    check_refused(folder, ValueError, r"its weights do not fit its config\.json")
+    check_refused(folder, ValueError, r"its weights do not match its config\.json")
     (tmp_path / "config.json").write_text("{")
     check_refused(folder, ValueError, "not a valid JSON file")
 
@@ -482,7 +482,7 @@ def test_code_of_the_model_is_not_run(tmp_path):
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.OwnModel"}}
     (tmp_path / "config.json").write_text(json.dumps(own))
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
-    check_refused(str(tmp_path), ValueError, "the model brings code of its own, which is not run")
+    check_refused(str(tmp_path), ValueError, "the model has its own code, which is not run")
     assert not marker.exists()
 
 
@@ -499,11 +499,11 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     hf(folder)
     torch.save(weights | {"evil": Evil()}, tmp_path / "pytorch_model.bin")
-    check_refused(folder, ValueError, r"pytorch_model\.bin holds more than tensors, which is not run: .* safetensors")
+    check_refused(folder, ValueError, r"pytorch_model\.bin holds more than tensors and was not loaded: .* safetensors")
     assert not marker.exists()
 
 
 def test_another_feature_extractor_is_refused(tmp_path):
     folder = save(CONFIGS["hubert"], tmp_path)
     WhisperFeatureExtractor().save_pretrained(folder)
-    check_refused(folder, ValueError, "its feature extractor is a WhisperFeatureExtractor, but Wav2Vec2FeatureExtractor was")
+    check_refused(folder, ValueError, "its feature extractor must be a Wav2Vec2FeatureExtractor, found WhisperFeatureExtractor")

@@ -1,4 +1,4 @@
-"""S3PRL's checkpoints in and out: against S3PRL's own results where they are at hand, and a plain computation everywhere."""
+"""Reading and writing S3PRL's checkpoints, compared with a plain computation, and with S3PRL's results if available."""
 
 import argparse
 import builtins
@@ -131,7 +131,7 @@ def checkpoint(audio, num_channels, layers=2, shared=False, pre=False, sequence_
 
 
 def plain_features(audio, waveform):
-    """Of one waveform (T, C)."""
+    """Features of one waveform (T, C)."""
     if "kaldi" in audio:
         kind = audio["kaldi"]["feat_type"]
         frames = getattr(kaldi, kind)(waveform[None], sample_frequency=16000, **audio["kaldi"][kind])
@@ -318,7 +318,7 @@ def test_a_head_for_another_target_is_left_out(tmp_path):
 
 
 class Code:
-    """Pickled as a call."""
+    """Object that is pickled as a function call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -351,17 +351,17 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     path = tmp_path / "x.ckpt"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*x\.ckpt"):
         import_s3prl(path)
-    with pytest.raises(ValueError, match="is a folder, and an S3PRL checkpoint a file"):
+    with pytest.raises(ValueError, match="is a folder, but an S3PRL checkpoint is a file"):
         import_s3prl(tmp_path)
     for content in (b"", b"these are words\n" * 100, bytes(range(256))):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.ckpt is truncated or no PyTorch checkpoint"):
+        with pytest.raises(ValueError, match=r"x\.ckpt is truncated or not a PyTorch checkpoint"):
             import_s3prl(path)
     for zipped in (True, False):
         whole = saved(checkpoint(kaldi_audio(), 20), tmp_path, _use_new_zipfile_serialization=zipped).read_bytes()
         for share in (0.1, 0.5, 0.99):
             path.write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(ValueError, match=r"x\.ckpt is truncated or no PyTorch checkpoint"):
+            with pytest.raises(ValueError, match=r"x\.ckpt is truncated or not a PyTorch checkpoint"):
                 import_s3prl(path)
 
 
@@ -374,26 +374,26 @@ def test_checkpoints_of_another_kind_are_named(tmp_path):
         import_s3prl(saved(torch.zeros(2), tmp_path))
     content = checkpoint(kaldi_audio(), 20)
     del content["Upstream_Config"]["audio"]
-    with pytest.raises(ValueError, match="hears features from files"):
+    with pytest.raises(ValueError, match="reads features from files"):
         import_s3prl(saved(content, tmp_path))
 
 
 @pytest.mark.parametrize(
     ("audio", "transformer", "message"),
     [
-        (kaldi_audio(), {"hidden_act": "relu"}, "transformer.hidden_act is relu, and audiot's feed-forward networks have gelu"),
+        (kaldi_audio(), {"hidden_act": "relu"}, "transformer.hidden_act is relu, but audiot's feed-forward networks have gelu"),
         (kaldi_audio(), {"num_attention_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
-        (kaldi_audio(), {"num_hidden_layers": None}, "the config in .* is none that S3PRL reads"),
-        (kaldi_audio("spectrogram"), {}, "audio.kaldi.feat_type is spectrogram, and audiot reproduces fbank or mfcc alone"),
-        (kaldi_audio(use_energy=True), {}, "audio.kaldi.fbank.use_energy is True, and audiot reproduces False alone"),
+        (kaldi_audio(), {"num_hidden_layers": None}, "S3PRL could not read the config in"),
+        (kaldi_audio("spectrogram"), {}, "audio.kaldi.feat_type is spectrogram, but audiot only reproduces fbank or mfcc"),
+        (kaldi_audio(use_energy=True), {}, "audio.kaldi.fbank.use_energy is True, but audiot only reproduces False"),
         (kaldi_audio(dither=1.0), {}, "audio.kaldi.fbank.dither is 1.0"),
         (kaldi_audio(order=3), {}, "delta_order must be 0, 1 or 2, found 3"),
         (kaldi_audio() | {"delta": {"mode": "constant"}}, {}, "audio.delta.mode is constant"),
         (kaldi_audio() | {"cmvn": {"use_cmvn": True, "eps": 0.1}}, {}, "its CMVN adds eps=0.1 to deviations"),
         (kaldi_audio() | {"cmvn": {}}, {}, "the config in .* lacks 'use_cmvn'"),
-        (kaldi_audio() | {"kaldi": 80}, {}, "the config in .* is none that S3PRL reads"),
-        (stft_audio("phase"), {}, "audio.input.feat_type is phase, and audiot reproduces mel or linear alone"),
-        (stft_audio(input={"feat_type": "mel", "log": False}), {}, "audio.input.log is False, and audiot reproduces True alone"),
+        (kaldi_audio() | {"kaldi": 80}, {}, "S3PRL could not read the config in"),
+        (stft_audio("phase"), {}, "audio.input.feat_type is phase, but audiot only reproduces mel or linear"),
+        (stft_audio(input={"feat_type": "mel", "log": False}), {}, "audio.input.log is False, but audiot only reproduces True"),
     ],
 )
 def test_settings_that_audiot_cannot_reproduce_are_named(audio, transformer, message, tmp_path):
@@ -409,9 +409,12 @@ def test_settings_that_audiot_cannot_reproduce_are_named(audio, transformer, mes
     [
         (lambda weights: weights.pop("encoder.layer.1.output.dense.bias"), "1 missing .encoder.layer.1.output.*, 0 unknown"),
         (lambda weights: weights.update({"encoder.layer.2.LayerNorm.bias": torch.zeros(16)}), "0 missing .*, 1 unknown"),
-        (lambda weights: weights.update({"encoder.layer.1.output.dense.bias": torch.zeros(9)}), "differs from others"),
+        (
+            lambda weights: weights.update({"encoder.layer.1.output.dense.bias": torch.zeros(9)}),
+            "differs from weights that must be equal",
+        ),
         (lambda weights: weights.update({"input_representations.spec_transform.bias": torch.zeros(9)}), "do not fit its config"),
-        (lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}), "is something else"),
+        (lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}), "are not tensors"),
     ],
 )
 def test_weights_that_are_not_those_of_the_config_are_named(damage, message, tmp_path):
@@ -640,7 +643,7 @@ def test_s3prls_entry_refuses_a_config_and_another_sample_rate(tmp_path):
     save_encoder(tmp_path / "encoder", audiot_encoder({"sample_rate": 8000}))
     with pytest.raises(ValueError, match="takes no config"):
         audiot_local(tmp_path / "encoder", model_config="model.yaml")
-    with pytest.raises(ValueError, match="hears audio at 8000 Hz, S3PRL's is at 16000"):
+    with pytest.raises(ValueError, match="takes audio at 8000 Hz, but S3PRL's is at 16000"):
         audiot_local(tmp_path / "encoder")
     with pytest.raises(FileNotFoundError, match="no encoder folder"):
         audiot_local(tmp_path / "nothing")

@@ -66,7 +66,7 @@ def test_a_batch_without_any_label_leaves_the_others_as_they_are(unlabelled):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two ranks has of every step."""
+    """Results of each of two ranks for every step."""
     folder = tmp_path_factory.mktemp("ranks")
     program = str(Path(__file__).with_name("unequal_batches.py"))
     started = []

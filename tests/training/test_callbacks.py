@@ -178,7 +178,7 @@ def test_throughput_counts_the_real_frames_of_every_step_but_the_first(pretraini
 
 def test_throughput_leaves_validation_out(pretraining, tmp_path, monkeypatch):
     class Clock(Callback):
-        """A training batch takes a second, a validation batch a hundred; the first training batch doesn't count."""
+        """A training batch takes 1 s, a validation batch 100 s. The first training batch isn't counted."""
 
         now = 0.0
 

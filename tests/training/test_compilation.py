@@ -1,4 +1,4 @@
-"""What is done to the graph of a compiled step: by itself, its kernels interpreted, and in place on CUDA devices."""
+"""The pass over the graph of a compiled step: alone, with interpreted kernels, and in place on CUDA devices."""
 
 from __future__ import annotations
 

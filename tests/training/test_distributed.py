@@ -47,7 +47,7 @@ def weights(folder, name):
 
 
 def pretrain(folder, name, *overrides):
-    """Train in processes of their own."""
+    """Train in separate processes."""
     given = [*options(folder, name), *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, PROGRAM, *given], env=environment, capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def pretrain(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A folder with audio, and the weights that one process gives which adds up two batches a step."""
+    """A folder with audio, and the weights of one process that adds up two batches per step."""
     folder = tmp_path_factory.mktemp("distributed")
     noise = np.random.default_rng(0)
     (folder / "audio").mkdir()

@@ -1,4 +1,4 @@
-"""Schedule and weight-decay groups against what is published."""
+"""Schedule and weight-decay groups against the published ones."""
 
 from __future__ import annotations
 

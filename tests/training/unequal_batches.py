@@ -32,7 +32,7 @@ STILL = {
 
 
 class Tokens(MaskedAcousticModel):
-    """Pre-training on features that are there already."""
+    """Pre-training on given features."""
 
     def _features(self, batch):
         tokens, lengths = batch["tokens"], batch["lengths"]
@@ -132,7 +132,7 @@ def silent_trainer(**options):
 
 
 class Batches(IterableDataset):
-    """Batches whose number nobody is told, as those of a data module."""
+    """Batches without a length, like those of a data module."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -150,7 +150,7 @@ def validate(batches, **options):
 
 
 def step(kind, batches, **options):
-    """One step of the optimiser: what is logged, and the gradients behind it."""
+    """One step of the optimiser. Returns the logged loss and its gradients."""
     module, trainer = made(kind), silent_trainer(**options)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     logged = {name.rpartition("/")[2]: float(value) for name, value in trainer.callback_metrics.items()}
@@ -170,7 +170,7 @@ VALIDATIONS = [3, 1]  # batches that two ranks share
 
 
 def main(folder, rank):
-    """Take all steps as one of two ranks, and keep what came of each."""
+    """Run all steps as one of two ranks, and store the result of each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

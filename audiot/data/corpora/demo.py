@@ -1,6 +1,6 @@
 """Demo corpus: synthetic speech of eSpeak NG with exact phone times, made offline in half a minute.
 
-eSpeak NG is licensed GPL-3.0-or-later; :mod:`audiot.data.corpora.espeak` loads it, in processes of its own.
+eSpeak NG is licensed GPL-3.0-or-later; :mod:`audiot.data.corpora.espeak` loads it in separate processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ACCENTS = {
     "en-gb-x-gbclan": "Lancashire",
     "en-029": "Caribbean",
 }
-# All of eSpeak NG 1.52 without whispers, without UniRobot and shelby, and without RicishayMax, whose echo blurs the phones.
+# All voices of eSpeak NG 1.52 except whispers, UniRobot and shelby, and RicishayMax, whose echo blurs the phones.
 VARIANTS = (
     "Alex", "Alicia", "Andrea", "Andy", "Annie", "AnxiousAndy", "Demonic", "Denis", "Diogo", "Gene", "Gene2",
     "Henrique", "Hugo", "Jacky", "Lee", "Marco", "Mario", "Michael", "Mike", "Mr serious", "Nguyen", "Reed", "Storm",
@@ -50,37 +50,37 @@ SPLITS = ("train", "valid", "test", "speaker_valid", "speaker_test")
 _NUM_HELDOUT_VARIANTS = 24  # never used by training speakers
 
 _SPEAKER_VALID_UTTERANCES = 2
-_RECIPE = 1  # raise it whenever the same parameters give other bytes
+_RECIPE = 1  # raise it when the same parameters give other bytes
 
 
 class DemoCorpus:
-    """Synthetic English of many speakers in five accents, with phones, keyword and speaker for every utterance.
+    """Synthetic English speech of many speakers in five accents. Every utterance has phones, keyword and speaker.
 
-    A speaker is a voice variant, an accent, a pitch, a pitch range and a rate, all fixed by `seed` and the speaker's
-    number: more speakers or hours only add to a corpus. Utterances are sentences of a small grammar
-    (:mod:`audiot.data.corpora.demo_texts`), 1.5 to 4 s long, 16 kHz, with varied level and a little noise; with `utterance_s`,
-    several of them joined by short pauses.
+    A speaker is a voice variant, an accent, a pitch, a pitch range and a rate. All are fixed by `seed` and the speaker's number,
+    so more speakers or hours only add to a corpus. Utterances are sentences of a small grammar
+    (:mod:`audiot.data.corpora.demo_texts`), 1.5 to 4 s long at 16 kHz, with varied level and a little noise. With `utterance_s`,
+    several sentences are joined by short pauses.
 
-    Splits: ``train``; ``valid`` and ``test``, of other speakers with other voice variants; ``speaker_valid`` and
-    ``speaker_test``, of the training speakers. No sentence of train, valid and test is in two of them; speaker_valid takes
-    the sentences of valid, speaker_test those of test.
+    The splits are ``train``; ``valid`` and ``test``, with other speakers and voice variants; and ``speaker_valid`` and
+    ``speaker_test``, with the training speakers. No sentence is in two of train, valid and test. speaker_valid uses the
+    sentences of valid, speaker_test those of test.
 
-    Supervisions have text, speaker, language, ``custom["keyword"]`` (one of twelve, the first sentence's),
-    ``custom["accent"]`` and ``alignment["phone"]``: 39 ARPAbet phones and SIL (:mod:`audiot.data.corpora.demo_phones`) that
-    cover the cut.
+    Supervisions have text, speaker, language, ``custom["keyword"]`` (one of twelve, from the first sentence),
+    ``custom["accent"]`` and ``alignment["phone"]``. The alignment has 39 ARPAbet phones and SIL
+    (:mod:`audiot.data.corpora.demo_phones`) and covers the cut.
 
     Args:
-        root: Folder of the corpus, made at the first use. It may be moved afterwards.
+        root: Folder of the corpus, made on first use. It may be moved.
         hours: Hours of speech in ``train``.
-        num_speakers: Training speakers.
-        num_valid_speakers: Speakers of ``valid``.
-        num_test_speakers: Speakers of ``test``.
-        heldout_utterances: Utterances of each speaker in ``valid`` and ``test``.
-        speaker_utterances: Utterances of each training speaker in ``speaker_test``; ``speaker_valid`` has two.
-        utterance_s: Join sentences of a speaker until their speech lasts so many seconds; None: a sentence an utterance.
-        train_utterances: Utterances of each speaker in ``train``, instead of `hours`.
-        seed: Same seed, same audio.
-        num_jobs: Processes that speak at a time, by default one a core. Has no influence on the audio.
+        num_speakers: Number of training speakers.
+        num_valid_speakers: Number of speakers in ``valid``.
+        num_test_speakers: Number of speakers in ``test``.
+        heldout_utterances: Utterances per speaker in ``valid`` and ``test``.
+        speaker_utterances: Utterances per training speaker in ``speaker_test``; ``speaker_valid`` has two.
+        utterance_s: Seconds of speech to which sentences of a speaker are joined; None: one sentence per utterance.
+        train_utterances: Utterances per speaker in ``train``, instead of `hours`.
+        seed: Seed of the corpus. Equal seeds give equal audio.
+        num_jobs: Speaking processes at a time, by default one per core. It does not affect the audio.
 
     Raises:
         ValueError: a count is not positive.
@@ -108,7 +108,7 @@ class DemoCorpus:
             "num_test_speakers": num_test_speakers,
             "heldout_utterances": heldout_utterances,
             "speaker_utterances": speaker_utterances,
-            # Left out where they change nothing: a corpus that was made before there were such stays valid.
+            # Left out if they change nothing, so that a corpus made before these parameters existed stays valid.
             **({} if utterance_s is None else {"utterance_s": float(utterance_s)}),
             **({} if train_utterances is None else {"train_utterances": train_utterances}),
         }
@@ -118,16 +118,16 @@ class DemoCorpus:
         if seed < 0:
             raise ValueError(f"demo corpus: seed must not be negative, found {seed}")
         if num_jobs is not None and num_jobs < 1:
-            raise ValueError(f"demo corpus: num_jobs must be positive or null (one a core), found {num_jobs}")
+            raise ValueError(f"demo corpus: num_jobs must be positive or null (one per core), found {num_jobs}")
         self.parameters |= {"seed": seed, "recipe": _RECIPE}
         self.num_jobs = num_jobs or usable_cores()
 
     def manifests(self, progress: bool = True) -> Manifests:
-        """Cuts of all splits; speaks whatever is missing of the corpus first.
+        """Cuts of all splits. Missing parts of the corpus are made first.
 
         Raises:
-            ValueError: the folder holds a corpus of other parameters.
-            ModuleNotFoundError: eSpeak NG is needed and not installed.
+            ValueError: the folder holds a corpus with other parameters.
+            ModuleNotFoundError: eSpeak NG is needed but not installed.
         """
         if not self._is_complete():
             self._make(progress)
@@ -144,17 +144,17 @@ class DemoCorpus:
         )
 
     def sources(self) -> Sources:
-        """Its lists of utterances; the audio is what their cuts name."""
+        """The lists of utterances. Their cuts name the audio."""
         return Sources(texts=[self.root / f"{split}.jsonl" for split in SPLITS])
 
     def speakers(self) -> dict[str, dict[str, Any]]:
-        """Speaker → its voice, the arguments of :class:`audiot.data.corpora.espeak.Espeak`."""
+        """Voice of each speaker: the arguments of :class:`audiot.data.corpora.espeak.Espeak`."""
         seed = self.parameters["seed"]
         variants = list(VARIANTS)
         random.Random(f"{seed}/variants").shuffle(variants)
         heldout, training = variants[:_NUM_HELDOUT_VARIANTS], variants[_NUM_HELDOUT_VARIANTS:]
         speakers: dict[str, dict[str, Any]] = {}
-        # valid and test take theirs from the two ends of the held-out variants.
+        # valid and test take variants from the two ends of the held-out ones.
         for role, pool in (("train", training), ("valid", heldout), ("test", heldout[::-1])):
             count = self.parameters["num_speakers" if role == "train" else f"num_{role}_speakers"]
             for k in range(int(count)):
@@ -173,7 +173,7 @@ class DemoCorpus:
         return speakers
 
     def _is_complete(self) -> bool:
-        """Whether the corpus is there; a complete or begun corpus of other parameters raises ValueError."""
+        """Whether the corpus is complete. A complete or begun corpus with other parameters raises ValueError."""
         for path in (self.root / "corpus.json", self.root / "corpus.partial.json"):
             if path.exists():
                 found = json.loads(path.read_text())
@@ -185,7 +185,7 @@ class DemoCorpus:
                         if found.get(name) != self.parameters.get(name)
                     ]
                     raise ValueError(
-                        f"{self.root} holds a demo corpus of other parameters ({'; '.join(changes)}): "
+                        f"{self.root} holds a demo corpus with other parameters ({'; '.join(changes)}): "
                         "choose another folder (data.name), or delete this one"
                     )
                 return path.name == "corpus.json"
@@ -194,7 +194,7 @@ class DemoCorpus:
     def _make(self, progress: bool) -> None:
         if importlib.util.find_spec("espeakng_loader") is None:
             raise ModuleNotFoundError("the demo corpus needs eSpeak NG: pip install 'audiot[demo]'", name="espeakng_loader")
-        # The parameters of a half-made corpus stand in corpus.partial.json, so that nobody continues it with others.
+        # corpus.partial.json keeps the parameters of an incomplete corpus, so that it is not continued with others.
         parameters = json.dumps(self.parameters, indent=2).encode()
         write_atomically(self.root / "corpus.partial.json", parameters)
         jobs = {speaker: self._job(speaker, voice) for speaker, voice in self.speakers().items()}
@@ -211,13 +211,13 @@ class DemoCorpus:
         (self.root / "corpus.partial.json").unlink(missing_ok=True)
 
     def _job(self, speaker: str, voice: dict[str, Any]) -> dict[str, Any]:
-        """What :func:`audiot.data.corpora.espeak.speak_speaker` needs to know."""
+        """Arguments of :func:`audiot.data.corpora.espeak.speak_speaker`."""
         parameters = self.parameters
         role = speaker.rstrip("0123456789")
         if role == "train":
             seconds = parameters["hours"] * 3600 / parameters["num_speakers"]
             wanted = {"count": parameters["train_utterances"]} if "train_utterances" in parameters else {"seconds": seconds}
-            # The parts of fixed size come first: their audio doesn't depend on the hours.
+            # Parts of fixed size come first, so that their audio does not depend on the hours.
             parts = [
                 {"split": "speaker_valid", "sentences": "valid", "count": _SPEAKER_VALID_UTTERANCES},
                 {"split": "speaker_test", "sentences": "test", "count": parameters["speaker_utterances"]},
@@ -236,7 +236,7 @@ class DemoCorpus:
         }
 
     def _speak(self, jobs: dict[str, dict[str, Any]], progress: bool) -> None:
-        """Speak the speakers that are missing, each in a process of its own."""
+        """Speak the missing speakers, each in a separate process."""
         spoken = [job for job in jobs.values() if Path(job["utterances"]).exists()]
         missing = [job for job in jobs.values() if job not in spoken]
         seconds = sum(map(_speech_s, spoken))
@@ -253,20 +253,20 @@ class DemoCorpus:
 
 
 def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
-    """Run jobs, so many at a time; the name of each one's speaker when it is done."""
+    """Run some jobs at a time. Yields the speaker of each finished job."""
     with subprocess.Popen(
         [sys.executable, "-m", "audiot.data.corpora.espeak", str(num_jobs)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a pool of threads takes longer to start than to speak
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # starting a pool of threads takes longer than speaking
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            with suppress(BrokenPipeError), process.stdin as stream:  # where it ended at once, it says why
+            with suppress(BrokenPipeError), process.stdin as stream:  # if it ended at once, it reports why
                 json.dump(jobs, stream)
             for line in process.stdout:
                 yield line.rstrip("\n")
@@ -284,7 +284,7 @@ def _speech_s(job: dict[str, Any]) -> float:
 
 
 def _cut(utterance: dict[str, Any], speaker: str, accent: str) -> MonoCut:
-    """The cut of one utterance; its recording's path is relative to the corpus folder."""
+    """The cut of one utterance. The path of its recording is relative to the corpus folder."""
     name, num_samples = utterance["id"], utterance["num_samples"]
     duration = num_samples / SAMPLE_RATE
     starts = [start for _, start in utterance["phones"]] + [num_samples]

@@ -1,6 +1,6 @@
-"""Phones of the demo corpus: from eSpeak NG's IPA names in five English accents to 39 ARPAbet phones and SIL.
+"""Phones of the demo corpus: a map from eSpeak NG's IPA names in five English accents to 39 ARPAbet phones and SIL.
 
-The table goes by sound, not by spelling: Caribbean "the" starts with D, Lancashire "cup" has UH.
+The table follows sound, not spelling: Caribbean "the" starts with D, Lancashire "cup" has UH.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Phone → eSpeak's names of it, without stress marks.
+# Phone → eSpeak's names for it, without stress marks.
 _NAMES = {
     "AA": "ɑː ɒ ɑə aː a: aa",
     "AE": "æ a",
@@ -52,7 +52,7 @@ _NAMES = {
     "Z": "z",
     "ZH": "ʒ",
 }
-# Names of two phones in a row; each gets half of the time.
+# Names of two successive phones. Each gets half of the time.
 _PAIRS = {
     "əl": ("AH", "L"),
     "aɪə": ("AY", "AH"),
@@ -76,7 +76,7 @@ _PHONES_OF: dict[str, tuple[str, ...]] = {
 
 _VOWELS = {"AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"}
 _STOPS = {"B", "CH", "D", "G", "JH", "K", "P", "T"}
-_CODA_LIQUID = 0.4  # share of vowel and liquid together, by the largest change of the spectrum in 80 words
+_CODA_LIQUID = 0.4  # liquid's share of vowel and liquid, measured at the largest spectral change in 80 words
 
 
 class Span(NamedTuple):
@@ -88,18 +88,18 @@ class Span(NamedTuple):
 
 
 def phone_spans(events: Sequence[tuple[str, int]], samples: np.ndarray, sample_rate: int) -> list[Span]:
-    """Phones that cover `samples` (N,) without gap or overlap, from eSpeak's events (IPA name, sample of its start).
+    """Phones that cover `samples` (N,) without gap or overlap, from eSpeak's events (IPA name, start sample).
 
-    Corrects eSpeak's events in three places:
+    eSpeak's events are corrected in three places:
 
-    - A liquid that closes a syllable ("ball") is part of its vowel's sound, and its event comes when that is over: the
-      last 40% of the vowel are the liquid's.
-    - The closure of a stop is counted to the phone before: the quiet end of that phone becomes the stop's, as in corpora
-      that were aligned by hand.
-    - The glide between "the" and "apple" has no name, like a pause: it is a Y.
+    - A liquid that closes a syllable ("ball") sounds within its vowel, and its event comes too late. It gets the last 40% of the
+      vowel.
+    - The closure of a stop is counted to the phone before. The quiet end of that phone is given to the stop, as in corpora that
+      were aligned by hand.
+    - The glide between "the" and "apple" has no name, like a pause. It becomes a Y.
 
     Raises:
-        ValueError: a name that the table lacks.
+        ValueError: the table lacks a name.
     """
     names = [name.lstrip("ˈˌ") for name, _ in events]
     for name in names:
@@ -134,7 +134,7 @@ def phone_spans(events: Sequence[tuple[str, int]], samples: np.ndarray, sample_r
 
 
 def _quiet_end(samples: np.ndarray, hop: int) -> int:
-    """Samples at the end of a phone whose level is below a tenth of its peak: at most 60% of it."""
+    """Number of samples at the end of a phone whose level is below a tenth of its peak, at most 60% of the phone."""
     hops = samples[len(samples) % hop :].astype(np.float32).reshape(-1, hop)
     levels = np.sqrt((hops**2).mean(axis=1))
     loud = np.flatnonzero(levels >= 0.1 * levels.max(initial=0.0))

@@ -1,7 +1,7 @@
-"""Sentences of the demo corpus: a small grammar of our own, each sentence with exactly one of twelve command words.
+"""Sentences of the demo corpus: a small grammar. Each sentence has exactly one of twelve command words.
 
-The words are chosen so that all 39 phones are heard often, the rare ones (ZH, OY, UH, AW, TH) included. The grammar makes
-some billion sentences; a hash of the text says whether train, valid or test may use it, so that no two splits share one.
+The words make all 39 phones frequent, even the rare ones (ZH, OY, UH, AW, TH). The grammar makes some billion sentences. A hash
+of the text decides whether train, valid or test may use it, so no sentence is in two splits.
 """
 
 from __future__ import annotations
@@ -90,18 +90,18 @@ TEMPLATES = tuple(
     """.strip().splitlines()
 )
 
-# Placeholder of the templates → the words that may stand there, none of them a keyword.
+# Placeholder of the templates → the words that may replace it, none of them a keyword.
 WORDS = {placeholder: tuple(words.split()) for placeholder, words in _WORD_LISTS.items()}
 
 
 def split_of(text: str) -> str:
-    """The split that may use this sentence: ``valid`` and ``test`` a tenth each of all sentences, ``train`` the others."""
+    """The split that may use this sentence: a tenth of all sentences each for ``valid`` and ``test``, the rest for ``train``."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
     return {0: "valid", 1: "test"}.get(bucket, "train")
 
 
 def sentences(split: str, seed: str) -> Iterator[tuple[str, str]]:
-    """Endless (text, keyword) pairs of one split, none twice; every round of twelve holds each keyword once."""
+    """Endless different (text, keyword) pairs of one split. Every twelve successive pairs have each keyword once."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while True:

@@ -1,9 +1,9 @@
-"""eSpeak NG through ctypes, and what speaks speakers of the demo corpus: ``python -m audiot.data.corpora.espeak NUM_JOBS``.
+"""eSpeak NG through ctypes, and a program that speaks the demo corpus: ``python -m audiot.data.corpora.espeak NUM_JOBS``.
 
 eSpeak NG is licensed GPL-3.0-or-later. It comes with the package ``espeakng-loader`` (the extra ``audiot[demo]``) and is
-loaded only here, in a process of its own. That is needed anyway: the samples depend on everything that its process has
-spoken before, so a fresh process for each speaker makes the corpus independent of the number of workers.
-Those processes are forks of one that has imported this module and nothing large: neither torch nor lhotse.
+loaded only here, in separate processes. They are needed anyway: eSpeak's samples depend on everything that its process has
+spoken before, so each speaker gets a fresh process. The corpus then does not depend on the number of workers.
+The processes are forks of one that has imported only this module, neither torch nor lhotse.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import soxr
 from audiot.data.corpora.demo_phones import SILENCE, phone_spans
 from audiot.data.corpora.demo_texts import sentences
 
-SAMPLE_RATE = 16000  # Hz, of the corpus; eSpeak itself speaks at 22,050 Hz
+SAMPLE_RATE = 16000  # Hz, rate of the corpus; eSpeak itself uses 22,050 Hz
 MIN_DURATION_S, MAX_DURATION_S = 1.5, 4.0
 
 # Names and values from espeak-ng/speak_lib.h.
@@ -60,18 +60,18 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class Espeak:
-    """The speech synthesiser, set to one voice. The library is global state: one instance a process.
+    """The speech synthesiser with one voice. The library has global state, so a process can have one instance only.
 
     Args:
         accent: eSpeak's name of an English voice, such as ``en-us``.
         variant: Name of a voice variant, such as ``f3``.
-        pitch: 0 to 100, 50 is the variant's own.
-        pitch_range: 0 to 100, 50 is the variant's own.
-        rate: Words a minute.
+        pitch: Pitch from 0 to 100; 50 is the variant's own.
+        pitch_range: Pitch range from 0 to 100; 50 is the variant's own.
+        rate: Speaking rate in words per minute.
 
     Raises:
-        ValueError: no such accent or variant.
-        RuntimeError: the library can't read its data.
+        ValueError: there is no such accent or variant.
+        RuntimeError: the library cannot read its data.
     """
 
     def __init__(self, accent: str, variant: str, pitch: int, pitch_range: int, rate: int) -> None:
@@ -83,29 +83,29 @@ class Espeak:
             *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
             *(ctypes.c_void_p, ctypes.c_void_p),
         )
-        # The library has room for 160 bytes of path, so it gets a short one; it reads some files only when it speaks.
+        # The library accepts paths up to 160 bytes, so it gets a short one. It reads some files only when it speaks.
         self._link = tempfile.TemporaryDirectory(prefix="espeak")
         os.symlink(data, Path(self._link.name, "espeak-ng-data"))
         options = _INITIALIZE_PHONEME_EVENTS | _INITIALIZE_PHONEME_IPA | _INITIALIZE_DONT_EXIT
         self.sample_rate = self._library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(self._link.name), options)
         if self.sample_rate <= 0:
             raise RuntimeError(f"eSpeak NG can't read its data in {data}: reinstall with pip install 'audiot[demo]'")
-        # The library takes an unknown variant for none, without a word.
+        # The library silently ignores an unknown variant.
         if not (data / "voices" / "!v" / variant).is_file():
             raise ValueError(f"eSpeak NG has no voice variant {variant!r} in {data}")
         if self._library.espeak_SetVoiceByName(f"{accent}+{variant}".encode()):
             raise ValueError(f"eSpeak NG has no voice {accent!r} in {data}")
-        # Unasked, it seeds its random numbers (flutter of the pitch, breath) with the time of day.
+        # By default, it seeds its random numbers (pitch flutter, breath) with the time of day.
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
         self._samples: list[np.ndarray] = []
         self._events: list[tuple[str, int]] = []
-        self._callback = _Callback(self._collect)  # the library keeps no reference to it
+        self._callback = _Callback(self._collect)  # keeps it alive, which the library does not
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
-        """Samples (N,), int16, and phones: IPA name with stress marks, "" for a pause, and the sample at which it starts."""
+        """Samples (N,) in int16, and phones as (IPA name with stress marks, start sample). A pause has the name ""."""
         self._samples, self._events = [], []
         encoded = text.encode()
         status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
@@ -126,13 +126,13 @@ class Espeak:
 
 
 def speak_speaker(job: dict[str, Any]) -> None:
-    """Write the audio of one speaker, and then, as the mark that it is complete, the list of utterances.
+    """Write the audio of one speaker, and last the list of utterances, which marks it as complete.
 
     Args:
-        job: ``audio``, the folder of the recordings; ``utterances``, the path of the list; ``speaker``, its name; ``voice``,
-            the arguments of :class:`Espeak`; ``seed``; ``parts``, each with its name (``split``), the split that its texts
-            come from (``sentences``), and the ``seconds`` of speech or the number (``count``) of utterances wanted;
-            ``utterance_s``, how long sentences are joined to last, 0 for one each.
+        job: A dict with ``audio``, the folder of the recordings; ``utterances``, the path of the list; ``speaker``, the name;
+            ``voice``, the arguments of :class:`Espeak`; ``seed``; ``parts``; and ``utterance_s``, the seconds to which sentences
+            are joined, or 0 for one sentence each. Each part has a name (``split``), the split of its texts (``sentences``),
+            and the ``seconds`` of speech or the ``count`` of utterances.
     """
     espeak = Espeak(**job["voice"])
     audio = Path(job["audio"])
@@ -154,7 +154,7 @@ def speak_speaker(job: dict[str, Any]) -> None:
             rng = np.random.default_rng([job["seed"], zlib.crc32(utterance_id.encode())])
             samples, phones = _recorded(spoken, rng)
             if not MIN_DURATION_S <= len(samples) / SAMPLE_RATE <= MAX_DURATION_S + job["utterance_s"]:
-                continue  # too long or too short at this speaker's rate: the next sentence, please
+                continue  # too long or too short at this speaker's rate
             _write_wav(audio / f"{utterance_id}.wav", samples)
             utterance = {"id": utterance_id, "split": part["split"], "text": text, "keyword": keyword}
             utterances.append({**utterance, "num_samples": len(samples), "phones": phones})
@@ -163,7 +163,7 @@ def speak_speaker(job: dict[str, Any]) -> None:
 
 
 def _sentence(espeak: Espeak, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """Speech at `SAMPLE_RATE`, float32, and each phone with the sample at which it starts."""
+    """Float32 speech at `SAMPLE_RATE`, and each phone with its start sample."""
     spoken, events = espeak.speak(text)
     spans = phone_spans(events, spoken, espeak.sample_rate)
     speech = soxr.resample(spoken.astype(np.float32) / 32768, espeak.sample_rate, SAMPLE_RATE)
@@ -173,11 +173,11 @@ def _sentence(espeak: Espeak, text: str) -> tuple[np.ndarray, list[tuple[str, in
 def _recorded(
     spoken: list[tuple[np.ndarray, list[tuple[str, int]]]], rng: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """16-bit samples of sentences with pauses between them, and each phone with the sample at which it starts.
+    """16-bit samples of sentences with pauses between them, and each phone with its start sample.
 
-    SIL comes first and last, and between the sentences.
+    SIL is the first and last phone, and lies between sentences.
     """
-    # Silence at either end, on top of the up to 12 ms that eSpeak puts there.
+    # Silence at both ends, in addition to the up to 12 ms that eSpeak adds.
     before, after = rng.integers(SAMPLE_RATE * 20 // 1000, SAMPLE_RATE * 88 // 1000, size=2).tolist()
     pauses = rng.integers(SAMPLE_RATE * 150 // 1000, SAMPLE_RATE * 400 // 1000, size=len(spoken) - 1).tolist()
     pieces: list[np.ndarray] = []
@@ -191,7 +191,7 @@ def _recorded(
         place += len(speech) + pause
     speech = np.concatenate(pieces)
 
-    level_db, noise_db = rng.uniform(-32, -20), rng.uniform(-40, -25)  # RMS below full scale; noise below speech
+    level_db, noise_db = rng.uniform(-32, -20), rng.uniform(-40, -25)  # speech relative to full scale, noise relative to speech
     level = 10 ** (level_db / 20)
     speech *= min(level / np.sqrt(np.mean(speech**2)), 0.9 / np.abs(speech).max())
     waveform = level * 10 ** (noise_db / 20) * rng.standard_normal(before + len(speech) + after, dtype=np.float32)
@@ -210,7 +210,7 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then rename; makes the folder."""
+    """Make the folder, write to a temporary name in it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
@@ -218,7 +218,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def speak_all(jobs: list[dict[str, Any]], num_jobs: int) -> None:
-    """Run jobs, each in a process of its own, so many at a time; print the name of each speaker when it is done."""
+    """Run some jobs at a time, each in a separate process. Print the speaker of each finished job."""
     context = multiprocessing.get_context("fork")
     running: dict[int, tuple[Any, str]] = {}
     left = iter(jobs)
@@ -233,7 +233,7 @@ def speak_all(jobs: list[dict[str, Any]], num_jobs: int) -> None:
             assert isinstance(sentinel, int)
             process, speaker = running.pop(sentinel)
             process.join()
-            if process.exitcode:  # 1: it said why itself
+            if process.exitcode:  # 1: it has reported why
                 sys.exit(1 if process.exitcode > 0 else f"speaker {speaker} failed: ended by signal {-process.exitcode}")
             print(speaker, flush=True)
 
@@ -241,7 +241,7 @@ def speak_all(jobs: list[dict[str, Any]], num_jobs: int) -> None:
 def _speak(job: dict[str, Any]) -> None:
     try:
         speak_speaker(job)
-    except Exception as error:  # whatever it is, it is the reason
+    except Exception as error:  # any error is reported
         sys.exit(f"speaker {job['speaker']} failed: {type(error).__name__}: {error}")
 
 

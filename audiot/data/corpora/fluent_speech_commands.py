@@ -1,4 +1,4 @@
-"""Fluent Speech Commands: spoken commands with intents of three slots."""
+"""Fluent Speech Commands: spoken commands whose intents have three slots."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ REMEDY = (
 
 
 class FluentSpeechCommandsCorpus:
-    """Fluent Speech Commands (Lugosch et al. 2019, arXiv:1904.03670): 30,043 commands to a household, 97 speakers, 31 intents.
+    """Fluent Speech Commands (Lugosch et al. 2019, arXiv:1904.03670): 30,043 household commands, 97 speakers, 31 intents.
 
-    Splits ``train``, ``valid`` and ``test`` are the official ones, of 77, 10 and 10 speakers. Supervisions have speaker, text and
-    the custom fields ``action``, ``object``, ``location`` and ``intent``, all three in one: ``activate|lights|kitchen``. An
-    utterance's id is ``SPEAKER/FILE``.
+    Splits ``train``, ``valid`` and ``test`` are the official ones, with 77, 10 and 10 speakers. Supervisions have speaker, text
+    and the custom fields ``action``, ``object``, ``location`` and ``intent``. The intent joins the other three:
+    ``activate|lights|kitchen``. The id of an utterance is ``SPEAKER/FILE``.
 
     Args:
-        root: The unpacked folder ``fluent_speech_commands_dataset``, with ``data`` and ``wavs``.
-        partial: The tree is meant to lack recordings, or its tables rows.
+        root: Unpacked folder ``fluent_speech_commands_dataset``, with ``data`` and ``wavs``.
+        partial: Whether recordings or rows of the tables may be missing.
     """
 
     def __init__(self, root: str | Path, partial: bool = False) -> None:
@@ -39,7 +39,7 @@ class FluentSpeechCommandsCorpus:
 
         Raises:
             FileNotFoundError: a table or recordings are missing.
-            ValueError: a table is broken, an utterance is in two of them, or a speaker is.
+            ValueError: a table is broken, or an utterance or a speaker is in two tables.
         """
         splits = {split: self._read(split) for split in COUNTS}
         listed = {name: utterance for split in splits.values() for name, utterance in split.items()}
@@ -50,7 +50,7 @@ class FluentSpeechCommandsCorpus:
             split: {name: utterance for name, utterance in found.items() if name not in absent} for split, found in splits.items()
         }
         manifests = labelled_manifests("Fluent Speech Commands", there, {"intent": ROLES}, (), progress)
-        self._check_speakers(splits)  # last: an utterance in two tables is the narrower finding
+        self._check_speakers(splits)  # last, because an utterance in two tables is the more precise error
         return manifests
 
     def sources(self) -> Sources:
@@ -61,7 +61,7 @@ class FluentSpeechCommandsCorpus:
         return self.root / "data" / f"{split}_data.csv"
 
     def _read(self, split: str) -> dict[str, Utterance]:
-        """The utterances of a table."""
+        """Utterances of a table."""
         table = self._table(split)
         if not table.is_file():
             raise FileNotFoundError(f"Fluent Speech Commands: there is no {table}: {REMEDY}")
@@ -89,5 +89,5 @@ class FluentSpeechCommandsCorpus:
             if shared := speakers[first] & speakers[second]:
                 raise ValueError(
                     f"Fluent Speech Commands: speaker {min(shared)} is in both {first}_data.csv and {second}_data.csv of "
-                    f"{self.root / 'data'} ({len(shared)} speakers are), but its splits are by speaker: mend the tables"
+                    f"{self.root / 'data'} ({len(shared)} speakers are), but no speaker may be in two splits: correct the tables"
                 )

@@ -1,4 +1,4 @@
-"""Any tree of audio files, labels from a path pattern or a table."""
+"""Any tree of audio files, with labels from a path pattern or a table."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 
 class PathPattern:
-    """Fields of a path: ``{keyword}_{speaker}_{take}`` or ``{speaker}/{chapter}/{utterance}``.
+    """Pattern of labels in a path: ``{keyword}_{speaker}_{take}`` or ``{speaker}/{chapter}/{utterance}``.
 
-    A field is one or more characters other than ``/``. A pattern without ``/`` is matched against the file name alone, one
-    with it against the whole path below the root, both without suffix.
+    A field matches one or more characters except ``/``. A pattern without ``/`` is matched against the file name, a pattern with
+    ``/`` against the whole path below the root. The suffix is left out in both cases.
 
     Raises:
-        ValueError: the pattern has no fields, the same one twice, or two without anything between them.
+        ValueError: the pattern has no fields, a repeated field, or two fields with nothing between them.
     """
 
     def __init__(self, pattern: str) -> None:
         if not isinstance(pattern, str):
             right = argument("data.pattern", "{keyword}_{take}")
-            raise ValueError(f"data.pattern must be a text, in quotes of its own, as in {right}; found {pattern}")
+            raise ValueError(f"data.pattern must be quoted text, as in {right}; found {pattern}")
         self.pattern = pattern
         self.fields: list[str] = []
         try:
@@ -62,7 +62,7 @@ class PathPattern:
             if not field.isidentifier() or spec or conversion or field in (*self.fields, "path"):
                 raise ValueError(f"data.pattern {pattern!r}: {{{field}}} must be a plain name, used once, other than path")
             if expression.endswith("[^/]+?)"):
-                raise ValueError(f"data.pattern {pattern!r}: nothing tells {{{self.fields[-1]}}} and {{{field}}} apart")
+                raise ValueError(f"data.pattern {pattern!r}: nothing separates {{{self.fields[-1]}}} and {{{field}}}")
             self.fields.append(field)
             expression += f"(?P<{field}>[^/]+?)"
         if not self.fields:
@@ -71,10 +71,10 @@ class PathPattern:
         self._longest = re.compile(expression.replace("[^/]+?)", "[^/]+)"))
 
     def match(self, utterance: str) -> dict[str, str]:
-        """Field → its part of the path.
+        """Values of the fields in a path.
 
         Raises:
-            BadAudioError: the path does not match, or does in more than one way.
+            BadAudioError: the path does not match, or matches in more than one way.
         """
         text = utterance if "/" in self.pattern else utterance.rsplit("/", 1)[-1]
         shortest, longest = self._shortest.fullmatch(text), self._longest.fullmatch(text)
@@ -86,13 +86,13 @@ class PathPattern:
 
 
 def read_labels(path: str | Path) -> dict[str, dict[str, str]]:
-    """A table with a header: its column ``path`` → the other columns. Tabs separate columns in a .tsv, commas elsewhere.
+    """The other columns by ``path``, from a table with a header. A .tsv has tabs between columns, other files have commas.
 
-    Blanks around a value are left out; a blank value is the empty text, which is no label.
+    Values are stripped. A blank value is empty text, which is not a label.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no ``path`` column, a row without a path, a path twice, or what `rows` refuses.
+        FileNotFoundError: the file does not exist.
+        ValueError: the column ``path`` or a path is missing, a path is repeated, or `rows` refuses the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,18 +109,18 @@ def read_labels(path: str | Path) -> dict[str, dict[str, str]]:
 
 
 class SplitExpression:
-    """Which utterances a split takes: ``take<5``, ``speaker=='jackson' or take>=40``, ``speaker in ('theo', 'lucas')``.
+    """Condition for the utterances of a split: ``take<5``, ``speaker=='jackson' or take>=40``, ``speaker in ('theo', 'lucas')``.
 
-    Names, strings, numbers, comparisons, ``and``, ``or``, ``not`` and ``in``; nothing else is evaluated. A comparison with a
-    number is one of numbers; others compare text, except that ``<`` and the like take two texts that are numbers as such.
+    Names, strings, numbers, comparisons, ``and``, ``or``, ``not`` and ``in`` are allowed, nothing else. A comparison with a
+    number compares numbers. Other comparisons compare text, except that ``<`` and similar compare two numeric texts as numbers.
 
     Args:
-        name: Of the argument, for errors: ``data.test``.
-        text: The expression.
-        fields: Names that it may use.
+        name: Name of the argument for errors, such as ``data.test``.
+        text: Text of the expression.
+        fields: Field names that it may use.
 
     Raises:
-        ValueError: it is anything else, or uses an unknown field.
+        ValueError: the expression has something else, or an unknown field.
     """
 
     def __init__(self, name: str, text: str, fields: Iterable[str]) -> None:
@@ -135,19 +135,19 @@ class SplitExpression:
         self._check(self.tree)
 
     def __call__(self, labels: Mapping[str, str]) -> bool:
-        """Whether the utterance with these labels is taken.
+        """Whether the split takes an utterance with these labels.
 
         Raises:
-            ValueError: a label that is compared with a number as less or greater is none.
+            ValueError: a label in a numeric comparison is not a number.
         """
         return self._evaluate(self.tree, labels)
 
     def _error(self, detail: str) -> ValueError:
         shown = self.text if isinstance(self.text, str) and len(self.text) <= 200 else f"{str(self.text)[:200]}…"
-        return ValueError(f"{self.name}: {shown!r} is no condition on labels such as take<5 or speaker=='theo': {detail}")
+        return ValueError(f"{self.name}: {shown!r} is not a condition on labels, such as take<5 or speaker=='theo': {detail}")
 
     def _with_values(self) -> str:
-        """The argument with every name that is no field as a text, whose quotes a shell may have taken away."""
+        """The argument with quotes around every name that is not a field, because a shell may have removed them."""
         tree = ast.parse(self.text.strip(), mode="eval")
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in self.fields]
         for node in names:
@@ -174,7 +174,7 @@ class SplitExpression:
                     else:
                         self._check_value(right)
             case _:
-                raise self._error(f"{ast.unparse(node)} is no comparison")
+                raise self._error(f"{ast.unparse(node)} is not a comparison")
 
     def _check_value(self, node: ast.expr) -> None:
         match node:
@@ -200,7 +200,7 @@ class SplitExpression:
             case ast.Compare(left=left, ops=ops, comparators=comparators):
                 pairs = zip([left, *comparators], ops, comparators, strict=False)
                 return all(self._compare(first, op, second, labels) for first, op, second in pairs)
-        raise self._error(f"{ast.unparse(node)} is no comparison")
+        raise self._error(f"{ast.unparse(node)} is not a comparison")
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr, labels: Mapping[str, str]) -> bool:
         if isinstance(right, (ast.Tuple, ast.List, ast.Set)):
@@ -234,15 +234,15 @@ def _number(value: str | int | float) -> int | float | None:
 
 
 def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut:
-    """A whole file as a cut, of the length that it has.
+    """A whole file as a cut, with its real length.
 
     Args:
-        path: The file.
-        utterance: Id of cut and recording.
-        channel: ``average`` keeps all channels for preparation to average; a number keeps that one.
+        path: Path of the file.
+        utterance: Id of the cut and its recording.
+        channel: Channel to keep; ``average`` keeps all, and preparation averages them.
 
     Raises:
-        BadAudioError: the file can't be used, or has no such channel.
+        BadAudioError: the file cannot be used, or has no such channel.
     """
     with AudioFile(path) as file:
         channels, sample_rate, num_samples = list(range(file.channels)), file.sample_rate, file.num_samples
@@ -257,24 +257,24 @@ def audio_cut(path: Path, utterance: str, channel: str | int = "average") -> Cut
 
 
 class FolderCorpus:
-    """Any tree of audio that soundfile reads, in the order of its paths.
+    """Any tree of audio files that soundfile reads, in the order of their paths.
 
-    An utterance's id is its path below the root without suffix. Each label goes to the supervision's custom fields;
-    ``speaker`` and ``text`` also to its own. Names that begin with a dot and prepared folders are passed over;
-    a folder to which several links lead is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
+    The id of an utterance is its path below the root without suffix. Each label becomes a custom field of the supervision;
+    ``speaker`` and ``text`` also become its speaker and text. Names that begin with a dot and prepared folders are skipped. A
+    folder that several links lead to is read once. ``test`` takes its utterances first, then ``valid``, then ``train``.
 
     Args:
         root: Top folder.
-        pattern: Labels in the path, see :class:`PathPattern`.
-        labels: A table, see :func:`read_labels`, its paths relative to the root. Files that it does not list are rejected.
-        train: Which utterances are for training, see :class:`SplitExpression`; None: those that are left.
-        valid: For validation; None: ``valid_fraction`` of the training utterances, of speakers of their own where there are
-            enough, see :func:`audiot.data.corpora.held_out.divide`.
-        test: For testing; None: as many again.
-        valid_fraction: Share of the training utterances to hold out, at least one.
-        seed: Of that choice.
-        channel: ``average``, or the number of the channel to use.
-        extensions: Suffixes of audio files, in any case; None: all that soundfile reads.
+        pattern: Pattern of labels in the path, see :class:`PathPattern`.
+        labels: Table of labels, see :func:`read_labels`, with paths relative to the root. Files that it lacks are rejected.
+        train: Condition for training utterances, see :class:`SplitExpression`; None takes the remaining ones.
+        valid: Condition for validation utterances; None takes ``valid_fraction`` of the training utterances. They have other
+            speakers if there are enough, see :func:`audiot.data.corpora.held_out.divide`.
+        test: Condition for test utterances; None takes as many as for validation.
+        valid_fraction: Share of the training utterances to hold out, at least one utterance.
+        seed: Seed of the choice of held-out utterances.
+        channel: Number of the channel to use, or ``average``.
+        extensions: Suffixes of audio files, in any case; None takes all that soundfile reads.
 
     Raises:
         FileNotFoundError: root or labels are missing.
@@ -301,13 +301,13 @@ class FolderCorpus:
             raise ValueError(f"data.channel must be 'average' or the number of a channel, found {channel!r}")
         self.pattern = PathPattern(pattern) if pattern else None
         self.texts = [Path(labels)] if labels else []
-        self.named = {"test": test, "valid": valid, "train": train}  # in the order in which they take
+        self.named = {"test": test, "valid": valid, "train": train}  # in the order in which splits take utterances
         self._read_table()
         self.valid_fraction, self.seed, self.channel = valid_fraction, seed, channel
         self.extensions = {text.lower().lstrip(".") for text in extensions} if extensions else {*READABLE, *UNREADABLE}
 
     def _read_table(self) -> None:
-        """The table, and the expressions over its columns."""
+        """Read the table, and the expressions over its columns."""
         self.table = read_labels(self.texts[0]) if self.texts else None
         columns = list(next(iter(self.table.values()), {})) if self.table else []
         fields = self.pattern.fields if self.pattern else []
@@ -324,9 +324,9 @@ class FolderCorpus:
 
         Raises:
             FileNotFoundError: there is no audio.
-            ValueError: two files differ in suffix only, or a split gets no utterance.
+            ValueError: two files differ only in suffix, or a split is empty.
         """
-        self._read_table()  # as it is now: an edit since would count as seen
+        self._read_table()  # read again, because it may have been edited
         paths = find_audio(self.root, self.extensions)
         rejected: list[tuple[str, str]] = []
         labels_of: dict[str, dict[str, str]] = {}
@@ -349,7 +349,7 @@ class FolderCorpus:
             rejected.append((str(self.root / name), "missing: data.labels lists it"))
 
         cuts: dict[str, Cut] = {}
-        with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+        with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits for disks
             read = pool.map(self._read, path_of, path_of.values())
             bar = tqdm(read, total=len(path_of), desc="read headers", unit="utt", disable=not progress)
             for utterance, found in zip(path_of, bar, strict=True):
@@ -358,7 +358,7 @@ class FolderCorpus:
                 else:
                     cuts[utterance] = _labelled(found, labels_of[utterance])
         rejected.sort()
-        if not cuts:  # preparation reports it
+        if not cuts:  # preparation reports the error
             return Manifests({}, rejected=rejected)
         given = self._split({utterance: labels_of[utterance] for utterance in cuts})
         splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
@@ -366,7 +366,7 @@ class FolderCorpus:
         return Manifests(chosen, tasks, rejected)
 
     def sources(self) -> Sources:
-        """All audio below the root, and the table."""
+        """All audio files below the root, and the table."""
         return Sources([os.path.join(self.root, path) for path in find_audio(self.root, self.extensions)], self.texts)
 
     def _labels(self, path: str, utterance: str) -> dict[str, str]:
@@ -386,7 +386,7 @@ class FolderCorpus:
             return error
 
     def _split(self, labels_of: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-        """Role → utterances of training and of the splits that an expression names."""
+        """Utterances by role, for training and the splits that have an expression."""
         names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
         unused = 0
         for utterance, labels in labels_of.items():
@@ -407,7 +407,7 @@ class FolderCorpus:
 
 
 def _labelled(cut: Cut, labels: Mapping[str, str]) -> Cut:
-    """The cut with its labels; a blank one is none."""
+    """The cut with its labels. A blank label is left out."""
     labels = {name: value for name, value in labels.items() if name != "path" and value}
     cut.supervisions = [
         SupervisionSegment(

@@ -1,4 +1,4 @@
-"""Free Spoken Digit Dataset: a corpus of recorded digits."""
+"""Free Spoken Digit Dataset: recordings of English digits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAME = re.compile(r"([0-9])_([^_]+)_(0|[1-9][0-9]*)\.wav")
 class FsddCorpus:
     """Free Spoken Digit Dataset (Jackson et al. 2018, doi:10.5281/zenodo.1342401): English digits, 8 kHz, ``7_jackson_32.wav``.
 
-    Splits: ``test``, takes 0 to 4, is the official one; of the official training takes, 5 to 9 are ``valid`` and the others
+    Split ``test``, takes 0 to 4, is the official one. Of the official training takes, 5 to 9 are ``valid`` and the others
     ``train``. All three have every digit of every speaker. Supervisions have speaker, text (``seven``) and ``custom["keyword"]``
     (``7``).
 
     Args:
-        root: A clone of the repository, or the folder of the recordings alone.
-        partial: The tree is meant to lack recordings of its speakers.
+        root: Clone of the repository, or its folder of recordings.
+        partial: Whether recordings of its speakers may be missing.
     """
 
     def __init__(self, root: str | Path, partial: bool = False) -> None:
@@ -42,7 +42,7 @@ class FsddCorpus:
         """Cuts of all splits.
 
         Raises:
-            FileNotFoundError: there are no recordings, or a speaker's are incomplete.
+            FileNotFoundError: there are no recordings, or those of a speaker are incomplete.
         """
         folder = self._folder()
         names = sorted(path.name for path in folder.glob("*.wav") if path.name[0] != ".")

@@ -1,4 +1,4 @@
-"""LibriSpeech: a thousand hours of English audiobooks; also Mini LibriSpeech, and how to get both."""
+"""LibriSpeech, a thousand hours of English audiobooks, and Mini LibriSpeech, with their download."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIRROR = "https://www.openslr.org/resources"
 
 
 class Subset(NamedTuple):
-    """What was published: number of utterances, OpenSLR's number of the resource, bytes and SHA-256 of the archive."""
+    """A published subset: number of utterances, number of the resource at OpenSLR, bytes and SHA-256 of the archive."""
 
     utterances: int
     resource: int
@@ -37,7 +37,7 @@ class Subset(NamedTuple):
     sha256: str
 
 
-# Checksums as torchaudio and TensorFlow Datasets record them; of Mini LibriSpeech OpenSLR's own MD5 was the witness.
+# Checksums from torchaudio and TensorFlow Datasets. That of Mini LibriSpeech was checked with OpenSLR's MD5.
 SUBSETS = {
     "dev-clean": Subset(2703, 12, 337926286, "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3"),
     "dev-other": Subset(2864, 12, 314305928, "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365"),
@@ -56,34 +56,34 @@ TABLES = ("SPEAKERS.TXT", "CHAPTERS.TXT")
 class LibriSpeechCorpus:
     """LibriSpeech (Panayotov et al. 2015): 16 kHz FLAC, ``SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac``.
 
-    Supervisions have speaker, text, ``custom["subset"]``, ``custom["chapter"]`` and, where SPEAKERS.TXT is, ``custom["gender"]``
-    (F or M); with ``phones`` also ``alignment["phone"]``, and ``alignment["word"]`` where the TextGrids have it. Splits:
+    Supervisions have speaker, text, ``custom["subset"]``, ``custom["chapter"]`` and, if SPEAKERS.TXT exists, ``custom["gender"]``
+    (F or M). With ``phones`` they have ``alignment["phone"]``, and ``alignment["word"]`` if the TextGrids do. Splits:
 
-    - ``train``, ``valid`` and ``test`` are the subsets given, without a common speaker: for speech and phone recognition, and
-      whatever is about new speakers.
-    - ``pretrain`` is the subsets to pre-train on, where they are others than ``train``; validated on ``valid``.
-    - ``probe_train``, ``probe_valid`` and ``probe_test`` are parts of ``train`` with the same speakers, for phones of frames and
-      for speakers, as S3PRL has them: what ``phone_train`` and ``phone_test`` list. Without lists, a fifth of each speaker's
-      utterances is ``probe_test``; in both cases a tenth of the others is ``probe_valid``, chosen by a hash.
-    - ``phone_train``, ``phone_valid`` and ``phone_test`` are those of them that have phone labels, where some lack them.
+    - ``train``, ``valid`` and ``test`` are the given subsets, without common speakers: for speech and phone recognition, and
+      other tasks about new speakers.
+    - ``pretrain`` has the subsets for pre-training, if they differ from ``train``. It is validated on ``valid``.
+    - ``probe_train``, ``probe_valid`` and ``probe_test`` are parts of ``train`` with the same speakers, for frame-wise phones
+      and for speakers, as in S3PRL. They follow the lists ``phone_train`` and ``phone_test``. Without lists, a fifth of each
+      speaker's utterances is ``probe_test``. In both cases a tenth of the others is ``probe_valid``, chosen by a hash.
+    - ``phone_train``, ``phone_valid`` and ``phone_test`` are the utterances of these with phone labels, if some lack them.
 
     Args:
-        root: The folder LibriSpeech, or the one that it lies in.
-        train: Subsets that downstream tasks train on.
-        valid: Subsets that everything is validated on.
-        test: Subsets to test speech recognition on.
-        pretrain: Subsets to pre-train on; None: those of ``train``.
-        phones: Phone labels, see :func:`audiot.data.corpora.phone_labels.read_phone_labels`; None: none.
-        phone_train: File of the utterances for training probes, one a line.
-        phone_test: File of the utterances for testing them.
-        strip_stress: AH0 → AH, see :func:`audiot.data.corpora.phone_labels.phone_symbol`.
-        download: Get subsets that are not there.
-        mirror: Where from.
-        partial: The tree is meant to lack utterances, and lists to name some of them.
-        seed: Of the choice of probe utterances.
+        root: Folder LibriSpeech, or the one that contains it.
+        train: Subsets for training downstream tasks.
+        valid: Subsets for validation.
+        test: Subsets for testing speech recognition.
+        pretrain: Subsets for pre-training; None takes those of ``train``.
+        phones: Phone labels, see :func:`audiot.data.corpora.phone_labels.read_phone_labels`; None for none.
+        phone_train: File with the utterances for training probes, one per line.
+        phone_test: File with the utterances for testing probes, one per line.
+        strip_stress: Whether to remove stress marks (AH0 → AH), see :func:`audiot.data.corpora.phone_labels.phone_symbol`.
+        download: Whether to download missing subsets.
+        mirror: Address of the download.
+        partial: Whether utterances of the subsets or of the lists may be missing.
+        seed: Seed of the choice of probe utterances.
 
     Raises:
-        ValueError: a subset is unknown, is used twice, or only one of the two lists is given.
+        ValueError: a subset is unknown or used twice, or only one of the two lists is given.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LibriSpeechCorpus:
     def _check_subsets(self) -> None:
         for role, names in self.subsets.items():
             if unknown := [name for name in names if name not in SUBSETS]:
-                raise ValueError(f"data.{role}: {unknown[0]!r} is no subset of LibriSpeech, these are: {', '.join(SUBSETS)}")
+                raise ValueError(f"data.{role}: {unknown[0]!r} is not a subset of LibriSpeech, which are: {', '.join(SUBSETS)}")
             if not names and role != "test":
                 raise ValueError(f"data.{role} must name at least one subset: {', '.join(SUBSETS)}")
             if repeated := {name for name in names if names.count(name) > 1}:
@@ -125,18 +125,18 @@ class LibriSpeechCorpus:
         for one, other in (*combinations(ROLES, 2), ("pretrain", "valid"), ("pretrain", "test")):
             if shared := set(self.subsets[one]) & set(self.subsets[other]):
                 raise ValueError(
-                    f"{min(shared)} is in both data.{one} and data.{other}: a test on training data is worth nothing; leave it "
+                    f"{min(shared)} is in both data.{one} and data.{other}: a test on training data is meaningless; leave it "
                     "out of one"
                 )
 
     def manifests(self, progress: bool = True) -> Manifests:
-        """Cuts of all splits; alignments are added as they are iterated: as Lhotse's items they would fill gigabytes.
+        """Cuts of all splits. Alignments are added during iteration, because Lhotse's items for all would fill gigabytes.
 
         Raises:
             FileNotFoundError: a subset, utterances, phone labels or a list are missing.
             OSError: a download failed.
-            ValueError: a transcript, phone labels or a list are broken or of another corpus, an utterance is in two splits of
-                a task, or an archive is damaged.
+            ValueError: a transcript, phone labels or a list are broken or belong to another corpus, an utterance is in two splits
+                of a task, or an archive is damaged.
         """
         wanted = list(dict.fromkeys(chain.from_iterable(self.subsets.values())))
         if self.download:
@@ -152,7 +152,7 @@ class LibriSpeechCorpus:
         utterances, rejected = self._find(wanted)
         read = labelled_manifests("LibriSpeech", utterances, {}, rejected, progress)
         cuts = {cut.id: cut for split in read.splits.values() for cut in split}
-        if not cuts:  # preparation reports it
+        if not cuts:  # preparation reports the error
             return read
         probes = self._probes({name: found for subset in self.subsets["train"] for name, found in utterances[subset].items()})
         tiers, phone_probes = self._phones(cuts, probes, progress)
@@ -186,7 +186,7 @@ class LibriSpeechCorpus:
         )
 
     def sources(self) -> Sources:
-        """Recordings and transcripts of the subsets, the corpus's tables, phone labels and lists."""
+        """Recordings and transcripts of the subsets, tables of the corpus, phone labels and lists."""
         folders = [self.root / subset for subset in dict.fromkeys(chain.from_iterable(self.subsets.values()))]
         found = [path for folder in folders for path in files_below(folder, ".flac", ".trans.txt")]
         texts: list[str | Path] = [
@@ -200,14 +200,14 @@ class LibriSpeechCorpus:
 
     @property
     def _place(self) -> Path:
-        """Where an archive, which holds a folder LibriSpeech, is to be unpacked."""
+        """Folder in which to unpack an archive, which contains a folder LibriSpeech."""
         return self.root.parent if self.root.name == "LibriSpeech" else self.root
 
     def _url(self, subset: str) -> str:
         return f"{self.mirror}/{SUBSETS[subset].resource}/{subset}.tar.gz"
 
     def _find(self, subsets: Iterable[str]) -> tuple[dict[str, dict[str, Utterance]], list[tuple[str, str]]]:
-        """Subset → id → utterance; path and reason of what can't be used."""
+        """Utterances by subset and id; and path and reason of those that cannot be used."""
         genders = {row[0]: {"gender": row[1]} for row in _table(self.root / TABLES[0], 2)}
         chapters: dict[str, set[str]] = {subset: set() for subset in SUBSETS}
         for row in _table(self.root / TABLES[1], 4):
@@ -215,7 +215,7 @@ class LibriSpeechCorpus:
         found: dict[str, dict[str, Utterance]] = {}
         rejected: list[tuple[str, str]] = []
         subset_of: dict[str, str] = {}
-        with ThreadPoolExecutor(16) as pool:  # listing folders and reading transcripts is waiting for disks
+        with ThreadPoolExecutor(16) as pool:  # listing folders and reading transcripts mostly waits for disks
             for subset in subsets:
                 utterances: dict[str, Utterance] = {}
                 problems: list[str] = []
@@ -235,8 +235,8 @@ class LibriSpeechCorpus:
                 for name in utterances:
                     if subset_of.setdefault(name, subset) != subset:
                         raise ValueError(
-                            f"LibriSpeech: utterance {name} is in {subset_of[name]} and in {subset} (Mini LibriSpeech's are the "
-                            "large one's): choose one of the two subsets"
+                            f"LibriSpeech: utterance {name} is in {subset_of[name]} and in {subset} (Mini LibriSpeech is part of "
+                            "the large corpus): choose one of the two subsets"
                         )
                 found[subset] = utterances
         return found, rejected
@@ -250,12 +250,12 @@ class LibriSpeechCorpus:
         if not self.partial:
             raise FileNotFoundError(
                 f"{lack}: delete the folder, then data.download=true gets it again, or unpack {self._url(subset)} in "
-                f"{self._place}; data.partial=true takes a tree that is meant to be a part"
+                f"{self._place}; data.partial=true accepts an incomplete tree"
             )
-        print(f"{lack}; data.partial=true goes on with them", flush=True)
+        print(f"{lack}; data.partial=true continues with them", flush=True)
 
     def _probes(self, train: Mapping[str, Utterance]) -> dict[str, list[str]]:
-        """Role → utterances of the train subsets for probes."""
+        """Utterances of the train subsets for probes, by role."""
         if not self.lists:
             test = self._hold_out(train, train, 0.2, "probe_test")
             rest = [name for name in train if name not in test]
@@ -264,7 +264,7 @@ class LibriSpeechCorpus:
             if both := listed["train"].keys() & listed["test"].keys():
                 raise ValueError(
                     f"{min(both)} is in both {self.lists['train']} and {self.lists['test']} ({len(both):,} utterances are): a "
-                    "test on training data is worth nothing; leave them out of one"
+                    "test on training data is meaningless; leave them out of one"
                 )
             for role, names in listed.items():
                 unknown = [name for name in names if name not in train]
@@ -272,11 +272,11 @@ class LibriSpeechCorpus:
                     raise ValueError(
                         f"{self.lists[role]}:{names[unknown[0]]}: {unknown[0]} is not in {', '.join(self.subsets['train'])} of "
                         f"{self.root} ({len(unknown):,} of {len(names):,} utterances are not): a list of other subsets than "
-                        "data.train? data.partial=true passes over utterances that the tree lacks"
+                        "data.train? data.partial=true skips utterances that the tree lacks"
                     )
                 if unknown:
                     lack = f"{self.root} lacks {len(unknown):,} of {len(names):,} utterances in {self.lists[role]}"
-                    print(f"LibriSpeech: {lack}; data.partial=true goes on with the others", flush=True)
+                    print(f"LibriSpeech: {lack}; data.partial=true continues with the others", flush=True)
             test = set(listed["test"])
             rest = [name for name in train if name in listed["train"]]
         valid = self._hold_out(rest, train, 0.1, "probe_valid")
@@ -287,7 +287,7 @@ class LibriSpeechCorpus:
         }
 
     def _hold_out(self, names: Iterable[str], of: Mapping[str, Utterance], share: float, purpose: str) -> set[str]:
-        """A share of each speaker's utterances, at least one, chosen by a hash; none of a speaker with only one."""
+        """A share of each speaker's utterances, at least one, chosen by a hash. Speakers with one utterance keep it."""
         held: set[str] = set()
         for _, group in groupby(sorted(names, key=lambda name: str(of[name].speaker)), key=lambda name: of[name].speaker):
             ranked = sorted(group, key=lambda name: key(purpose, self.seed, name))
@@ -297,7 +297,7 @@ class LibriSpeechCorpus:
     def _phones(
         self, cuts: Mapping[str, Cut], probes: dict[str, list[str]], progress: bool
     ) -> tuple[dict[str, dict[str, Tier]], dict[str, list[str]]]:
-        """Alignment tiers of utterances, and the probes' splits for phones: ``probes`` itself where all have labels."""
+        """Alignment tiers of utterances, and the splits of probes for phones (``probes`` itself if all have labels)."""
         if self.phones is None:
             return {}, probes
         tiers = read_phone_labels(self.phones, cuts.values(), self.strip_stress, progress)
@@ -315,13 +315,13 @@ class LibriSpeechCorpus:
             role, name = next((role, name) for role, names in readable.items() for name in names if name not in tiers)
             raise ValueError(
                 f"{name} of {self.lists['test' if role == 'test' else 'train']} has no phone labels in {self.phones} "
-                f"({total - count:,} of {total:,} utterances have none): take it off the list, or get its labels"
+                f"({total - count:,} of {total:,} utterances have none): remove it from the list, or get its labels"
             )
         print(f"LibriSpeech: {count:,} of {total:,} utterances for probes have phone labels in {self.phones}", flush=True)
         return tiers, labelled
 
     def _download(self, subset: str) -> None:
-        """Get and unpack a subset that is not there. Its folder appears when all of it is unpacked."""
+        """Download and unpack a missing subset. Its folder appears when everything is unpacked."""
         folder = self.root / subset
         if folder.is_dir():
             return
@@ -348,40 +348,40 @@ class LibriSpeechCorpus:
 
 
 def fetch(url: str, path: Path, size: int) -> None:
-    """Download a file; an interrupted download goes on where it was.
+    """Download a file. An interrupted download continues where it stopped.
 
     Args:
-        url: Where it is.
-        path: What it is called here.
-        size: Its published size in bytes; a file of that size is not downloaded again.
+        url: Address of the file.
+        path: Path to write.
+        size: Published size in bytes. A file of that size is not downloaded again.
 
     Raises:
-        OSError: it can't be downloaded, or not to its end.
+        OSError: the download failed or is incomplete.
     """
     print(f"downloading {url} ({size / 1e9:.1f} GB) to {path}", flush=True)
     try:
         resumable_download(url, path, completed_file_size=size)
     except (OSError, http.client.HTTPException) as error:
-        remedy = "run the command again to go on, or set data.mirror"
+        remedy = "run the command again to continue, or set data.mirror"
         raise OSError(f"{url} can't be downloaded to {path}: {error}; {remedy}") from error
     if (found := path.stat().st_size) < size:
-        raise OSError(f"{url} came to {found:,} of {size:,} bytes in {path}: run the command again to go on")
+        raise OSError(f"{path} has {found:,} of the {size:,} bytes of {url}: run the command again to continue")
 
 
 def verify(path: Path, size: int, sha256: str) -> None:
-    """Refuse a file that is not the published one.
+    """Refuse a file that differs from the published one.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: the file differs. The message has its path.
     """
     if (there := path.stat().st_size) != size:
-        raise ValueError(f"{path} is not what was published: {there:,} bytes instead of {size:,}: delete it and run again")
+        raise ValueError(f"{path} is not the published file: {there:,} bytes instead of {size:,}: delete it and run again")
     check_sha256(path, sha256)
 
 
 class _Chapter(NamedTuple):
     folder: Path
-    texts: dict[str, str]  # id → transcript, of those with audio
+    texts: dict[str, str]  # id → transcript, for utterances with audio
     problems: list[str]
     rejected: list[tuple[str, str]]
 
@@ -410,7 +410,7 @@ def _read_chapter(folder: Path) -> _Chapter:
 
 
 def _read_transcript(path: Path) -> dict[str, str]:
-    """Id → words, of lines ``SPEAKER-CHAPTER-NUMBER WORDS``."""
+    """Words by utterance, from lines ``SPEAKER-CHAPTER-NUMBER WORDS``."""
     texts: dict[str, str] = {}
     chapter = path.name.removesuffix(".trans.txt")
     for number, line in lines(path):
@@ -424,7 +424,7 @@ def _read_transcript(path: Path) -> dict[str, str]:
 
 
 def _table(path: Path, columns: int) -> Iterator[list[str]]:
-    """First columns of SPEAKERS.TXT or CHAPTERS.TXT, ``ID | SEX | …``; nothing where the file isn't there."""
+    """First columns of SPEAKERS.TXT or CHAPTERS.TXT, ``ID | SEX | …``; nothing if the file does not exist."""
     if path.is_file():
         for number, line in lines(path):
             if line[0] != ";":
@@ -435,7 +435,7 @@ def _table(path: Path, columns: int) -> Iterator[list[str]]:
 
 
 def _read_list(path: Path, argument: str) -> dict[str, int]:
-    """Utterance → line, of a file with one a line."""
+    """Line number of each utterance, from a file with one utterance per line."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{argument}: there is no list {path}: S3PRL's are train_split.txt and test_split.txt in data/cpc_phone of "

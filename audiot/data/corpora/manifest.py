@@ -1,4 +1,4 @@
-"""Manifests that exist already: Lhotse cuts or NeMo's JSON lines."""
+"""Existing manifests: Lhotse cuts or NeMo's JSON lines."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ ROUNDING_S = 0.05  # NeMo manifests give durations by hand, often to a tenth of 
 
 
 class ManifestCorpus:
-    """Splits from Lhotse cuts (JSONL) or NeMo manifests (JSON lines), plain or gzipped; the content tells which.
+    """Splits from Lhotse cuts (JSONL) or NeMo manifests (JSON lines), plain or gzipped. The content decides which.
 
-    NeMo: ``audio_filepath`` and, where given, ``offset`` and ``duration`` (seconds), ``text``, ``speaker``, ``lang``; all
-    other fields (``label``, …) become custom fields of the supervision. A field that is null or blank is not there. The id is
-    the path without suffix below the manifest's folder, with ``@offset+duration`` where the entry takes a part of its file.
+    NeMo entries have ``audio_filepath`` and optionally ``offset`` and ``duration`` (seconds), ``text``, ``speaker`` and ``lang``.
+    Other fields (``label``, …) become custom fields of the supervision. Null and blank fields are left out. The id is the path
+    below the manifest's folder without suffix, followed by ``@offset+duration`` if the entry is a part of its file.
 
     Args:
         train: Manifest of the training utterances.
-        valid: For validation; None: ``valid_fraction`` of the training utterances, of speakers of their own where there are
-            enough, see :func:`audiot.data.corpora.held_out.divide`.
-        test: For testing; None: as many again.
-        valid_fraction: Share of the training utterances to hold out, at least one.
-        seed: Of that choice.
-        root: What relative audio paths are relative to; None: ``folder`` for Lhotse's, the manifest's folder for NeMo's.
-        folder: The current folder, which a corpus belongs to that has no root; None: the same. The config gives it the root.
-        sources: Kinds of Lhotse's audio sources that the manifests may name: ``file``; ``memory`` (inside the manifest); and, for
-            manifests that one trusts, ``url`` (fetched) and ``command`` (run in a shell).
+        valid: Manifest for validation; None takes ``valid_fraction`` of the training utterances. They have other speakers if
+            there are enough, see :func:`audiot.data.corpora.held_out.divide`.
+        test: Manifest for testing; None takes as many utterances as for validation.
+        valid_fraction: Share of the training utterances to hold out, at least one utterance.
+        seed: Seed of the choice of held-out utterances.
+        root: Base of relative audio paths; None: ``folder`` for Lhotse, the manifest's folder for NeMo.
+        folder: Current folder, to which a corpus without root belongs; None means the same. The config sets it to the root.
+        sources: Kinds of audio sources that the manifests may name: ``file``, ``memory`` (inside the manifest), and for manifests
+            that you trust ``url`` (fetched) and ``command`` (run in a shell).
 
     Raises:
         FileNotFoundError: a manifest is missing.
@@ -76,10 +76,10 @@ class ManifestCorpus:
         self.kinds = tuple(sources)
 
     def manifests(self, progress: bool = True) -> Manifests:
-        """Read the manifests, and of NeMo's also the headers of the audio, which give the sampling rate.
+        """Read the manifests. For NeMo's, the headers of the audio are read too, which give the sample rate.
 
         Raises:
-            ValueError: a line is broken (the error names it), an id occurs twice, an utterance of ``train`` is also in
+            ValueError: a line is broken (the message has its number), an id is repeated, an utterance of ``train`` is also in
                 another split, or a split is empty.
         """
         rejected: list[tuple[str, str]] = []
@@ -89,7 +89,7 @@ class ManifestCorpus:
                 raise ValueError(f"{min(shared)!r} is in both {self.paths['train']} and {self.paths[role]}")
             if not cuts and not rejected:
                 raise ValueError(f"{self.paths[role]} has no utterance")
-        if not splits["train"]:  # preparation reports it
+        if not splits["train"]:  # preparation reports the error
             return Manifests({role: CutSet.from_cuts(cuts.values()) for role, cuts in splits.items()}, rejected=rejected)
         labels_of = {name: _labels(cut) for cuts in splits.values() for name, cut in cuts.items()}
         given = {role: list(cuts) for role, cuts in splits.items()}
@@ -98,13 +98,13 @@ class ManifestCorpus:
         return Manifests({split: CutSet.from_cuts(cuts) for split, cuts in chosen.items()}, tasks, rejected)
 
     def sources(self) -> Sources:
-        """The manifests; the audio is what their cuts name."""
+        """The manifests. Their cuts name the audio."""
         return Sources(texts=list(self.paths.values()))
 
     def _read(self, path: Path, rejected: list[tuple[str, str]], progress: bool) -> dict[str, Cut]:
         entries = list(_entries(path))
         cuts: dict[str, Cut] = {}
-        with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+        with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits for disks
             parsed = pool.map(partial(self._parse, path), entries)
             bar = tqdm(parsed, total=len(entries), desc=path.name, unit="utt", disable=not progress)
             for (number, _), cut in zip(entries, bar, strict=True):
@@ -118,7 +118,7 @@ class ManifestCorpus:
         return cuts
 
     def _parse(self, path: Path, line: tuple[int, dict[str, Any]]) -> Cut | tuple[str, str]:
-        """The cut of a line, or path and reason where its audio can't be used."""
+        """The cut of a line, or path and reason if its audio cannot be used."""
         number, entry = line
         try:
             if "audio_filepath" in entry:
@@ -127,7 +127,7 @@ class ManifestCorpus:
                 return self._lhotse(entry)
             raise ValueError("neither a Lhotse cut (a type such as MonoCut) nor a NeMo entry (audio_filepath)")
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-            # What Lhotse's reading of a cut may raise on fields that are missing or of another type.
+            # Lhotse may raise any of these for fields that are missing or have another type.
             detail = str(error) if isinstance(error, ValueError) else f"not a Lhotse cut: {error!r}"
             raise ValueError(f"{path}:{number}: {detail}") from None
 
@@ -138,7 +138,7 @@ class ManifestCorpus:
         root = self.folder if self.root is None else self.root
         if isinstance(cut, (MonoCut, MultiCut)):
             cut = cut.with_recording_path_prefix(root)
-        else:  # a MixedCut has no such method for all its tracks
+        else:  # MixedCut has no such method for all tracks
             tracks = [
                 fastcopy(track, cut=track.cut.with_recording_path_prefix(root))
                 if isinstance(track.cut, (MonoCut, MultiCut))
@@ -155,7 +155,7 @@ class ManifestCorpus:
             raise ValueError(f"audio_filepath must be one path, found {name!r}")
         offset = 0.0 if offset is None else offset
         if as_seconds(offset, "offset") < 0:
-            raise ValueError(f"offset must be a number of seconds from 0 on, found {offset}")
+            raise ValueError(f"offset must be a number of seconds of at least 0, found {offset}")
         if duration is not None and as_seconds(duration, "duration") <= 0:
             raise ValueError(f"duration must be a number of seconds above 0, found {duration}")
         text, language = as_text(fields.pop("text", None), "text"), as_text(fields.pop("lang", None), "lang")
@@ -191,7 +191,7 @@ class ManifestCorpus:
 
 
 def _labels(cut: Cut) -> dict[str, str]:
-    """The fields of a cut with texts or whole numbers alone, the same in all of its supervisions, its speaker among them."""
+    """Fields of a cut that are texts or whole numbers and equal in all of its supervisions, including the speaker."""
     customs = [supervision.custom or {} for supervision in cut.supervisions]
     others = {name for custom in customs for name, value in custom.items() if not isinstance(value, str | int | None)}
     others |= {name for custom in customs for name, value in custom.items() if isinstance(value, bool)}
@@ -201,7 +201,7 @@ def _labels(cut: Cut) -> dict[str, str]:
 
 
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line that isn't blank."""
+    """Line number and object of each line that is not blank."""
     for number, line in lines(path):
         try:
             entry = json_object(line)
@@ -229,10 +229,10 @@ def _check_sources(entry: Any, kinds: Collection[str]) -> None:
 
 
 def _check(cut: Cut) -> None:
-    """Refuse fields of a Lhotse cut that are of another type than Lhotse's, which does not look.
+    """Refuse fields of a Lhotse cut that have a wrong type, since Lhotse does not check them.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: a field is wrong. The message has its name.
     """
     if not isinstance(cut.id, str) or not cut.id.strip():
         raise ValueError(f"id must be text, found {cut.id!r}")
@@ -240,12 +240,12 @@ def _check(cut: Cut) -> None:
         if isinstance(part, (MonoCut, MultiCut)):
             _check_recording(part.recording)
     if as_seconds(cut.start, "start") < 0 or as_seconds(cut.duration, "duration") <= 0:
-        raise ValueError(f"start must be from 0 on and duration above 0, found {cut.start} and {cut.duration}")
+        raise ValueError(f"start must be at least 0 and duration above 0, found {cut.start} and {cut.duration}")
     for number, supervision in enumerate(cut.supervisions):
         name = f"supervisions[{number}]"
         as_seconds(supervision.start, f"{name}.start")
         if as_seconds(supervision.duration, f"{name}.duration") < 0:
-            raise ValueError(f"{name}.duration must not be below 0, found {supervision.duration}")
+            raise ValueError(f"{name}.duration must be at least 0, found {supervision.duration}")
         as_text(supervision.text, f"{name}.text")
         as_text(supervision.language, f"{name}.language")
         as_label(supervision.speaker, f"{name}.speaker")
@@ -259,11 +259,11 @@ def _check(cut: Cut) -> None:
                     and abs(start) < MOST_S
                     and 0 <= duration < MOST_S
                 ):
-                    continue  # a corpus has millions
+                    continue  # skips the checks below, because a corpus has millions of items
                 as_text(symbol, f"a symbol of {name}.alignment.{tier}")
                 as_seconds(start, f"a start of {name}.alignment.{tier}")
                 if as_seconds(duration, f"a duration of {name}.alignment.{tier}") < 0:
-                    raise ValueError(f"a duration of {name}.alignment.{tier} must not be below 0, found {duration}")
+                    raise ValueError(f"a duration of {name}.alignment.{tier} must be at least 0, found {duration}")
 
 
 def _check_recording(recording: Recording | None) -> None:
@@ -283,13 +283,13 @@ def _check_recording(recording: Recording | None) -> None:
 
 
 def _say_speakers(path: Path, cuts: Collection[Cut]) -> None:
-    """Say how many cuts have several speakers: no label of theirs can be one speaker."""
+    """Report how many cuts have several speakers. A speaker label is impossible for them."""
     several = {cut.id: speakers for cut in cuts if len(speakers := values_of(cut, "speaker")) > 1}
     if several:
         name, speakers = next(iter(several.items()))
         print(
             f"{path}: {len(several):,} of {len(cuts):,} cuts have several speakers, {name} first ({', '.join(speakers[:5])}): "
-            "their texts are joined in the order of time, and tasks about speakers refuse them; Lhotse's "
+            "their texts are joined in order of time, and tasks about speakers refuse them; Lhotse's "
             "CutSet.trim_to_supervisions(keep_overlapping=False) makes a cut of each supervision",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Phone labels of speech that another program aligned: one integer a frame, or the Montreal Forced Aligner's TextGrids."""
+"""Phone labels from an external alignment: one integer per frame, or the Montreal Forced Aligner's TextGrids."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from audiot.data.sources import files_below
 from audiot.data.text import lines, read_text
 
 FRAMES_APART = 5  # S3PRL's alignments differ from its features by a few frames
-SECONDS_APART = 0.05  # between the end of a TextGrid and that of the audio
-ROUNDING_S = 0.001  # programs that write times with three digits
+SECONDS_APART = 0.05  # allowed difference between the ends of a TextGrid and the audio
+ROUNDING_S = 0.001  # error of times with three digits
 
 
 @dataclass(frozen=True)
 class Tier:
-    """An alignment tier without gaps in a tenth of the memory of Lhotse's items, for corpora with millions of phones.
+    """An alignment tier without gaps. It needs a tenth of the memory of Lhotse's items, for corpora with millions of phones.
 
     Args:
-        symbols: Of each interval.
-        edges: Seconds, one more than symbols: interval i goes from edge i to edge i + 1.
+        symbols: Symbol of each interval.
+        edges: Edges of the intervals in seconds, one more than symbols: interval i goes from edge i to edge i + 1.
     """
 
     symbols: tuple[str, ...]
     edges: array[float]
 
     def items(self) -> list[AlignmentItem]:
-        """As Lhotse has them."""
+        """The intervals as Lhotse items."""
         spans = zip(self.symbols, pairwise(self.edges), strict=True)
         return [AlignmentItem(symbol, start, round(end - start, 8)) for symbol, (start, end) in spans]
 
 
 def aligned(cut: Cut, tiers: Mapping[str, Mapping[str, Tier]]) -> Cut:
-    """The cut with its alignment; unchanged if it has none.
+    """The cut with its alignment, or unchanged if it has none.
 
     Args:
-        cut: With one supervision, from the start of its recording.
-        tiers: Utterance → name of a tier → the tier.
+        cut: Cut with one supervision, from the start of its recording.
+        tiers: Tiers of each utterance by name.
     """
     if cut.id not in tiers:
         return cut
@@ -62,17 +62,17 @@ def aligned(cut: Cut, tiers: Mapping[str, Mapping[str, Tier]]) -> Cut:
 def read_phone_labels(
     path: str | Path, cuts: Iterable[Cut], strip_stress: bool = False, progress: bool = False
 ) -> dict[str, dict[str, Tier]]:
-    """Alignment tiers of those of the cuts that have labels: utterance → ``phone`` (and ``word``) → its intervals.
+    """Alignment tiers of the cuts that have labels: utterance → ``phone`` (and ``word``) → intervals.
 
     Args:
-        path: A file of frame labels, see :func:`read_frame_labels`, or a folder of TextGrids, see :func:`read_textgrids`.
-        cuts: Whole recordings; their ids are sought, and their durations compared.
-        strip_stress: Of TextGrids, see :func:`phone_symbol`.
-        progress: Show a bar.
+        path: File of frame labels, see :func:`read_frame_labels`, or folder of TextGrids, see :func:`read_textgrids`.
+        cuts: Whole recordings. Labels are searched by id and checked against the duration.
+        strip_stress: Whether to remove stress marks of TextGrids, see :func:`phone_symbol`.
+        progress: Whether to show a progress bar.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: labels are broken, or of other audio.
+        ValueError: labels are broken or belong to other audio.
     """
     path = Path(path)
     audio = {cut.id: (cut.num_samples, cut.sampling_rate) for cut in cuts}
@@ -84,7 +84,7 @@ def read_phone_labels(
             "(in data/cpc_phone of github.com/s3prl/s3prl, zipped), or a folder of UTTERANCE.TextGrid files"
         )
     if strip_stress:
-        raise ValueError(f"data.strip_stress is about TextGrids, {path} has one integer a frame: leave it out")
+        raise ValueError(f"data.strip_stress is for TextGrids, but {path} has one integer per frame: leave it out")
     return read_frame_labels(path, audio, progress)
 
 
@@ -96,22 +96,22 @@ def phone_label_files(path: str | Path) -> list[str]:
 def read_frame_labels(
     path: str | Path, audio: Mapping[str, tuple[int, int]], progress: bool = False
 ) -> dict[str, dict[str, Tier]]:
-    """One integer phone every 10 ms, lines of ``UTTERANCE p0 p1 …`` (Rivière et al. 2020, arXiv:2002.02848; S3PRL).
+    """Read one integer phone per 10 ms, from lines ``UTTERANCE p0 p1 …`` (Rivière et al. 2020, arXiv:2002.02848; S3PRL).
 
-    Label t is that of the 25 ms frame from 10·t ms on, as Kaldi and S3PRL cut frames: it covers the 10 ms around that frame's
-    centre, 12.5 + 10·t ms; the first begins with the audio, the last ends with it. The file is read line by line.
+    Label t belongs to the 25 ms frame that begins at 10·t ms, as Kaldi and S3PRL cut frames. It covers the 10 ms around the
+    frame's centre, 12.5 + 10·t ms. The first label begins and the last ends with the audio. The file is read line by line.
 
     Args:
-        path: The file.
-        audio: Utterance → samples and rate; lines of other utterances are passed over.
-        progress: Show a bar.
+        path: Path of the file.
+        audio: Samples and sample rate of each utterance. Lines of other utterances are skipped.
+        progress: Whether to show a progress bar.
 
     Returns:
-        Utterance → ``phone`` → intervals, their symbols the integers in decimal.
+        Intervals by utterance and tier ``phone``. Their symbols are the integers as decimal text.
 
     Raises:
-        ValueError: a line is broken or of an utterance that was there before, or numbers of labels and frames are more than
-            ``FRAMES_APART`` apart.
+        ValueError: a line is broken, an utterance is repeated, or the numbers of labels and frames differ by more than
+            ``FRAMES_APART``.
     """
     tiers: dict[str, dict[str, Tier]] = {}
     symbols: dict[str, str] = {}
@@ -121,7 +121,7 @@ def read_frame_labels(
             continue
         for label in set(labels) - symbols.keys():
             if not re.fullmatch("[0-9]+", label):
-                raise ValueError(f"{path}:{number}: expected UTTERANCE and one integer phone a frame, found {label[:40]!r}")
+                raise ValueError(f"{path}:{number}: expected UTTERANCE and one integer phone per frame, found {label[:40]!r}")
             symbols[label] = intern(str(int(label)))
         if utterance in tiers:
             raise ValueError(f"{path}:{number}: utterance {utterance} occurs a second time")
@@ -131,7 +131,7 @@ def read_frame_labels(
         if not labels or abs(len(labels) - frames) > FRAMES_APART:
             raise ValueError(
                 f"{path}:{number}: utterance {utterance} has {len(labels):,} labels and {frames:,} frames of 10 ms "
-                f"({num_samples:,} samples at {rate:,} Hz), they may be {FRAMES_APART} apart: labels of another file?"
+                f"({num_samples:,} samples at {rate:,} Hz), which may differ by {FRAMES_APART}: labels of another file?"
             )
         runs, edges, first = [], array("d"), 0
         for label, run in groupby(labels[: max(frames, 1)]):
@@ -146,20 +146,20 @@ def read_frame_labels(
 def read_textgrids(
     root: str | Path, audio: Mapping[str, tuple[int, int]], strip_stress: bool = False, progress: bool = False
 ) -> dict[str, dict[str, Tier]]:
-    """TextGrids of the Montreal Forced Aligner (McAuliffe et al. 2017), ``UTTERANCE.TextGrid`` anywhere below a folder.
+    """Read TextGrids of the Montreal Forced Aligner (McAuliffe et al. 2017), ``UTTERANCE.TextGrid`` anywhere below a folder.
 
-    The tiers ``phones`` and, where there is one, ``words`` (also ``SPEAKER - phones``) become ``phone`` and ``word``. See
-    :func:`phone_symbol` for the names of phones; an empty word, and time that no interval covers, is ``SIL``.
+    The tiers ``phones`` and optionally ``words`` (also ``SPEAKER - phones``) become ``phone`` and ``word``. Phones are named by
+    :func:`phone_symbol`. An empty word and time outside all intervals are ``SIL``.
 
     Args:
-        root: The folder.
-        audio: Utterance → samples and rate; other TextGrids are passed over.
-        strip_stress: See :func:`phone_symbol`.
-        progress: Show a bar.
+        root: Folder of the TextGrids.
+        audio: Samples and sample rate of each utterance. Other TextGrids are skipped.
+        strip_stress: Whether to remove stress marks, see :func:`phone_symbol`.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: an utterance has two TextGrids, one is broken, its intervals overlap, it has no tier of phones, or it ends
-            more than ``SECONDS_APART`` before or after the audio.
+        ValueError: an utterance has two TextGrids, or a TextGrid is broken, has overlapping intervals, lacks a tier of phones, or
+            ends more than ``SECONDS_APART`` before or after the audio.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
@@ -176,7 +176,7 @@ def read_textgrids(
         num_samples, rate = audio[utterance]
         return _textgrid_tiers(paths[utterance], num_samples / rate, strip_stress)
 
-    with ThreadPoolExecutor(16) as pool:  # reading small files is waiting for disks
+    with ThreadPoolExecutor(16) as pool:  # reading small files mostly waits for disks
         bar = tqdm(pool.map(read, paths), total=len(paths), desc="read TextGrids", unit="utt", disable=not progress)
         return dict(zip(paths, bar, strict=True))
 
@@ -186,7 +186,7 @@ def _textgrid_tiers(path: Path, duration_s: float, strip_stress: bool) -> dict[s
     ends = [tier[-1].end for tier in grid.tiers.values() if tier]
     if abs(grid.end - duration_s) > SECONDS_APART or any(end > duration_s + SECONDS_APART for end in ends):
         raise ValueError(
-            f"{path} ends at {max([grid.end, *ends]):.3f} s, the audio of {path.stem} at {duration_s:.3f} s, they may be "
+            f"{path} ends at {max([grid.end, *ends]):.3f} s, the audio of {path.stem} at {duration_s:.3f} s, which may be "
             f"{SECONDS_APART * 1000:.0f} ms apart: the TextGrid of another file?"
         )
     tiers = {}
@@ -223,11 +223,11 @@ def _without_gaps(intervals: Iterable[Interval], duration_s: float, phones: bool
 
 
 def phone_symbol(text: str, strip_stress: bool = False) -> str:
-    """A phone of the Montreal Forced Aligner as audiot calls it.
+    """audiot's name for a phone of the Montreal Forced Aligner.
 
-    An empty interval, ``sil`` and ``<eps>`` are ``SIL``; ``sp`` (a short pause), ``spn`` (spoken noise) and the phones stay as
-    they are. English ARPAbet then has 72 classes: 24 consonants, 15 vowels with three degrees of stress, SIL, sp and spn.
-    ``strip_stress`` makes one of a vowel's three (AH0 → AH), SIL of sp and SPN of spn: 41 classes.
+    An empty interval, ``sil`` and ``<eps>`` become ``SIL``. ``sp`` (a short pause), ``spn`` (spoken noise) and the phones keep
+    their names. English ARPAbet then has 72 classes: 24 consonants, 15 vowels with three degrees of stress, SIL, sp and spn.
+    ``strip_stress`` merges the degrees of stress (AH0 → AH), sp with SIL, and writes SPN for spn: 41 classes.
     """
     text = text.strip()
     if text.lower() in ("", "sil", "<eps>"):
@@ -238,7 +238,7 @@ def phone_symbol(text: str, strip_stress: bool = False) -> str:
 
 
 class Interval(NamedTuple):
-    """A piece of a TextGrid's tier, in seconds."""
+    """An interval of a TextGrid's tier, in seconds."""
 
     start: float
     end: float
@@ -246,21 +246,22 @@ class Interval(NamedTuple):
 
 
 class TextGrid(NamedTuple):
-    """What :func:`read_textgrid` finds: the end in seconds, and name of a tier → its intervals."""
+    """Content of a TextGrid: its end in seconds, and the intervals of each tier."""
 
     end: float
     tiers: dict[str, list[Interval]]
 
 
 def read_textgrid(path: str | Path) -> TextGrid:
-    """Praat's TextGrid, text format, long or short, in UTF-8 or UTF-16; tiers of points are left out.
+    """Read Praat's TextGrid in text format, long or short, in UTF-8 or UTF-16. Tiers of points are left out.
 
-    By Praat's rule for both formats only texts in quotes, free-standing numbers and flags count; the rest is there for readers.
-    (Written here: of the packages for it, praatio and textgrid do not say where a broken file breaks and take longer, and tgt
-    takes some truncated files for whole.)
+    In both formats, Praat reads only texts in quotes, free-standing numbers and flags. The rest is for human readers.
+    (Own code, because praatio and textgrid do not report the place of an error and are slower, and tgt accepts some truncated
+    files.)
 
     Raises:
-        ValueError: the file is no such TextGrid, is cut off, or intervals overlap or end before they begin; names the line.
+        ValueError: the file is not such a TextGrid, is truncated, or has overlapping or negative intervals. The message has the
+            line.
     """
     tokens = _Tokens(Path(path))
     kinds = (tokens.text("ooTextFile"), tokens.text("TextGrid"))
@@ -299,10 +300,10 @@ def read_textgrid(path: str | Path) -> TextGrid:
 
 
 class _Tokens:
-    """Texts, numbers and flags of a file in Praat's text format, one after the other."""
+    """Successive texts, numbers and flags of a file in Praat's text format."""
 
-    # Words that don't count (skipped here: twice as fast as one match each), then a text in quotes, a quote inside doubled;
-    # or a free-standing number or flag; or a comment; or another word; or a quote that nothing closes.
+    # Ignored words (skipped here, which is twice as fast as matching each), then one of: a text in quotes, with inner quotes
+    # doubled; a free-standing number or flag; a comment; another word; an unclosed quote.
     PATTERN = re.compile(
         r'\s*(?:[^\s"!0-9<+-][^\s"]*\s+)*'
         r'(?:"([^"]*(?:""[^"]*)*)"|([+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|<[a-z]+>)(?!\S)|!.*|[^\s"]+|("))'
@@ -316,7 +317,7 @@ class _Tokens:
         self.at = 0
 
     def error(self, message: str) -> ValueError:
-        """With the line of the token that was read last."""
+        """Error with the line of the last token."""
         return self._error(message, self.found[self.at - 1][2] if self.at else 0)
 
     def _error(self, message: str, position: int) -> ValueError:
@@ -351,7 +352,7 @@ class _Tokens:
         return int(number)
 
     def flag(self) -> bool:
-        """Whether there are tiers."""
+        """Whether the flag says that there are tiers."""
         word = self._next(2, "<exists> or <absent>", "a flag")
         if word not in ("<exists>", "<absent>"):
             raise self.error(f"expected <exists> or <absent>, found {word!r}")

@@ -1,4 +1,4 @@
-"""What published corpora share: whether they are complete, labelled files as manifests, archives."""
+"""Common parts of published corpora: completeness, manifests of labelled files, archives."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ROLES = {"train": "train", "valid": "valid", "test": "test"}
 
 
 class Utterance(NamedTuple):
-    """Where an utterance's audio is, and its labels.
+    """Audio and labels of an utterance.
 
     Args:
-        path: The audio file.
-        speaker: Who speaks.
-        text: What is said.
+        path: Path of the audio file.
+        speaker: Name of the speaker.
+        text: Spoken text.
         custom: Other labels.
-        piece: First sample and number of samples, where the utterance is a piece of the file.
+        piece: First sample and number of samples, if the utterance is a part of the file.
     """
 
     path: Path
@@ -42,10 +42,10 @@ class Utterance(NamedTuple):
     piece: tuple[int, int] | None = None
 
     def cut(self, name: str) -> Cut:
-        """The labelled cut with that id.
+        """The labelled cut with this id.
 
         Raises:
-            BadAudioError: the file can't be used.
+            BadAudioError: the file cannot be used.
         """
         cut = audio_cut(self.path, name)
         if self.piece is not None:
@@ -61,19 +61,19 @@ class Utterance(NamedTuple):
 def check_complete(
     corpus: str, where: str | Path, count: int, expected: int, missing: Iterable[str], remedy: str, partial: bool
 ) -> None:
-    """Refuse a corpus that lacks files, unless it is meant to be a part.
+    """Refuse a corpus with missing files, unless ``partial`` allows them.
 
     Args:
-        corpus: Its name.
-        where: The folder that was searched.
-        count: How many recordings are missing.
-        expected: How many a complete corpus has.
-        missing: What is missing; the first few are named.
-        remedy: How to get it.
-        partial: The corpus is meant to be a part: say what is missing and go on.
+        corpus: Name of the corpus.
+        where: Folder that was searched.
+        count: Number of missing recordings.
+        expected: Number of recordings of a complete corpus.
+        missing: Missing files. The first few are named.
+        remedy: Advice for getting them.
+        partial: Whether files may be missing. They are then reported.
 
     Raises:
-        FileNotFoundError: something is missing and ``partial`` is False.
+        FileNotFoundError: files are missing and ``partial`` is False.
     """
     if not count:
         return
@@ -81,8 +81,8 @@ def check_complete(
     names = ", ".join([*first[:5], "…"] if first[5:] else first)
     lack = f"{corpus}: {count:,} of {expected:,} recordings are missing in {where} ({names})"
     if not partial:
-        raise FileNotFoundError(f"{lack}: {remedy}; data.partial=true takes a tree that is meant to be a part")
-    print(f"{lack}; data.partial=true goes on with the others", flush=True)
+        raise FileNotFoundError(f"{lack}: {remedy}; data.partial=true accepts an incomplete tree")
+    print(f"{lack}; data.partial=true continues with the others", flush=True)
 
 
 def labelled_manifests(
@@ -92,14 +92,14 @@ def labelled_manifests(
     rejected: Iterable[tuple[str, str]],
     progress: bool,
 ) -> Manifests:
-    """Manifests of a corpus, from the headers of its files; splits without utterances are left out.
+    """Manifests of a corpus, made from the headers of its files. Empty splits are left out.
 
     Args:
-        corpus: Its name.
-        splits: Split → id → utterance. An utterance may be in several splits, but not of one task.
-        task_splits: As in :class:`audiot.data.manifests.Manifests`.
-        rejected: Path and reason of files that were left out already.
-        progress: Show a bar.
+        corpus: Name of the corpus.
+        splits: Utterances by split and id. An utterance may be in several splits, but not of one task.
+        task_splits: Splits of each task, as in :class:`audiot.data.manifests.Manifests`.
+        rejected: Path and reason of files that were left out before.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: an utterance is in two splits of a task.
@@ -111,12 +111,12 @@ def labelled_manifests(
             if shared := splits[first].keys() & splits[second].keys():
                 raise ValueError(
                     f"{corpus}: {min(shared)} is in both {first} and {second} of task {task!r} ({len(shared):,} utterances are): "
-                    "a test on training data is worth nothing; mend the lists of the splits"
+                    "a test on training data is meaningless; correct the lists of the splits"
                 )
     utterances = {name: utterance for split in splits.values() for name, utterance in split.items()}
     cuts: dict[str, Cut] = {}
     rejected = list(rejected)
-    with ThreadPoolExecutor(16) as pool:  # reading headers is waiting for disks
+    with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits for disks
         read = pool.map(_read, utterances.items())
         bar = tqdm(read, total=len(utterances), desc="read headers", unit="utt", disable=not progress)
         for (name, utterance), found in zip(utterances.items(), bar, strict=True):
@@ -124,7 +124,7 @@ def labelled_manifests(
                 rejected.append((str(utterance.path), str(found)))
             else:
                 cuts[name] = found
-    if not cuts:  # preparation reports it
+    if not cuts:  # preparation reports the error
         return Manifests({}, rejected=rejected)
     found_splits = {split: CutSet.from_cuts(cuts[name] for name in names if name in cuts) for split, names in splits.items()}
     return Manifests(found_splits, {task: roles for task, roles in tasks.items() if roles}, rejected)
@@ -139,17 +139,17 @@ def _read(item: tuple[str, Utterance]) -> Cut | BadAudioError:
 
 
 def check_sha256(path: Path, published: str) -> None:
-    """Refuse a file that is not the published one.
+    """Refuse a file that differs from the published one.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: the file differs. The message has its path.
     """
     if (found := file_digest(path)) != published:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, published was {published}: delete it and run again")
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, expected {published}: delete it and run again")
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a gzipped tar archive into a new folder, in place of what an interrupted run left there.
+    """Unpack a gzipped tar archive into a new folder. Remains of an interrupted run are replaced.
 
     Raises:
         ValueError: the archive is damaged.

@@ -24,7 +24,7 @@ LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 NAME = re.compile(r"([0-9a-f]+)_nohash_[0-9]+\.wav")
 TEST_SET_NAME = re.compile(r"(?:([a-z]+)_)?(([0-9a-f]+)_nohash_[0-9]+)\.wav(?:\.wav)?")
 
-# What was published: recordings of each word, lines of the lists, files of the test set.
+# Published numbers: recordings of each word, lines of the lists, files of the test set.
 WORDS = {
     1: {
         "bed": 1713, "bird": 1731, "cat": 1733, "dog": 1746, "down": 2359, "eight": 2352, "five": 2357, "four": 2372,
@@ -43,11 +43,11 @@ WORDS = {
 LISTED = {1: {"valid": 6798, "test": 6835}, 2: {"valid": 9981, "test": 11005}}
 TEST_SET = {1: 3081, 2: 4890}
 
-# Part of each noise recording that a split's silence is cut from.
+# Part of each noise recording that provides the silence of a split.
 NOISE_PARTS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
 
 URL = "http://download.tensorflow.org/data/"
-# Bytes and SHA-256, as torchaudio and TensorFlow Datasets record them; of the test set of version 1 nobody does.
+# Bytes and SHA-256 from torchaudio and TensorFlow Datasets. Neither has that of version 1's test set.
 ARCHIVES = {
     "speech_commands_v0.01": (1489096277, "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d"),
     "speech_commands_v0.02": (2428923189, "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
@@ -59,24 +59,24 @@ class SpeechCommandsCorpus:
     """Speech Commands (Warden 2018, arXiv:1804.03209), version 1 (64,721 recordings of 30 words) or 2 (105,829 of 35).
 
     Splits ``train``, ``valid`` and ``test`` follow the official lists. Supervisions have speaker (a hash), text (the word) and
-    ``custom["keyword"]``, the class: the word itself, or with 12 classes, the paper's task and SUPERB's, one of ten words,
-    ``_unknown_`` or ``_silence_``. Then
+    ``custom["keyword"]``, the class. It is the word itself, or with 12 classes (the task of the paper and SUPERB) one of ten
+    words, ``_unknown_`` or ``_silence_``. With 12 classes:
 
-    - ``_unknown_`` is, of the other words' recordings in a split, as many as ``unknown`` times its keywords, chosen by a hash;
-    - ``_silence_`` is ``silence`` times as many pieces of one second, cut at even distances from the noise recordings: the first
-      80% of each for ``train``, the next 10% for ``valid``, the last for ``test``. They overlap within a split, never between;
-    - ``test`` is the published test set of 12 classes where ``test_root`` is given. Else it is made like the others.
+    - ``_unknown_`` has ``unknown`` times as many recordings as a keyword in the split, chosen from the other words by a hash.
+    - ``_silence_`` has ``silence`` times as many one-second pieces, cut at equal distances from the noise recordings: from the
+      first 80% of each for ``train``, the next 10% for ``valid``, the last for ``test``. They overlap only within a split.
+    - ``test`` is the published test set of 12 classes if ``test_root`` is given. Else it is made like the others.
 
     Args:
-        root: The unpacked archive.
-        version: 1 or 2.
-        classes: 12 or the number of words; None: 12 of version 1, 35 of version 2.
-        test_root: The unpacked test set, for 12 classes.
-        unknown: ``_unknown_`` recordings for each one of a keyword; None: all.
-        silence: ``_silence_`` pieces for each recording of a keyword.
-        download: Get what is not there.
-        partial: The tree is meant to lack recordings, or the lists lines.
-        seed: Of the choice of ``_unknown_``.
+        root: Unpacked archive.
+        version: Version of the corpus, 1 or 2.
+        classes: Number of classes, 12 or the number of words; None: 12 for version 1, 35 for version 2.
+        test_root: Unpacked test set, for 12 classes.
+        unknown: Number of ``_unknown_`` recordings per recording of a keyword; None takes all.
+        silence: Number of ``_silence_`` pieces per recording of a keyword.
+        download: Whether to download missing data.
+        partial: Whether recordings or lines of the lists may be missing.
+        seed: Seed of the choice of ``_unknown_``.
 
     Raises:
         ValueError: an argument is out of range.
@@ -120,7 +120,7 @@ class SpeechCommandsCorpus:
         Raises:
             FileNotFoundError: a folder, a list or recordings are missing.
             OSError: the download failed.
-            ValueError: the tree is of the other version, a list is broken, a recording is in two splits, or a download damaged.
+            ValueError: the tree has the other version, a list is broken, a recording is in two splits, or a download is damaged.
         """
         if self.download:
             download(f"speech_commands_v0.0{self.version}", self.root)
@@ -129,7 +129,7 @@ class SpeechCommandsCorpus:
         found = self._find()
         lists = {split: self._read_list(name, LISTED[self.version][split]) for split, name in LISTS.items()}
         if both := lists["valid"] & lists["test"]:
-            raise ValueError(f"{self.title}: {min(both)} is in both {' and '.join(LISTS.values())} of {self.root}: mend them")
+            raise ValueError(f"{self.title}: {min(both)} is in both {' and '.join(LISTS.values())} of {self.root}: correct them")
         self._check_complete(found, lists)
 
         splits: dict[str, dict[str, Utterance]] = {split: {} for split in ROLES}
@@ -157,7 +157,7 @@ class SpeechCommandsCorpus:
         return f"data.download=true gets it, or unpack {archive} there; data.root names another place"
 
     def _find(self) -> dict[str, list[str]]:
-        """Word → its files."""
+        """Files of each word."""
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.title}: there is no folder {self.root}: {self._remedy}")
         folders = {path.name: path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name[0] not in "._"}
@@ -184,12 +184,12 @@ class SpeechCommandsCorpus:
         if len(listed) != published and not self.partial:
             raise ValueError(
                 f"{path} lists {len(listed):,} recordings, that of version {self.version} has {published:,}: {self._remedy}; "
-                "data.partial=true takes a list that is meant to be a part"
+                "data.partial=true accepts an incomplete list"
             )
         return listed
 
     def _check_complete(self, found: dict[str, list[str]], lists: dict[str, set[str]]) -> None:
-        """The lists name a fifth of the recordings; of the others only the number is known."""
+        """Check the files in the lists, which name a fifth of the recordings, and the number of the others."""
         there = {f"{word}/{name}" for word, names in found.items() for name in names}
         listed = sorted(set.union(*lists.values()) - there)
         lacking = {word: count - len(found[word]) for word, count in self.words.items() if len(found[word]) < count}
@@ -200,7 +200,7 @@ class SpeechCommandsCorpus:
         check_complete(self.title, self.root, count, expected, missing, self._remedy, self.partial)
 
     def _noises(self, rejected: list[tuple[str, str]]) -> dict[Path, tuple[int, int]]:
-        """Noise recording → its samples and rate."""
+        """Number of samples and sample rate of each noise recording."""
         paths = [self.root / NOISE / f"{name}.wav" for name in NOISES]
         absent = [f"{NOISE}/{path.name}" for path in paths if not path.is_file()]
         check_complete(f"{self.title}, noise", self.root, len(absent), len(paths), absent, self._remedy, self.partial)
@@ -215,7 +215,7 @@ class SpeechCommandsCorpus:
         return noises
 
     def _twelve(self, split: str, recordings: dict[str, Utterance], noises: dict[Path, tuple[int, int]]) -> dict[str, Utterance]:
-        """A split of 12 classes, of one of all words."""
+        """A split with 12 classes, made from one with all words."""
         keywords = {name: found for name, found in recordings.items() if found.text in KEYWORDS}
         others = sorted(recordings.keys() - keywords.keys(), key=lambda name: key("unknown", self.seed, name))
         if self.unknown is not None:
@@ -227,7 +227,7 @@ class SpeechCommandsCorpus:
     def _test_set(
         self, root: Path, recordings: dict[str, dict[str, Utterance]], rejected: list[tuple[str, str]]
     ) -> dict[str, Utterance]:
-        """The published test set: a folder a class, ``bed_0c40e715_nohash_0.wav.wav`` in ``_unknown_``."""
+        """The published test set: one folder per class, with names such as ``bed_0c40e715_nohash_0.wav.wav`` in ``_unknown_``."""
         archive = f"speech_commands_test_set_v0.0{self.version}"
         remedy = (
             f"data.download=true gets it, or unpack {URL}{archive}.tar.gz there; data.test_root names another place, "
@@ -257,7 +257,7 @@ class SpeechCommandsCorpus:
                         if f"{word}/{match[2]}" in recordings[split]:
                             raise ValueError(
                                 f"{self.title}: {path} of the test set is {word}/{match[2]}.wav of the {split} split: a test on "
-                                "training data is worth nothing; are test set and lists of one version?"
+                                "training data is meaningless; do test set and lists have the same version?"
                             )
                 utterances[f"test_set/{folder}/{name[:-4]}"] = utterance
         return utterances
@@ -268,7 +268,7 @@ def _recordings(folder: Path) -> list[str]:
 
 
 def _silence(split: str, count: int, noises: dict[Path, tuple[int, int]]) -> dict[str, Utterance]:
-    """Pieces of one second at even distances from all recordings' parts for the split."""
+    """One-second pieces at equal distances from the split's parts of all noise recordings."""
     begin, end = NOISE_PARTS[split]
     starts: list[tuple[Path, range, int]] = []
     for path, (num_samples, rate) in noises.items():
@@ -293,15 +293,15 @@ def _silence(split: str, count: int, noises: dict[Path, tuple[int, int]]) -> dic
 
 
 def download(name: str, folder: Path) -> None:
-    """Get and unpack an archive of Speech Commands, unless its folder is there; an interrupted download goes on.
+    """Download and unpack an archive of Speech Commands, unless its folder exists. An interrupted download continues.
 
     Args:
-        name: Of the archive, without suffix.
-        folder: What to unpack it as.
+        name: Name of the archive without suffix.
+        folder: Folder to unpack to.
 
     Raises:
-        OSError: it can't be downloaded.
-        ValueError: what was downloaded is incomplete or not what was published.
+        OSError: the download failed.
+        ValueError: the download is incomplete or differs from the published file.
     """
     if folder.is_dir() and any(folder.iterdir()):
         return
@@ -314,7 +314,7 @@ def download(name: str, folder: Path) -> None:
     size = archive.stat().st_size
     published, expected = ARCHIVES.get(name, (size, None))
     if size < published:
-        raise ValueError(f"{archive} is incomplete, {size:,} of {published:,} bytes: run the command again to go on")
+        raise ValueError(f"{archive} is incomplete, {size:,} of {published:,} bytes: run the command again to continue")
     if expected is not None:
         check_sha256(archive, expected)
     unpacked = folder.with_name(f".{folder.name}.partial")

@@ -1,4 +1,4 @@
-"""VoxCeleb1: celebrities in interviews, for speaker identification and verification."""
+"""VoxCeleb1: interviews of celebrities, for speaker identification and verification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from audiot.data.text import lines
 
 PARTS = {"1": "train", "2": "valid", "3": "test"}
 COUNTS = {"train": 138361, "valid": 6904, "test": 8251}
-TEST_SPEAKERS = frozenset(f"id{number}" for number in range(10270, 10310))  # of verification; the others are the dev part
+TEST_SPEAKERS = frozenset(f"id{number}" for number in range(10270, 10310))  # of verification
 NAME = re.compile(r"id[0-9]{5}/[^/\s]+/[0-9]{5}\.wav")
 META = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta"
 REMEDY = (
@@ -26,22 +26,23 @@ REMEDY = (
 class VoxCeleb1Corpus:
     """VoxCeleb1 (Nagrani et al. 2017, arXiv:1706.08612): 153,516 utterances of 1,251 speakers, ``wav/id10001/VIDEO/00001.wav``.
 
-    Utterances have the ids ``id10001/VIDEO/00001``, those of the trials without suffix. Splits:
+    Utterances have ids such as ``id10001/VIDEO/00001``, those of the trials without suffix. Splits:
 
-    - ``identification_train``, ``identification_valid`` and ``identification_test`` are the official ones, all speakers in each.
-    - ``verification_test`` is the official one, all 4,874 utterances of 40 speakers. Of the other 1,211, ``valid_speakers``
-      chosen by a hash are ``verification_valid``, so that a checkpoint is chosen on new speakers as it is tested on new ones, and
-      the rest ``verification_train``.
-    - ``pretrain`` is what both tasks train on, so that pre-training hears no test of either.
+    - ``identification_train``, ``identification_valid`` and ``identification_test`` are the official ones, with all speakers in
+      each.
+    - ``verification_test`` is the official one: all 4,874 utterances of 40 speakers. Of the other 1,211 speakers, a hash chooses
+      ``valid_speakers`` for ``verification_valid``, so that validation uses new speakers like the test. The rest is
+      ``verification_train``.
+    - ``pretrain`` has the utterances that both tasks train on, so pre-training sees the test data of neither.
 
     Args:
-        root: Holds ``wav``, or ``dev/wav`` and ``test/wav``.
-        iden_split: List of the identification splits, ``1|2|3 id10001/VIDEO/00001.wav``, by which completeness is judged too;
-            None: ``iden_split.txt`` in the root.
-        trials: Verification trials, ``1|0 PATH PATH``, to check against the test speakers; None: none.
-        valid_speakers: Training speakers held out for validating verification.
-        partial: The tree is meant to lack recordings, or ``iden_split`` lines.
-        seed: Of the choice of validation speakers.
+        root: Folder with ``wav``, or with ``dev/wav`` and ``test/wav``.
+        iden_split: List of the identification splits, with lines ``1|2|3 id10001/VIDEO/00001.wav``. It also tells which files
+            are missing. None: ``iden_split.txt`` in the root.
+        trials: Verification trials ``1|0 PATH PATH``, checked against the test speakers; None for no check.
+        valid_speakers: Number of training speakers held out for validating verification.
+        partial: Whether recordings or lines of ``iden_split`` may be missing.
+        seed: Seed of the choice of validation speakers.
 
     Raises:
         ValueError: ``valid_speakers`` is below 2.
@@ -60,11 +61,11 @@ class VoxCeleb1Corpus:
         self.iden_split = self.root / "iden_split.txt" if iden_split is None else Path(iden_split)
         self.trials = None if trials is None else Path(trials)
         if valid_speakers < 2:
-            raise ValueError(f"data.valid_speakers must be at least 2, for trials of two speakers, found {valid_speakers}")
+            raise ValueError(f"data.valid_speakers must be at least 2, for trials with two speakers, found {valid_speakers}")
         self.valid_speakers, self.partial, self.seed = valid_speakers, partial, seed
 
     def sources(self) -> Sources:
-        """The recordings, the list of the splits and the trials."""
+        """The recordings, the list of splits and the trials."""
         wavs = [path for folder in self._folders() for path in files_below(folder, ".wav")]
         return Sources(wavs, [self.iden_split, *([] if self.trials is None else [self.trials])])
 
@@ -76,7 +77,7 @@ class VoxCeleb1Corpus:
 
         Raises:
             FileNotFoundError: the root, recordings or a list are missing.
-            ValueError: a list is broken, an utterance is in two splits or two places, or a trial is not about the test speakers.
+            ValueError: a list is broken, an utterance is in two splits or places, or a trial is not about the test speakers.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(f"VoxCeleb1: there is no folder {self.root}: {REMEDY}")
@@ -108,9 +109,9 @@ class VoxCeleb1Corpus:
         return labelled_manifests("VoxCeleb1", labelled, tasks, rejected, progress)
 
     def _read_split(self) -> dict[str, list[str]]:
-        """Identification part → its utterances."""
+        """Utterances of each part of the identification list."""
         parts: dict[str, list[str]] = {part: [] for part in COUNTS}
-        for number, words in _lines(self.iden_split, f"get {META}/iden_split.txt, or name another place by data.iden_split"):
+        for number, words in _lines(self.iden_split, f"get {META}/iden_split.txt, or set data.iden_split to its path"):
             if len(words) != 2 or words[0] not in PARTS or not NAME.fullmatch(words[1]):
                 raise ValueError(
                     f"{self.iden_split}:{number}: expected 1, 2 or 3 and a path such as id10001/VIDEO/00001.wav, "
@@ -122,12 +123,12 @@ class VoxCeleb1Corpus:
             found, published = (" + ".join(f"{count:,}" for count in sizes.values()) for sizes in (counts, COUNTS))
             raise ValueError(
                 f"{self.iden_split} lists {found} utterances, the published one {published}: get {META}/iden_split.txt; "
-                "data.partial=true takes a list that is meant to be a part"
+                "data.partial=true accepts an incomplete list"
             )
         return parts
 
     def _check_trials(self, trials: Path, listed: set[str]) -> None:
-        for number, words in _lines(trials, f"get {META}/veri_test2.txt, or set data.trials=null to go without"):
+        for number, words in _lines(trials, f"get {META}/veri_test2.txt, or set data.trials=null for no check"):
             if len(words) != 3 or words[0] not in ("0", "1") or not all(map(NAME.fullmatch, words[1:])):
                 raise ValueError(f"{trials}:{number}: expected 1 or 0 and two paths, found {' '.join(words)[:80]!r}")
             for path in words[1:]:
@@ -138,11 +139,11 @@ class VoxCeleb1Corpus:
                     )
                 if path[:-4] not in listed and not self.partial:
                     raise ValueError(
-                        f"{trials}:{number}: {path} is not in {self.iden_split}: is one of the two lists of another corpus?"
+                        f"{trials}:{number}: {path} is not in {self.iden_split}: does one of the lists belong to another corpus?"
                     )
 
     def _find(self) -> dict[str, Path]:
-        """Utterance → file, in order."""
+        """Files of the utterances, in order."""
         paths: dict[str, Path] = {}
         for folder in self._folders():
             for path in sorted(folder.glob("id*/*/*.wav")):
@@ -161,7 +162,7 @@ class VoxCeleb1Corpus:
             whole = {name for name in listed if (_speaker(name) in TEST_SPEAKERS) == (part == "test")}
             if paths and whole and whole == set(missing):
                 remedy = (
-                    f"this is the whole {part} part, the tree holds the {other} part alone; speaker_identification and "
+                    f"all of the {part} part is missing, and only the {other} part is there; speaker_identification and "
                     f"speaker_verification need both: {REMEDY}"
                 )
         names = (f"{name}.wav" for name in missing)
@@ -171,7 +172,7 @@ class VoxCeleb1Corpus:
     def _validation_speakers(self, speakers: list[str]) -> set[str]:
         if 0 < len(speakers) <= self.valid_speakers:
             raise ValueError(
-                f"data.valid_speakers={self.valid_speakers} of {len(speakers)} training speakers in {self.root} leave none to "
+                f"data.valid_speakers={self.valid_speakers} of {len(speakers)} training speakers in {self.root} leaves none to "
                 "train on: lower it"
             )
         return set(sorted(speakers, key=lambda speaker: key("valid_speakers", self.seed, speaker))[: self.valid_speakers])
@@ -182,7 +183,7 @@ def _speaker(name: str) -> str:
 
 
 def _lines(path: Path, remedy: str) -> Iterator[tuple[int, list[str]]]:
-    """Number and words of each line that isn't blank."""
+    """Number and words of each line that is not blank."""
     if not path.is_file():
         raise FileNotFoundError(f"VoxCeleb1: there is no list {path}: {remedy}")
     return ((number, line.split()) for number, line in lines(path))
