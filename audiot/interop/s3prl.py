@@ -332,10 +332,8 @@ def export_s3prl(encoder: str | Path, path: str | Path) -> None:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with the defaults that it leaves out."""
-    defaults: dict[str, Any] = {}
-    for part in reversed(get_class(config["_target_"]).__mro__):  # a class hands **options on to the one it is derived from
-        defaults |= {name: option.default for name, option in inspect.signature(part).parameters.items()}
-    return defaults | dict(config)
+    parameters = inspect.signature(get_class(config["_target_"])).parameters
+    return {name: option.default for name, option in parameters.items()} | dict(config)
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> OrderedDict[str, Tensor]:
