@@ -88,7 +88,8 @@ class AudioEncoder(nn.Module):
         and batches of one.
 
         Args:
-            args, options: Arguments of torch.compile; ``dynamic`` is True unless given.
+            *args: Arguments of torch.compile.
+            **options: Options of torch.compile; ``dynamic`` is True unless it is given.
         """
         self.encoder.compile(*args, **{"dynamic": True} | options)
 

@@ -1,28 +1,83 @@
-"""Every command and every piece of Python in README.md runs, with overrides that make each last seconds."""
+"""Every command and every piece of Python in README.md and docs/ runs, with overrides that make each last seconds.
+
+Commands that need a published corpus or say how a figure was measured are composed, not run.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
 import soundfile
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
+from audiot.base.groups import options
 from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.cli import main
 from audiot.interop.s3prl import export_s3prl
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-COMMANDS = [line.split("  #")[0].split(" && ")[-1] for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
-# What the gate itself runs before this test.
-OF_THE_GATE = ["pytest"]
+REPOSITORY = Path(__file__).parent.parent
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r'^```(\w*)(?: title="(.+?)")?\n(.*?)^```$', flags=re.DOTALL | re.MULTILINE)
+BLOCKS = [(page, *block) for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
+PROGRAMS = [text for _, kind, title, text in BLOCKS if kind == "python" and not title]
+FILES = {title: text for _, _, title, text in BLOCKS if title}
+# The gate runs or installs these, or they need more than audiot.
+OTHER_PROGRAMS = ("pip install ", "pytest", "git clone ", "hf upload ", "eval ", "python -m audiot.s3prl_upstream ")
+MEASUREMENTS = ("results.md", "performance.md")
+PUBLISHED = {*options("data")} - {"demo", "folder", "manifest"}
+
+
+def lines() -> Iterator[tuple[Path, str]]:
+    """Commands of audiot as the pages have them, without what may stand around them."""
+    for page, kind, _, text in BLOCKS:
+        if kind == "sh":
+            for line in text.replace("\\\n", " ").splitlines():
+                line = line.split("  #")[0].split(" && ")[-1].strip()
+                if line and not line.startswith(OTHER_PROGRAMS):
+                    yield page, line
+
+
+LINES = list(lines())
+
+
+class Command(NamedTuple):
+    """A line of a page."""
+
+    page: Path
+    line: str
+
+    @property
+    def words(self) -> list[str]:
+        """The command's name and its arguments, however it is started."""
+        words = [word for word in shlex.split(self.line) if not re.match("[A-Z]+=", word)]  # PYTHONPATH=.
+        return words[1:] if words[0] == "audiot" else [Path(words[1]).stem, *words[2:]]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it needs nothing that is not here."""
+        chosen = dict(word.split("=", 1) for word in self.words if "=" in word)
+        needs = chosen.get("data") in PUBLISHED or chosen.get("experiment", "demo_gpu") != "demo_gpu"
+        return self.page.name not in MEASUREMENTS and not needs
+
+
+def commands() -> list[Command]:
+    """Commands of all pages, each once, however it is started."""
+    found: dict[tuple[str, ...], Command] = {}
+    for page, line in sorted(LINES, key=lambda line: line[0].name in MEASUREMENTS):  # one that is run stands for all
+        command = Command(page, line)
+        found.setdefault(tuple(command.words), command)
+    return list(found.values())
+
 
 DEMO = shlex.split(
     "data.hours=0.01 data.num_speakers=2 data.corpus.num_valid_speakers=1 data.corpus.num_test_speakers=1 "
@@ -79,8 +134,12 @@ def first_of_sweep(arguments: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with a tree of little recordings, named as the README's example has them."""
+    """A working folder with the files that pages show, and a tree of little recordings, named as the example has them."""
     folder = tmp_path_factory.mktemp("readme")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "my_attention" / "conf" / "__init__.py").touch()
     (folder / "fsdd").mkdir()
     generator = np.random.default_rng(0)
     for digit in range(2):
@@ -111,33 +170,49 @@ def blank(figure: Figure, path: Path, **options: object) -> None:
     Path(path).touch()
 
 
-def test_commands_of_the_readme_run(folder, monkeypatch):
+def test_commands_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # PYTHONPATH=.
     monkeypatch.setenv("AUDIOT_DATA", str(folder / "data"))
     run, number = folder / "first", 0
     draw, drawn = Figure.savefig, set()
-    for line in COMMANDS:
-        if line in OF_THE_GATE or not line.strip():
-            continue
-        words = shlex.split(line)
-        arguments = words[1:] if words[0] == "audiot" else [Path(words[1]).stem, *words[2:]]
-        assert words[0] == "audiot" or (words[0] == "python" and (README.parent / words[1]).is_file()), line
+    running = [command for command in commands() if command.is_run]
+    for command in running:
+        name = command.words[0]
         monkeypatch.setattr("sys.argv", ["audiot"])
         # Pictures take longest: a command draws those of its first run, then leaves blank files.
-        monkeypatch.setattr(Figure, "savefig", blank if arguments[0] in drawn else draw)
-        drawn.add(arguments[0])
+        monkeypatch.setattr(Figure, "savefig", blank if name in drawn else draw)
+        drawn.add(name)
         try:
             with mock.patch.dict(os.environ):  # several processes leave their meeting place there
-                main(quick(arguments, number, run, folder))
+                main(quick(command.words, number, run, folder))
         except SystemExit as stop:
-            pytest.fail(f"{line}: {stop}")
-        number += arguments[0] in ("pretrain", "finetune", "prepare")
+            pytest.fail(f"{command.page.name}: {command.line}: {stop}")
+        number += name in ("pretrain", "finetune", "prepare")
     assert number > 15
-    assert len(list(folder.glob("sweep*/sweep.csv"))) == sum("pretrain.py -m " in line for line in COMMANDS)
+    sweeps = [command for command in running if command.words[:2] == ["pretrain", "-m"]]
+    assert len(list(folder.glob("sweep*/sweep.csv"))) == len(sweeps) > 0
 
 
-def test_python_of_the_readme_runs(folder, monkeypatch):
+@pytest.mark.parametrize("command", [each for each in commands() if not each.is_run], ids=lambda command: command.line)
+def test_commands_that_need_more_are_composed(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["audiot"])
+    name, *rest = command.words
+    one_of_each = [word.split(",")[0] if "-m" in rest else word for word in rest if word != "-m"]
+    main([name, "--cfg=job", *one_of_each])
+    assert OmegaConf.create(capsys.readouterr().out)
+
+
+def test_every_command_is_of_audiot_or_known():
+    for page, line in LINES:
+        words = shlex.split(line)
+        is_script = words[0] == "python" and (REPOSITORY / words[1]).is_file()
+        assert is_script or re.match("(PYTHONPATH=. )?audiot ", line), f"{page.name}: {line}"
+
+
+def test_python_runs(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     assert (folder / "first" / "encoder").is_dir(), "needs the encoder that the commands have made"
     for program in PROGRAMS:
         names: dict[str, object] = {}
@@ -145,3 +220,19 @@ def test_python_of_the_readme_runs(folder, monkeypatch):
         states, weights = names.get("hidden_states"), names.get("weights")
         assert states is None or (states.ndim == 4 and states.isfinite().all())
         assert weights is None or weights.shape == (2, 6, 100, 100)
+
+
+def test_the_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 140
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "data" / "README.md"], ids=str)
+def test_links_beside_the_site_lead_somewhere(page):
+    """The site's own links are checked where it is built."""
+    for place, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
+        target = page.parent / place
+        assert target.is_file(), place
+        headings = re.findall("^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w ]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
