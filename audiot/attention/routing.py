@@ -77,6 +77,7 @@ class Routing(QueryKeyMechanism):
     """
 
     rotates_itself = True
+    subquadratic = True
     centroids: Tensor
 
     def __init__(

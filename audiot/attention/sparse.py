@@ -36,6 +36,8 @@ class SparseMechanism(QueryKeyMechanism):
         share_query_key: See `QueryKeyMechanism`.
     """
 
+    subquadratic = True
+
     def __init__(
         self, embed_dim: int, num_heads: int, max_frames: int, dropout: float, block_size: int, share_query_key: bool
     ) -> None:
