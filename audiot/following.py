@@ -41,16 +41,31 @@ def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "ch
     """
     encoder = encoder or run / "encoder"
     settings = _settings(run)
+    trust = trusting(settings) if upstream == "checkpoint" else []
     if OmegaConf.select(settings, "data.name") in (None, "demo"):  # which is made when it is needed
-        return _finetune(DEMO_TASK, encoder, upstream, same_data(run))
+        return _finetune(DEMO_TASK, encoder, upstream, [*trust, *same_data(run)])
     folder, _, _ = corpus_folder(settings)
     if not (folder / "corpus.json").is_file():  # its labels are not known
         return " ".join(["audiot prepare", *same_data(run)])
     task = fitting_task(PreparedCorpus.load(folder), settings)
     if task is None:
-        option = "" if upstream == "checkpoint" else f" --upstream {upstream}"
-        return f"audiot extract {path(folder)} {path(run / 'states')} --encoder {path(encoder)}{option}"
-    return _finetune(task, encoder, upstream, same_data(run))
+        kind = [] if upstream == "checkpoint" else [f"--upstream {upstream}"]
+        flags = [*kind, *(f"--trust {name}" for name in packages(settings)[1:] if trust)]
+        return " ".join([f"audiot extract {path(folder)} {path(run / 'states')} --encoder {path(encoder)}", *flags])
+    return _finetune(task, encoder, upstream, [*trust, *same_data(run)])
+
+
+def packages(settings: DictConfig) -> list[str]:
+    """The packages whose classes are in a run's encoder, audiot first: what those who load it have to trust."""
+    parts = ("model.", "features.", "attention.", "positions.")
+    targets = {str(value) for key, value in flat(settings).items() if key.startswith(parts) and key.endswith("._target_")}
+    return ["audiot", *sorted({target.split(".")[0] for target in targets} - {"audiot"})]
+
+
+def trusting(settings: DictConfig) -> list[str]:
+    """The argument of ``audiot finetune`` with which a run's encoder can be loaded; none where all in it is audiot's."""
+    trusted = packages(settings)
+    return [argument("upstream.trusted", trusted)] if len(trusted) > 1 else []
 
 
 def demo_command(encoder: Path, sample_rate: int, upstream: str = "checkpoint") -> str:

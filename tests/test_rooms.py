@@ -74,9 +74,7 @@ def test_every_module_has_a_room():
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in (PUBLIC, *ALIASES)])
 def test_a_module_imports_from_its_own_room_and_those_below(module):
     above = {
-        other
-        for other in imported(module) - {PUBLIC}
-        if other in ALIASES or ORDER.index(room(other)) > ORDER.index(room(module))
+        other for other in imported(module) - {PUBLIC} if other in ALIASES or ORDER.index(room(other)) > ORDER.index(room(module))
     }
     assert not above
 

@@ -72,9 +72,7 @@ class Subject:
         return attention
 
 
-def check(
-    mechanism: Callable[..., AttentionMechanism], *, drops: bool = True, anywhere: bool = True, **options: Any
-) -> None:
+def check(mechanism: Callable[..., AttentionMechanism], *, drops: bool = True, anywhere: bool = True, **options: Any) -> None:
     """Check a mechanism against all rules, which takes some seconds.
 
     Args:
@@ -216,7 +214,7 @@ def state_dict_carries_everything(subject: Subject) -> None:
 
 
 def half_precision_is_finite_and_close(subject: Subject) -> None:
-    """Under autocast, and in a model of bfloat16. Only what chooses keys by what frames hold may differ: rounding may change that."""
+    """Under autocast, and in a model of bfloat16; but a choice of keys by what frames hold may change by rounding."""
     hidden = 0.5 * frames(3, 17, EMBED_DIM)  # scores of a few units: larger ones make bfloat16 coarse
     compared = not _chooses_by_content(subject.layer())
     for valid in (None, valid_of([17, 5, 0], 17)):

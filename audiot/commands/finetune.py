@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
+from audiot.base.failures import Failures
 from audiot.base.files import write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import is_rate, write_comparison
@@ -62,7 +63,10 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         for name, control in (("random", untrained(upstream, cfg.seed)), ("features", _features_control(cfg, upstream))):
             say(f"\n{name}")
             results[name] = train(_control_config(cfg, control, run / name), control, corpus)
-        say("\n" + write_comparison(results, run))
+        tables = Failures()
+        with tables.noted("comparison.csv, comparison.md"):
+            say("\n" + write_comparison(results, run))
+        tables.tell(cfg.debug)
     return metrics
 
 
@@ -136,13 +140,19 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         metrics["layer_weights"] = [round(weight, 4) for weight in weights.tolist()]
     first = f"test/{task.monitor}"
     title = f"{task.task}: test {figures({first: metrics[first]})}"
-    files = module.objective.write(run, title)
+    files: list[str] = []
+    failures = Failures()
+    with failures.noted("tables and pictures of the test"):
+        files += module.objective.write(run, title)
     if trainer.is_global_zero:
         write_json(run / "metrics.json", metrics)
         if weights is not None:
-            plot_layer_weights(weights.tolist(), [str(state) for state in module.layers.chosen], title, run / "layer_weights.png")
-            files.append("layer_weights.png")
+            with failures.noted("layer_weights.png"):
+                states = [str(state) for state in module.layers.chosen]
+                plot_layer_weights(weights.tolist(), states, title, run / "layer_weights.png")
+                files.append("layer_weights.png")
         say(describe(metrics, run, files))
+        failures.tell(cfg.debug)
     return metrics
 
 

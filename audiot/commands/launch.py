@@ -285,7 +285,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("\naudiot: interrupted\n")
         sys.exit(130)
-    except _user_errors() as error:
+    except user_errors() as error:
         if debug:
             traceback.print_exc()
         sys.exit(f"audiot: error: {describe(error)}")
@@ -302,7 +302,7 @@ def finished_wandb() -> Iterator[None]:
             wandb.finish()
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
     """What a user can cause; of libraries that nothing has imported yet, nothing can be raised."""
     theirs = {
         "lhotse.audio.utils": "AudioLoadingError",

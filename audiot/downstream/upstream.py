@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -113,17 +113,21 @@ class FeaturesUpstream(Upstream):
         raise ValueError("upstream=features has no layers to train: drop downstream.train_encoder and downstream.top_layers")
 
 
-def checkpoint(path: str, trusted: tuple[str, ...] = ("audiot",)) -> EncoderUpstream:
-    """An exported encoder (``RUN/encoder``)."""
+def checkpoint(path: str, trusted: Sequence[str] = ("audiot",)) -> EncoderUpstream:
+    """An exported encoder (``RUN/encoder``); ``trusted`` as in `load_encoder`."""
     return EncoderUpstream(load_encoder(path, tuple(trusted)))
 
 
 def random_encoder(
-    seed: int, path: str | None = None, features: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+    seed: int,
+    path: str | None = None,
+    features: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    trusted: Sequence[str] = ("audiot",),
 ) -> EncoderUpstream:
     """An untrained encoder: the architecture of the one at ``path``, else of ``features`` and ``model``."""
     if path is not None:
-        return untrained(checkpoint(path), seed)
+        return untrained(checkpoint(path, trusted), seed)
     with _seeded(seed):
         fresh = EncoderUpstream(AudioEncoder(features or {}, model or {}))
     if fresh.features.cmvn == "global":

@@ -72,7 +72,7 @@ def replace_self_attention(
 
     Attention weights: with `output_attentions=True` the layers compute the mechanism's plain dense weights beside their
     output, before dropout, and in WavLM head by head, where the original averages. Layers that keep their attention
-    return none unless the model is set to "eager".
+    return none unless the model is set to "eager", and a mechanism without weights returns none ever.
 
     Args:
         model: A model with a supported encoder.
@@ -196,7 +196,7 @@ class ReplacedAttention(nn.Module):
             kwargs: Of which only `output_attentions` matters.
 
         Returns:
-            (B, T, d), and the attention weights (B, H, T, T) or None if nobody asked for them.
+            (B, T, d), and the attention weights (B, H, T, T), or None if nobody asked for them or there are none.
         """
         return self._attend(hidden_states, attention_mask, kwargs)
 
@@ -214,7 +214,7 @@ class ReplacedAttention(nn.Module):
         if self.output is not None:
             context = getattr(self, self.output)(context)
         asked = kwargs.get("output_attentions")
-        if not (self.config.output_attentions if asked is None else asked):
+        if not (self.config.output_attentions if asked is None else asked) or not self.mechanism.has_weights:
             return context, None
         inputs.pop("value", None)
         return context, self.mechanism.weights(**inputs)

@@ -147,18 +147,22 @@ class AudiotModel(PreTrainedModel):
             attention_mask: (B, N), 1 for real samples and 0 behind them; None: nothing is padded.
             output_hidden_states: Give all hidden states; None: as the config says.
             output_attentions: Give attention weights, computed beside the output by the mechanism's plain dense form, before
-                dropout; None: as the config says.
+                dropout; None: as the config says. A mechanism without weights gives none, as a warning says.
             return_dict: False: a tuple.
 
         Returns:
             `last_hidden_state` (B, T, d), zero behind an utterance's end; `hidden_states`, layers + 1 of them; `attentions`
-            (B, H, T, T) of each layer.
+            (B, H, T, T) of each layer, None where the mechanism has no weights.
 
         Raises:
             ValueError: the mask has zeros before ones, or an utterance is too short for one state.
         """
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attend = self.config.output_attentions if output_attentions is None else output_attentions
+        if attend and not self.encoder.encoder.has_weights:
+            kind = type(self.encoder.encoder.layer(0).attention.mechanism).__name__
+            log.warning_once(f"{kind} has no attention weights: output_attentions gives none")
+            attend = False
         lengths = _lengths(input_values, attention_mask)
         tokens, num_tokens = self.encoder.features(input_values, lengths)
         tokens = tokens.to(self.encoder.encoder.input.weight.dtype)

@@ -1,4 +1,4 @@
-"""Properties that every mechanism of the group conf/attention must have: the rules of `audiot.attention.testing`, and its files."""
+"""Every mechanism of the group conf/attention keeps the rules of `audiot.attention.testing`, and has its file."""
 
 from __future__ import annotations
 
