@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from audiot.attention import SelfAttention, build, names, parameters
+from audiot.attention import SelfAttention, build, build_mechanism, names, parameters
 from audiot.attention.lsh import LSHAttention, recall
 from audiot.attention.mechanism import check_type
 from audiot.base.console import say
@@ -29,6 +29,7 @@ from audiot.benchmark.measure import Failed, Measured, MismatchError, Panel, Row
 from audiot.positions import Positions
 
 BASELINE = "query_key"
+EVERY = ("all", "subquadratic")  # words in a list of mechanisms; see `Entry.all_of`
 SCOPES = ("operator", "layer")
 DIRECTIONS = ("inference", "training")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +56,23 @@ class Entry:
     label: str
     overrides: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+
+    @classmethod
+    def all_of(cls, configs: Sequence[str | Mapping[str, Any]], where: str = "benchmark.mechanisms") -> list[Entry]:
+        """The entries of the config's list `where`.
+
+        ``all`` stands for all of conf/attention that no other entry names, as their files have them; ``subquadratic`` for those
+        of them that say so of themselves.
+        """
+        own = [cls.of(config, where) for config in configs if config not in EVERY]
+        left = [name for name in names() if name not in {entry.name for entry in own}]
+        entries: list[Entry] = []
+        for config in configs:
+            if config in EVERY:
+                entries += [cls(name, name) for name in left if config == "all" or build_mechanism(name, 8, 2, 8).subquadratic]
+            else:
+                entries.append(own.pop(0))
+        return entries
 
     @classmethod
     def of(cls, config: str | Mapping[str, Any], where: str = "benchmark.mechanisms") -> Entry:
@@ -94,7 +112,8 @@ class AttentionBenchmark:
     positions. Below fp32 both run under autocast with float32 parameters as in training, where the layer's input is float32.
 
     Args:
-        mechanisms: Names of `conf/attention`, or mappings with the keys of `Entry`. The plain ``query_key`` always comes first.
+        mechanisms: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`. The plain
+            ``query_key`` always comes first.
         lengths: Frames a sequence; mechanisms with a table of frames are built for each.
         frames: Frames a batch: sequences = frames // length, at least one.
         embed_dim: Width of the layer.
@@ -172,7 +191,7 @@ class AttentionBenchmark:
         check_choices("compile", compile, [False, True])
         check_choices("positions", [positions], ["own", *options("positions")])
         plain_baseline = Entry(BASELINE, BASELINE)
-        self.entries = [plain_baseline, *(entry for entry in map(Entry.of, mechanisms) if entry != plain_baseline)]
+        self.entries = [plain_baseline, *(entry for entry in Entry.all_of(mechanisms) if entry != plain_baseline)]
         labels = [entry.label for entry in self.entries]
         for label in labels:
             if labels.count(label) > 1:
@@ -303,7 +322,7 @@ class AttentionBenchmark:
         return get_class(config.pop("_target_"))(*shape, **config)
 
     def _check(self, entry: Entry) -> None:
-        """Compare the layer with the plain dense computation on few frames, in float32 and in the precisions measured.
+        """Compare the layer with its obvious form on few frames, in float32 and in the precisions measured.
 
         Raises:
             MismatchError: they differ.
@@ -315,12 +334,8 @@ class AttentionBenchmark:
         for precision, direction in product(dict.fromkeys(["fp32", *self.precisions]), self.directions):
             layer.train(direction == "training" and not self.dropout)
             with self._autocast(precision), torch.set_grad_enabled(direction == "training"):
-                value = layer.get_submodule("value")(hidden).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-                context = layer.weights(hidden, valid).to(value.dtype) @ value
-                expected = layer.output(context.transpose(1, 2).flatten(2))
-                if valid is not None:
-                    expected = expected * valid[:, :, None]
-                _check_equal(layer(hidden, valid), expected, precision, "weights() @ value")
+                what = "weights() @ value" if layer.has_weights else "its naive form"
+                _check_equal(layer(hidden, valid), layer.reference(hidden, valid), precision, what)
 
     def _prepared(self, entry: Entry, length: int) -> SelfAttention | Failed:
         """The layer to measure at a length, on the device, or why it won't be measured."""

@@ -109,7 +109,8 @@ class TrainingBenchmark:
     Args:
         experiment: Of `conf/experiment`, which all configurations start from; None: the defaults.
         models: Names of `conf/model`, or mappings with the keys of `ModelEntry`.
-        attentions: Names of `conf/attention`, or mappings with the keys of `Entry`; speed-ups are over ``query_key``.
+        attentions: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`; speed-ups are over
+            ``query_key``.
         shapes: Mappings of ``frames`` (of the encoder, a sequence) and ``batch`` (sequences).
         dropouts: Mappings of ``hidden`` and ``attention``.
         scopes: Of ``inference``, ``encoder``, ``step``, ``program``.
@@ -170,7 +171,7 @@ class TrainingBenchmark:
         check_choices("scopes", scopes, SCOPES)
         if not models or not attentions:
             raise ValueError(f"benchmark.{'attentions' if models else 'models'} is empty: nothing to measure")
-        self.entries = [Entry.of(entry, "benchmark.attentions") for entry in attentions]
+        self.entries = Entry.all_of(attentions, "benchmark.attentions")
         labels = [entry.label for entry in self.entries]
         for label in labels:
             if labels.count(label) > 1:

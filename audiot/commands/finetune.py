@@ -40,7 +40,8 @@ def main(cfg: DictConfig) -> float:
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
     if (Path(cfg.run_dir) / BEST).is_file():  # not after trainer.fast_dev_run
-        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples])]))
+        trust = [f"--trust {name}" for name in cfg.upstream.get("trusted", []) if name != "audiot"]
+        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples]), *trust]))
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
