@@ -109,8 +109,8 @@ class TrainingBenchmark:
     Args:
         experiment: Of `conf/experiment`, which all configurations start from; None: the defaults.
         models: Names of `conf/model`, or mappings with the keys of `ModelEntry`.
-        attentions: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`; speed-ups are over
-            ``query_key``.
+        attentions: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`; speed-ups are
+            over ``query_key``.
         shapes: Mappings of ``frames`` (of the encoder, a sequence) and ``batch`` (sequences).
         dropouts: Mappings of ``hidden`` and ``attention``.
         scopes: Of ``inference``, ``encoder``, ``step``, ``program``.

@@ -47,9 +47,7 @@ def main(options: argparse.Namespace) -> None:
     print(f"next:   {following}")
 
 
-def export(
-    encoder: Path, folder: Path, license_id: str | None = None, trust: tuple[str, ...] = ()
-) -> tuple[Path | None, int]:
+def export(encoder: Path, folder: Path, license_id: str | None = None, trust: tuple[str, ...] = ()) -> tuple[Path | None, int]:
     """Write the model, its feature extractor and its card to a folder, whole or not at all.
 
     Args:
@@ -86,9 +84,7 @@ def export(
     return run, loaded.features.sample_rate
 
 
-def card(
-    name: str, encoder: AudioEncoder, run: Path | None, license_id: str | None, trust: tuple[str, ...] = ()
-) -> str:
+def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | None, trust: tuple[str, ...] = ()) -> str:
     """The model card: what the encoder is, and how its run trained and measured it, as far as there is a run.
 
     Args:
@@ -121,7 +117,12 @@ def card(
     literal = json.dumps(name, ensure_ascii=False)  # of Python too
     usage = USAGE.format(
         trust=f"audiot.interop.hf_model.AudiotModel.trusted += {trust!r}  # packages to install\n" if trust else "",
-        name=name, literal=literal, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
+        name=name,
+        literal=literal,
+        rate=rate,
+        shorter=rate // 2,
+        width=model.embed_dim,
+        states=model.num_layers + 1,
     )
     hydra = run / ".hydra" / "hydra.yaml" if run else None
     choices = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.choices") if hydra and hydra.is_file() else None

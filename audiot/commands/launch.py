@@ -85,8 +85,8 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
                 _main(module)(resumed.config, resumed)
             return
         if "--help" in overrides or "-h" in overrides:
-            _, overrides, folder = _parted(overrides)
-            print(help_text(command, overrides, bool(sweep), folder))
+            _, overrides, mine = _parted(overrides)
+            print(help_text(command, overrides, bool(sweep), mine))
             return
         places = {name: quoting.parsed(override) for override in overrides for name in PLACES if override.startswith(f"{name}=")}
         given = places.get("hydra.run.dir")
@@ -98,8 +98,8 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
                 for one in Path(str(places["hydra.sweep.dir"])).glob("*"):
                     check_fresh(one)
         if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
-            flags, overrides, folder = _parted(overrides)
-            overrides = _check_overrides(command, overrides, bool(sweep), folder=folder)
+            flags, overrides, mine = _parted(overrides)
+            overrides = _check_overrides(command, overrides, bool(sweep), folder=mine)
             sys.argv[1:] = [*sweep, *flags, *overrides]
 
     def guarded(cfg: DictConfig) -> object:

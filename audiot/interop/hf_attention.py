@@ -72,7 +72,8 @@ def replace_self_attention(
 
     Attention weights: with `output_attentions=True` the layers compute the mechanism's plain dense weights beside their
     output, before dropout, and in WavLM head by head, where the original averages. Layers that keep their attention
-    return none unless the model is set to "eager", and a mechanism without weights returns none ever.
+    return none unless the model is set to "eager", and a mechanism without weights never returns any; the output's `attentions`
+    then lack these layers.
 
     Args:
         model: A model with a supported encoder.

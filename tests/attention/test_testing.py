@@ -83,10 +83,6 @@ def test_every_kind_of_mistake_breaks_its_own_rule(summary_mixing):
         def naive(self, hidden, value, valid):
             return super().naive(hidden, value, valid) * hidden.shape[0]
 
-    class NotANumber(summary_mixing):
-        def attend(self, hidden, value, valid):
-            return super().attend(hidden, value, valid) * (1 if valid is None else valid.sum(1)[:, None, None, None] ** 0.0)
-
     class Drawn(summary_mixing):
         def attend(self, hidden, value, valid):
             return super().attend(hidden, F.dropout(value, self.dropout), valid)
