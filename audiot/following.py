@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from audiot.base.config import compose_command, flat
 from audiot.base.groups import read_option
-from audiot.base.parts import is_plain
+from audiot.base.parts import foreign, is_plain
 from audiot.base.quoting import Value, argument, path, quoted
 from audiot.data.labels import survey
 from audiot.data.opening import corpus_folder
@@ -42,17 +42,32 @@ def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "ch
     """
     encoder = encoder or run / "encoder"
     settings = _settings(run)
+    trust = trusting(settings) if upstream == "checkpoint" else []
     if OmegaConf.select(settings, "data.name") in (None, "demo"):  # the demo corpus is made when it is needed
-        return _finetune(DEMO_TASK, encoder, upstream, same_data(run))
+        return _finetune(DEMO_TASK, encoder, upstream, [*trust, *same_data(run)])
     known = "_target_" in settings.data.corpus  # else it is of a package from outside audiot
     folder = corpus_folder(settings)[0] if known else None
     if folder is None or not (folder / "corpus.json").is_file():  # its labels are not known
         return " ".join(["audiot prepare", *same_data(run)])
     task = fitting_task(PreparedCorpus.load(folder), settings)
     if task is None:
-        option = "" if upstream == "checkpoint" else f" --upstream {upstream}"
-        return f"audiot extract {path(folder)} {path(run / 'states')} --encoder {path(encoder)}{option}"
-    return _finetune(task, encoder, upstream, same_data(run))
+        kind = [] if upstream == "checkpoint" else [f"--upstream {upstream}"]
+        flags = [*kind, *(f"--trust {name}" for name in packages(settings)[1:] if trust)]
+        return " ".join([f"audiot extract {path(folder)} {path(run / 'states')} --encoder {path(encoder)}", *flags])
+    return _finetune(task, encoder, upstream, [*trust, *same_data(run)])
+
+
+def packages(settings: DictConfig) -> list[str]:
+    """Packages from outside audiot whose classes are in a run's encoder: those who load it have to trust them."""
+    parts = OmegaConf.to_container(settings)
+    assert isinstance(parts, dict)
+    return foreign([parts.get(name) for name in ("features", "model", "attention", "positions")])
+
+
+def trusting(settings: DictConfig) -> list[str]:
+    """The argument of ``audiot finetune`` with which a run's encoder can be loaded; none if all in it is audiot's."""
+    trusted = packages(settings)
+    return [argument("upstream.trusted", trusted)] if trusted else []
 
 
 def demo_command(encoder: Path, sample_rate: int, upstream: str = "checkpoint") -> str:

@@ -158,6 +158,11 @@ class Encoder(nn.Module):
             hidden.append(whole)
         return hidden
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the attention of the layers has weights: ask before `attention_weights`."""
+        return all(self.layer(index).attention.has_weights for index in range(self.num_layers))
+
     def attention_inputs(self, features: Tensor, valid: Tensor | None = None) -> list[tuple[SelfAttention, Tensor]]:
         """Every layer's attention and its input (B, T, d) for features (B, T, C).
 
@@ -174,7 +179,11 @@ class Encoder(nn.Module):
         return [(layer.attention, layer.attention_input(state)) for layer, state in zip(layers, states, strict=False)]
 
     def attention_weights(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
-        """Attention weights (B, H, T, T) of every layer for features (B, T, C)."""
+        """Attention weights (B, H, T, T) of every layer for features (B, T, C).
+
+        Raises:
+            ValueError: the mechanism has none: ask `has_weights` before.
+        """
         return [attention.weights(hidden, valid) for attention, hidden in self.attention_inputs(features, valid)]
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from audiot.base.config import check_type, flat, parse
 from audiot.base.files import read_json, read_yaml, replacing_text
 from audiot.base.groups import groups, key_of, nearest
-from audiot.base.parts import FORMAT_VERSION, check_version, is_plain, named, resolved
+from audiot.base.parts import FORMAT_VERSION, check_version, foreign, is_plain, named, resolved
 from audiot.base.quoting import argument
 
 CONFIG, OVERRIDES, RESUMES = "config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
@@ -247,7 +247,9 @@ def is_finished(run: Path, cfg: DictConfig) -> bool:
 
 def resume_command(run: Path) -> str:
     """What to paste into a shell to go on with a run; its folder holds the rest."""
-    return f"audiot pretrain {argument('resume', run)}"
+    trusted = foreign(_read(run / CONFIG, dict)) if (run / CONFIG).is_file() else []
+    trust = [argument("trusted", trusted)] if trusted else []
+    return " ".join(["audiot pretrain", argument("resume", run), *trust])
 
 
 class Interrupted(BaseException):

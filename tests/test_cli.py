@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,6 +31,7 @@ from omegaconf import OmegaConf
 import audiot.cli
 from audiot.attention import names
 from audiot.attention.synthesizer_random import SynthesizerRandom
+from audiot.commands import probing
 
 DATA = [
     "data.hours=0.01",
@@ -310,6 +313,98 @@ def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path, mis
         for name in missing:
             said = rf"\n{name}:  audiot finetune .*\ncorpus .*\n(few .*\n)*test .*\nrun .*{name.replace('/', '-')}: metrics.json"
             assert re.search(said, out)
+
+
+def broken(*arguments, **options):
+    raise RuntimeError("no ink")
+
+
+@blank
+def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("audiot.commands.pretrain.plot_attention", broken)
+    monkeypatch.setattr("audiot.training.callbacks.plot_reconstruction", broken)
+    folder = tmp_path / "run"
+    out = succeed("pretrain", *TINY, "probe=false", f"hydra.run.dir={folder}")
+    assert out.splitlines()[-2:] == [
+        "failed  reconstruction.png: RuntimeError: no ink",
+        "failed  attention.png: RuntimeError: no ink",
+    ]
+    assert (folder / "encoder").is_dir()
+    assert read(folder / "summary.json")["steps"] == 4
+    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png"}
+    assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
+    monkeypatch.setattr("audiot.commands.analyze.plot_attention", broken)
+    result = run("analyze", f"run={folder}")
+    assert (result.code, result.err) == (1, "audiot: error: not drawn: attention.png, attention-untrained.png\n")
+    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "reconstruction.png"}
+
+
+@blank
+def test_pictures_and_tables_of_a_task_that_fail_are_told_at_the_end(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("audiot.downstream.objectives.plot_confusion", broken)
+    monkeypatch.setattr("audiot.commands.finetune.plot_layer_weights", broken)
+    folder = tmp_path / "run"
+    given = ["downstream=phone_linear", "downstream.layers=weighted_sum", f"upstream.path={made.encoder}"]
+    out = succeed("finetune", *DATA, *TRAINER, *given, f"hydra.run.dir={folder}")
+    *_, first, second, following = out.splitlines()
+    assert first == "failed  tables and pictures of the test: RuntimeError: no ink"
+    assert second == "failed  layer_weights.png: RuntimeError: no ink"
+    assert following.startswith("next:   audiot predict")
+    assert "test/accuracy" in read(folder / "metrics.json")
+    assert (folder / "per_utterance.csv").is_file()
+
+
+@blank
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_probe_that_fails_lets_the_others_finish_and_is_told_at_the_end(made, tmp_path, jobs):
+    folder, missing = tmp_path / "run", ["probe/phone/random", "probe/phone/features"]
+    without_probes(made, folder, ["probe/phone/encoder"], missing)
+    path = folder / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    whole = OmegaConf.to_container(config.probes)["probe/phone/random"]
+    config.probes["probe/phone/random"] = [each for each in whole if not each.startswith("upstream.path")] + [
+        "upstream.path=gone"
+    ]
+    OmegaConf.save(config, path)
+    result = run("pretrain", f"resume={folder}", f"probe_jobs={jobs}")
+    assert result.code == 1
+    assert last_line(result.err) == (
+        f"audiot: error: 1 of 3 probes failed, and all else is done; audiot pretrain resume={folder} does them again; "
+        "the first, probe/phone/random: no encoder folder at gone: expected RUN/encoder of a pre-training run"
+    )
+    assert "\nfailed  no encoder folder at gone: " in result.out
+    assert last_line(result.out).startswith("next:   audiot finetune ")
+    figures = {name for name in read(folder / "summary.json") if name.startswith("probe/")}
+    assert figures == {"probe/phone/encoder", "probe/phone/features"}
+    config.probes["probe/phone/random"] = whole
+    OmegaConf.save(config, path)
+    out = succeed("pretrain", f"resume={folder}", f"probe_jobs={jobs}")
+    assert "probes  2 of 3 are there already\n" in out
+    expected = read(made.run / "summary.json")
+    assert read(folder / "summary.json")["probe/phone/random"] == expected["probe/phone/random"]
+
+
+def test_a_probe_that_is_killed_fails_and_says_how_to_do_without(monkeypatch):
+    class Killed:
+        def __init__(self, *arguments):
+            self.asked = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, probe):
+            future = Future()
+            self.asked += 1
+            future.set_result(("test 1.0", None)) if self.asked == 1 else future.set_exception(BrokenProcessPool("killed"))
+            return future
+
+    monkeypatch.setattr(probing, "ProcessPoolExecutor", Killed)
+    titles = {"one": "one:", "two": "two:"}
+    failed = probing._run_together({name: OmegaConf.create({}) for name in titles}, titles, 2)
+    assert failed == {"two": "a probe was killed, for want of memory perhaps: resume the run with probe_jobs=1"}
 
 
 @blank

@@ -22,6 +22,7 @@ class PositionWise(AttentionMechanism):
     """
 
     inputs = frozenset({"value"})
+    subquadratic = True
 
     def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
         """The values of the real frames."""
@@ -55,6 +56,7 @@ class Uniform(AttentionMechanism):
     """
 
     inputs = frozenset({"value"})
+    subquadratic = True
 
     def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
         """The mean over the real frames, repeated."""

@@ -37,6 +37,8 @@ class Local(QueryKeyMechanism):
         ValueError: `window` is not positive.
     """
 
+    subquadratic = True
+
     def __init__(
         self,
         embed_dim: int,

@@ -42,6 +42,7 @@ class LocalDenseSynthesizer(AttentionMechanism):
     """
 
     inputs = frozenset({"hidden", "value"})
+    subquadratic = True
     no_weight_decay = frozenset({"b1", "b2"})
 
     def __init__(

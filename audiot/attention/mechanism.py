@@ -24,8 +24,9 @@ class AttentionMechanism(nn.Module, ABC):
     `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never influences a real
     one, as long as it is finite. The rows of padded frames are finite. A sequence without any real frame gives zeros.
 
-    A subclass writes `attend`, the fast form, and `dense_weights`, the obvious one. Both get the tensors of `inputs` by
-    name, and `valid`.
+    A subclass writes `attend`, the fast form, and the obvious form that it is compared with: `dense_weights`, the weights of
+    all frames over all frames. A mechanism that has no such weights says `has_weights = False` and writes `naive` instead.
+    All get the tensors that they need by name, and `valid`.
 
     Args:
         embed_dim: Width d of the model.
@@ -34,11 +35,18 @@ class AttentionMechanism(nn.Module, ABC):
         dropout: Probability of dropping an attention weight while training.
 
     Raises:
-        ValueError: a size is not positive, `num_heads` does not divide `embed_dim`, or `dropout` is outside [0, 1).
+        ValueError: a size is not positive, `num_heads` does not divide `embed_dim`, `dropout` is outside [0, 1), or the class
+            lacks its obvious form.
     """
 
     inputs: frozenset[str]
     """What `forward` needs, of {"hidden", "query", "key", "value"}; an instance may need less than its class."""
+
+    has_weights: bool = True
+    """Whether the context is a matrix of weights times the values. What draws or exports weights asks this first."""
+
+    subquadratic: bool = False
+    """Whether time and memory grow more slowly than the square of the number of frames."""
 
     no_weight_decay: frozenset[str] = frozenset()
     """Names of own parameters that the optimiser must not decay."""
@@ -60,6 +68,12 @@ class AttentionMechanism(nn.Module, ABC):
         check_type(float, dropout=dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"attention dropout is {dropout}: set it to at least 0 and less than 1")
+        obvious = "dense_weights" if self.has_weights else "naive"
+        if getattr(type(self), obvious) is getattr(AttentionMechanism, obvious):
+            raise ValueError(
+                f"{type(self).__name__} has no obvious form to be compared with: write dense_weights, "
+                "or set has_weights = False and write naive"
+            )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -107,7 +121,12 @@ class AttentionMechanism(nn.Module, ABC):
 
         Plots show these weights, and `forward` must agree with them. The arguments are those of `forward`, without the values. A
         mechanism that needs nothing else gets `hidden`, for the shape of the batch.
+
+        Raises:
+            ValueError: the mechanism has no weights.
         """
+        if not self.has_weights:
+            raise ValueError(f"{type(self).__name__} has no attention weights: ask has_weights before weights()")
         given = {"hidden": hidden, "query": query, "key": key}
         return self.dense_weights(**self._arguments(self.weight_inputs, given, valid, positions), valid=valid)
 
@@ -120,17 +139,49 @@ class AttentionMechanism(nn.Module, ABC):
         valid: Tensor | None = None,
         positions: Positions | None = None,
     ) -> Tensor | None:
-        """Which keys each query may attend to, bool (B, H, T, T); None where a mechanism chooses none: all real ones."""
+        """Which keys each query may attend to, bool (B, H, T, T); None where a mechanism chooses none: all real ones.
+
+        A mechanism without weights has no keys, and chooses none.
+        """
+        if not self.has_weights:
+            return None
         given = {"hidden": hidden, "query": query, "key": key}
         return self.dense_choice(**self._arguments(self.weight_inputs, given, valid, positions), valid=valid)
+
+    def reference(
+        self,
+        *,
+        hidden: Tensor | None = None,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        valid: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> Tensor:
+        """The context (B, H, T, D) by the obvious form, without dropout: what `forward` must agree with.
+
+        It is `weights` times the values, or `naive` where the mechanism has no weights. Arguments as in `forward`, and those
+        of `weights`.
+        """
+        given = {"hidden": hidden, "query": query, "key": key, "value": value}
+        if not self.has_weights:
+            return self.naive(**self._arguments(self.inputs, given, valid, positions), valid=valid)
+        if value is None:
+            raise ValueError(f"{type(self).__name__} needs value but got None: pass {', '.join(sorted(self.reference_inputs))}")
+        weights = self.weights(hidden=hidden, query=query, key=key, valid=valid, positions=positions)
+        return weights.to(value.dtype) @ value
 
     @abstractmethod
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """The fast form: the tensors of `inputs` and `valid` → the context (B, H, T, D)."""
 
-    @abstractmethod
     def dense_weights(self, *args: Any, **kwargs: Any) -> Tensor:
         """The obvious form: the tensors of `weight_inputs` and `valid` → the weights (B, H, T, T)."""
+        raise NotImplementedError
+
+    def naive(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The obvious form of a mechanism without weights: arguments and result as `attend`, without dropout."""
+        raise NotImplementedError
 
     def dense_choice(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The keys that each query may attend to, as `chosen_keys` returns them; arguments as in `dense_weights`."""
@@ -143,6 +194,11 @@ class AttentionMechanism(nn.Module, ABC):
     def weight_inputs(self) -> frozenset[str]:
         """What `weights` needs."""
         return self.inputs - {"value"} or frozenset({"hidden"})
+
+    @property
+    def reference_inputs(self) -> frozenset[str]:
+        """What `reference` needs."""
+        return self.weight_inputs | {"value"} if self.has_weights else self.inputs
 
     @property
     def dropout_now(self) -> float:

@@ -75,6 +75,7 @@ class Routing(QueryKeyMechanism):
     """
 
     rotates_itself = True
+    subquadratic = True
     centroids: Tensor
 
     def __init__(

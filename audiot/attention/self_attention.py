@@ -92,8 +92,23 @@ class SelfAttention(nn.Module):
         output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))
         return output if valid is None else output * valid[:, :, None]
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the mechanism has attention weights: ask before `weights`."""
+        return self.mechanism.has_weights
+
+    def reference(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What `forward` gives (B, T, d), by the mechanism's obvious form and without dropout; slow, for comparisons."""
+        context = self.mechanism.reference(**self._inputs(hidden, self.mechanism.reference_inputs, valid))
+        output = self.output(context.transpose(1, 2).flatten(2))
+        return output if valid is None else output * valid[:, :, None]
+
     def weights(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attention weights (B, H, T, T) by the plain dense computation, without dropout; rows of padded frames are zero."""
+        """Attention weights (B, H, T, T) by the plain dense computation, without dropout; rows of padded frames are zero.
+
+        Raises:
+            ValueError: the mechanism has none.
+        """
         weights = self.mechanism.weights(**self._inputs(hidden, self.mechanism.weight_inputs, valid))
         return weights if valid is None else weights * valid[:, None, :, None]
 

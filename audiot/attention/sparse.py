@@ -35,6 +35,8 @@ class SparseMechanism(QueryKeyMechanism):
         block_size: Frames l of a block, the unit of the patterns.
     """
 
+    subquadratic = True
+
     def __init__(
         self, embed_dim: int, num_heads: int, max_frames: int, dropout: float, block_size: int, share_query_key: bool
     ) -> None:

@@ -284,12 +284,13 @@ def _made(value: Any) -> Any:
 
 
 def foreign(config: Any) -> list[str]:
-    """Packages, audiot apart, whose parts a config in the program names: whom a reader of its file must trust."""
+    """Packages from outside audiot whose parts a config names, in the program or in a file: whom its reader must trust."""
     found: list[str] = []
     if isinstance(config, Mapping):
-        target = str(config.get("_target_", "audiot"))
-        if registry().get(name_of(target), ("", ""))[1] != "audiot" and not target.startswith("audiot"):
-            found.append(target.split(".")[0])
+        name = name_of(str(config["_target_"])) if "_target_" in config else str(config.get("part", ""))
+        target, owner = registry().get(name, (name, name.split(":")[0] if ":" in name else "audiot"))
+        if owner.split(".")[0] != "audiot":
+            found.append(target.replace(":", ".").split(".")[0])
         config = list(config.values())
     for value in config if isinstance(config, (list, tuple)) else ():
         found += foreign(value)

@@ -50,7 +50,8 @@ class AttentionBenchmark:
     and no positions. Below fp32 both run under autocast with float32 parameters, as in training. The layer's input is float32.
 
     Args:
-        mechanisms: Names of `conf/attention`, or mappings with the keys of `Entry`. The plain ``query_key`` always comes first.
+        mechanisms: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`. The plain
+            ``query_key`` always comes first.
         lengths: Frames per sequence. A mechanism is built anew for each length, since some have a table of frames.
         frames: Frames per batch. A batch has frames // length sequences, at least one.
         embed_dim: Width of the layer.
@@ -120,7 +121,7 @@ class AttentionBenchmark:
         check_choices("compile", compile, [False, True])
         check_choices("positions", [positions], ["own", *options("positions")])
         plain_baseline = Entry(BASELINE, BASELINE)
-        self.entries = [plain_baseline, *(entry for entry in map(Entry.of, mechanisms) if entry != plain_baseline)]
+        self.entries = [plain_baseline, *(entry for entry in Entry.all_of(mechanisms) if entry != plain_baseline)]
         check_labels(self.entries, "benchmark.mechanisms")
         self.lengths = sorted(set(lengths))
         self.frames = frames
@@ -240,7 +241,7 @@ class AttentionBenchmark:
         return get_class(config.pop("_target_"))(*shape, **config)
 
     def _check(self, entry: Entry) -> None:
-        """Compare the layer with the plain dense computation on few frames, in float32 and in the precisions measured.
+        """Compare the layer with its obvious form on few frames, in float32 and in the precisions measured.
 
         Raises:
             MismatchError: they differ.
@@ -252,12 +253,8 @@ class AttentionBenchmark:
         for precision, direction in product(dict.fromkeys(["fp32", *self.precisions]), self.directions):
             layer.train(direction == "training" and not self.dropout)
             with self._autocast(precision), torch.set_grad_enabled(direction == "training"):
-                value = layer.get_submodule("value")(hidden).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-                context = layer.weights(hidden, valid).to(value.dtype) @ value
-                expected = layer.output(context.transpose(1, 2).flatten(2))
-                if valid is not None:
-                    expected = expected * valid[:, :, None]
-                _check_equal(layer(hidden, valid), expected, precision, "weights() @ value")
+                what = "weights() @ value" if layer.has_weights else "its naive form"
+                _check_equal(layer(hidden, valid), layer.reference(hidden, valid), precision, what)
 
     def _prepared(self, entry: Entry, length: int) -> SelfAttention | Failed:
         """The layer to measure at a length, on the device, or why it is not measured."""

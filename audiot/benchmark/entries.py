@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from audiot.attention import command_line, names, parameters
+from audiot.attention import build_mechanism, command_line, names, parameters
 from audiot.attention.mechanism import check_type
 from audiot.base.groups import nearest
 from audiot.base.quoting import override
 
+EVERY = ("all", "subquadratic")  # words in a list of mechanisms, see `Entry.all_of`
 BASELINE = "query_key"  # of all speed-ups
 
 
@@ -29,6 +30,23 @@ class Entry:
     label: str
     overrides: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+
+    @classmethod
+    def all_of(cls, configs: Sequence[str | Mapping[str, Any]], where: str = "benchmark.mechanisms") -> list[Entry]:
+        """The entries of the config's list `where`.
+
+        ``all`` stands for all of conf/attention that no other entry names, as their files have them; ``subquadratic`` for those
+        of them that say so of themselves.
+        """
+        own = [cls.of(config, where) for config in configs if config not in EVERY]
+        left = [name for name in names() if name not in {entry.name for entry in own}]
+        entries: list[Entry] = []
+        for config in configs:
+            if config in EVERY:
+                entries += [cls(name, name) for name in left if config == "all" or build_mechanism(name, 8, 2, 8).subquadratic]
+            else:
+                entries.append(own.pop(0))
+        return entries
 
     @classmethod
     def of(cls, config: str | Mapping[str, Any], where: str = "benchmark.mechanisms") -> Entry:

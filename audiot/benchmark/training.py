@@ -77,7 +77,8 @@ class TrainingBenchmark:
     Args:
         experiment: Name in `conf/experiment` that all configurations start from. None means the defaults.
         models: Names of `conf/model`, or mappings with the keys of `ModelEntry`.
-        attentions: Names of `conf/attention`, or mappings with the keys of `Entry`. Speed-ups are over ``query_key``.
+        attentions: Names of `conf/attention`, mappings with the keys of `Entry`, or the words of `Entry.all_of`. Speed-ups are
+            over ``query_key``.
         shapes: Mappings of ``frames`` (frames of the encoder per sequence) and ``batch`` (sequences per batch).
         dropouts: Mappings of ``hidden`` and ``attention``.
         scopes: Some of ``inference``, ``encoder``, ``step`` and ``program``.
@@ -134,7 +135,7 @@ class TrainingBenchmark:
         check_choices("scopes", scopes, SCOPES)
         if not models or not attentions:
             raise ValueError(f"benchmark.{'attentions' if models else 'models'} is empty: nothing to measure")
-        self.entries = [Entry.of(entry, "benchmark.attentions") for entry in attentions]
+        self.entries = Entry.all_of(attentions, "benchmark.attentions")
         check_labels(self.entries, "benchmark.attentions")
         self.places = list(places(models, shapes, dropouts, scopes))
         if not self.places:

@@ -12,6 +12,7 @@ from torch import Tensor
 from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstruction, plot_training
 from audiot.attention.table import TableSynthesizer
 from audiot.base.console import say
+from audiot.base.failures import Failures
 from audiot.base.files import read_json
 from audiot.base.quoting import argument
 from audiot.data.batches import Batch
@@ -24,7 +25,11 @@ from audiot.runs import newest_checkpoint, run_config
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Draw curves, probes, an utterance's reconstruction, its attention, keys and tables beside the untrained model's."""
+    """Draw curves, probes, an utterance's reconstruction, its attention, keys and tables beside the untrained model's.
+
+    Raises:
+        ValueError: something can't be read; or pictures failed, which is told after the others are drawn.
+    """
     run = Path(cfg.run)
     settings = run_config(run, cfg.data.prepare.when, trusted=cfg.trusted)
     if "downstream" in settings:
@@ -34,24 +39,38 @@ def main(cfg: DictConfig) -> None:
     batch = utterance(data, cfg.utterance)
     plots = run / "plots"
     name = batch["ids"][0]
-    plot_reconstruction(module.reconstruct(batch), f"{name}, step {module.trained_steps}", plots / "reconstruction.png")
+    failures = Failures()
+    with failures.noted("reconstruction.png"):
+        plot_reconstruction(module.reconstruct(batch), f"{name}, step {module.trained_steps}", plots / "reconstruction.png")
     tokens, _ = module.model.features(batch["waveforms"], batch["lengths"])
     torch.manual_seed(settings.seed)
     fresh = MaskedAcousticModel(**module.hparams).eval()
     fresh.model.features.load_state_dict(module.model.features.state_dict())
     untrained, trained = fresh.model.encoder, module.model.encoder
-    draw_both(untrained, trained, tokens, name, plots)
-    if isinstance(trained.layer(0).attention.mechanism, TableSynthesizer):
-        draw_tables(untrained, trained, plots / "patterns.png")
+    mechanism = trained.layer(0).attention.mechanism
+    if trained.has_weights:
+        with failures.noted("attention.png, attention-untrained.png"):
+            draw_both(untrained, trained, tokens, name, plots)
+    else:
+        say(f"no picture of attention: {type(mechanism).__name__} has no weights")
+    if isinstance(mechanism, TableSynthesizer):
+        with failures.noted("patterns.png"):
+            draw_tables(untrained, trained, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
-        plot_training(run / "metrics.csv", plots / "training.png")
+        with failures.noted("training.png"):
+            plot_training(run / "metrics.csv", plots / "training.png")
     summary = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
     if any(key.startswith(("probe/", "finetune/")) for key in summary):
-        plot_probes(summary, plots / "probes.png")
+        with failures.noted("probes.png"):
+            plot_probes(summary, plots / "probes.png")
     for path in sorted(plots.glob("*.png")):
         if "step" not in path.name:
             say(str(path))
-    say(f"next:   audiot evaluate {argument('run', run)}")
+    trust = [argument("trusted", list(cfg.trusted))] if cfg.trusted else []
+    say(" ".join(["next:   audiot evaluate", argument("run", run), *trust]))
+    failures.tell(cfg.debug)
+    if failures.reasons:
+        raise ValueError(f"not drawn: {', '.join(failures.reasons)}")
 
 
 def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:

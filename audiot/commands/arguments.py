@@ -148,6 +148,7 @@ def export_hf(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("encoder", type=Path, metavar="ENCODER", help="an exported encoder, RUN/encoder, or its run, RUN")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write, which is not there yet or empty")
     parser.add_argument("--license", help="licence of the weights, as the hub calls it: apache-2.0, cc-by-4.0, other, …")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
     return parser.parse_args(arguments)
 
 

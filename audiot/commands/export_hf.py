@@ -25,7 +25,7 @@ from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after au
 
 USAGE = """import torch, transformers
 import audiot.huggingface  # pip install 'audiot[hf]': makes the model type known to transformers
-
+{trust}
 model = transformers.AutoModel.from_pretrained({literal}).eval()  # a folder, or USER/{name} on the hub
 extractor = transformers.AutoFeatureExtractor.from_pretrained({literal})
 waveforms = [torch.randn({rate}).numpy(), torch.randn({shorter}).numpy()]  # mono, {rate} Hz, in [-1, 1]
@@ -37,7 +37,8 @@ output.last_hidden_state  # (2, frames, {width}); output.hidden_states has {stat
 
 def main(options: argparse.Namespace) -> None:
     """Write the folder and say what is in it."""
-    run, sample_rate = export(options.encoder, options.folder, options.license)
+    AudiotModel.trusted = tuple(options.trust)
+    run, sample_rate = export(options.encoder, options.folder, options.license, tuple(options.trust))
     print(f"wrote   {options.folder}: {', '.join(sorted(path.name for path in options.folder.iterdir()))}")
     if options.license is None:
         print("licence not stated: write the one that the weights are under into README.md, or export again with --license")
@@ -46,13 +47,14 @@ def main(options: argparse.Namespace) -> None:
     print(f"next:   {following}")
 
 
-def export(encoder: Path, folder: Path, license_id: str | None = None) -> tuple[Path | None, int]:
+def export(encoder: Path, folder: Path, license_id: str | None = None, trust: tuple[str, ...] = ()) -> tuple[Path | None, int]:
     """Write the model, its feature extractor and its card to a folder, whole or not at all.
 
     Args:
         encoder: Folder of the encoder, or of the run that it is in.
         folder: Not there yet, or empty.
         license_id: The licence of the weights, as the hub calls it; None: the card says that it is not stated.
+        trust: Packages from outside audiot, whose classes the encoder may name; `AudiotModel` has to trust them too.
 
     Returns:
         The run's folder, if the encoder is in one, and the encoder's sampling rate in Hz.
@@ -66,7 +68,7 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> tuple[
         raise ValueError(f"--license={license_id} is no identifier of the hub, such as apache-2.0, cc-by-4.0 or other")
     if not (encoder / "config.json").is_file() and (encoder / "encoder" / "config.json").is_file():
         encoder = encoder / "encoder"
-    loaded = load_encoder(encoder)
+    loaded = load_encoder(encoder, trust)
     parent = encoder.absolute().parent
     run = parent if has_config(parent) or (parent / "summary.json").is_file() else None
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,14 +77,14 @@ def export(encoder: Path, folder: Path, license_id: str | None = None) -> tuple[
         with quiet():
             AudiotModel.from_encoder(loaded).save_pretrained(temporary)
             AudiotFeatureExtractor(sampling_rate=loaded.features.sample_rate).save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(folder.resolve().name, loaded, run, license_id), encoding="utf-8")
+        (temporary / "README.md").write_text(card(folder.resolve().name, loaded, run, license_id, trust), encoding="utf-8")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return run, loaded.features.sample_rate
 
 
-def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | None) -> str:
+def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | None, trust: tuple[str, ...] = ()) -> str:
     """The model card: what the encoder is, and how its run trained and measured it, as far as there is a run.
 
     Args:
@@ -90,6 +92,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         encoder: What is exported.
         run: The run's folder; what it does not hold is left out.
         license_id: The licence of the weights, or None.
+        trust: Packages from outside audiot, that whoever loads the model has to trust.
     """
     settings = run_config(run, trusted=None) if run and has_config(run) else None
     summary = read_json(run / "summary.json", "summary") if run and (run / "summary.json").is_file() else {}
@@ -113,7 +116,13 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
     rate, model = encoder.features.sample_rate, encoder.encoder
     literal = json.dumps(name, ensure_ascii=False)  # of Python too
     usage = USAGE.format(
-        name=name, literal=literal, rate=rate, shorter=rate // 2, width=model.embed_dim, states=model.num_layers + 1
+        trust=f"audiot.huggingface.AudiotModel.trusted += {trust!r}  # packages to install\n" if trust else "",
+        name=name,
+        literal=literal,
+        rate=rate,
+        shorter=rate // 2,
+        width=model.embed_dim,
+        states=model.num_layers + 1,
     )
     training = _training(settings, choices(run) if run else {}, summary)
     parts = [

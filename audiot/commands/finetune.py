@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
+from audiot.base.failures import Failures
 from audiot.base.files import write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import is_rate, write_comparison
@@ -41,7 +42,8 @@ def main(cfg: DictConfig) -> float:
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
     if (Path(cfg.run_dir) / BEST).is_file():  # not after trainer.fast_dev_run
-        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples])]))
+        trust = [f"--trust {name}" for name in cfg.upstream.get("trusted", []) if name != "audiot"]
+        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples]), *trust]))
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
@@ -64,7 +66,10 @@ def finetune(cfg: DictConfig) -> dict[str, Any]:
         for name, control in (("random", untrained(upstream, cfg.seed)), ("features", _features_control(cfg, upstream))):
             say(f"\n{name}")
             results[name] = train(_control_config(cfg, control, run / name), control, corpus)
-        say("\n" + write_comparison(results, run))
+        tables = Failures()
+        with tables.noted("comparison.csv, comparison.md"):
+            say("\n" + write_comparison(results, run))
+        tables.tell(cfg.debug)
     return metrics
 
 
@@ -138,13 +143,19 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         metrics["layer_weights"] = [round(weight, 4) for weight in weights.tolist()]
     first = f"test/{task.monitor}"
     title = f"{task.task}: test {figures({first: metrics[first]})}"
-    files = module.objective.write(run, title)
+    files: list[str] = []
+    failures = Failures()
+    with failures.noted("tables and pictures of the test"):
+        files += module.objective.write(run, title)
     if trainer.is_global_zero:
         write_json(run / "metrics.json", metrics)
         if weights is not None:
-            plot_layer_weights(weights.tolist(), [str(state) for state in module.layers.chosen], title, run / "layer_weights.png")
-            files.append("layer_weights.png")
+            with failures.noted("layer_weights.png"):
+                states = [str(state) for state in module.layers.chosen]
+                plot_layer_weights(weights.tolist(), states, title, run / "layer_weights.png")
+                files.append("layer_weights.png")
         say(describe(metrics, run, files))
+        failures.tell(cfg.debug)
     return metrics
 
 

@@ -38,8 +38,10 @@ from audiot.runs import Interrupted, check_fresh, resume, resume_command
 
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
-# Flags of Hydra with which the config comes from elsewhere too, and one that has no overrides.
-ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
+CONFIG_DIR = ("--config-dir", "-cd")  # a folder of config groups beside those of audiot
+VALUED = ("--cfg", "-c", "--package", "-p")  # flags of Hydra that a value follows
+# Flags of Hydra with which the config comes from elsewhere, and one that has no overrides.
+ELSEWHERE = ("--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
 
 
 def run(command: str, arguments: list[str], program: str | None = None) -> None:
@@ -68,7 +70,8 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
                 _main(module)(resumed.config, resumed)
             return
         if "--help" in overrides or "-h" in overrides:
-            print(help_text(command, [override for override in overrides if not override.startswith("-")], bool(sweep)))
+            _, overrides, mine = _parted(overrides)
+            print(help_text(command, overrides, bool(sweep), mine))
             return
         places = {name: quoting.parsed(override) for override in overrides for name in PLACES if override.startswith(f"{name}=")}
         given = places.get("hydra.run.dir")
@@ -80,8 +83,8 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
                 for one in Path(str(places["hydra.sweep.dir"])).glob("*"):
                     check_fresh(one)
         if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
-            flags = [override for override in overrides if override.startswith("-")]  # which ask Hydra for something itself
-            overrides = _check_overrides(command, [each for each in overrides if each not in flags], bool(sweep))
+            flags, overrides, mine = _parted(overrides)
+            overrides = _check_overrides(command, overrides, bool(sweep), folder=mine)
             sys.argv[1:] = [*sweep, *flags, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
@@ -95,10 +98,31 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
 
 
-def help_text(command: str, overrides: list[str], sweep: bool) -> str:
+def _parted(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
+    """The flags of a command line, which ask Hydra for something itself, its overrides, and the folder of ``--config-dir``."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    folder = None
+    left = iter(arguments)
+    for given in left:
+        name, equals, value = given.partition("=")
+        if name in CONFIG_DIR:
+            value = value if equals else next(left, "")
+            folder = Path(value)
+            if not value or not folder.is_dir():
+                raise ValueError(f"{name} {value}: there is no such folder; give one that holds attention/NAME.yaml or the like")
+            flags += [f"--config-dir={value}"]
+        elif given in VALUED:
+            flags += [given, next(left, "")]
+        else:
+            (flags if given.startswith("-") else overrides).append(given)
+    return flags, overrides, folder
+
+
+def help_text(command: str, overrides: list[str], sweep: bool, folder: Path | None = None) -> str:
     """What ``audiot COMMAND --help`` says: the config groups with their options, and every key with its value."""
-    overrides = _check_overrides(command, overrides, sweep, complete=False)
-    overrides = [values[0] for values in map(_choices, parse(overrides)) if values]
+    overrides = _check_overrides(command, overrides, sweep, complete=False, folder=folder)
+    overrides = [*_searched(folder), *(values[0] for values in map(_choices, parse(overrides)) if values)]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         cfg = compose(command, overrides)
     chosen = [group for group in groups() if group == "experiment" or _has(cfg, group)]
@@ -165,8 +189,22 @@ def log_to(run: Path) -> None:
     )
 
 
-def _check_overrides(command: str, overrides: list[str], sweep: bool, complete: bool = True) -> list[str]:
+def _searched(folder: Path | None) -> list[str]:
+    """The override that stands for ``--config-dir`` where a config is composed to be checked."""
+    return [] if folder is None else [quoting.override("hydra.searchpath", [f"file://{folder.absolute()}"])]
+
+
+def _check_overrides(
+    command: str, overrides: list[str], sweep: bool, complete: bool = True, folder: Path | None = None
+) -> list[str]:
     """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts.
+
+    Args:
+        command: Its name.
+        overrides: Of its command line.
+        sweep: Whether it runs a sweep.
+        complete: Whether all values must be given.
+        folder: Of ``--config-dir``, where options of groups are looked for too.
 
     Returns:
         The overrides as Hydra wants them: with a ``+`` before keys that a logger or callback takes and its file doesn't have.
@@ -178,12 +216,13 @@ def _check_overrides(command: str, overrides: list[str], sweep: bool, complete: 
             text = f"; a text with a comma: {quoting.argument(key, value)}" if re.search("[A-Za-z]", value) else ""
             several = "names several values: add -m to run them all, or [brackets] for a list"
             raise ValueError(f"{override.input_line} {several}{text}")
-    choices = [values for values in map(_choices, given) if values]
+    choices = [_searched(folder), *map(_choices, given)]
+    choices = [values for values in choices if values]
     first = [values[0] for values in choices]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         added = _added(command, first)
     if added:
-        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete)
+        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete, folder)
     with initialize_config_module("audiot.conf", version_base="1.3"):
         _check_run(command, first, complete)
         for place, values in enumerate(choices):
@@ -284,7 +323,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("\naudiot: interrupted\n")
         sys.exit(130)
-    except _user_errors() as error:
+    except user_errors() as error:
         if debug:
             traceback.print_exc()
         sys.exit(f"audiot: error: {describe(error)}")
@@ -301,7 +340,7 @@ def finished_wandb() -> Iterator[None]:
             wandb.finish()
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
     """What a user can cause; of libraries that nothing has imported yet, nothing can be raised."""
     theirs = {
         "lhotse.audio.utils": "AudioLoadingError",

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.base.console import say, table
+from audiot.base.failures import Failures
 from audiot.base.files import read_json, write_json
 from audiot.checkpoint import save_encoder
 from audiot.commands.few import say_few
@@ -26,15 +27,28 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import note_data, open_corpus
 from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel, build, open_data
-from audiot.runs import Interrupted, Resumed, check_fresh, is_finished, newest_checkpoint, step_of, write_config
-from audiot.training.callbacks import Throughput
+from audiot.runs import (
+    Interrupted,
+    Resumed,
+    check_fresh,
+    is_finished,
+    newest_checkpoint,
+    resume_command,
+    step_of,
+    write_config,
+)
+from audiot.training.callbacks import ReconstructionPictures, Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 
 
 def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
-    """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches."""
+    """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches.
+
+    Raises:
+        ValueError: something can't be done; or probes failed, which is told after all else is done.
+    """
     begin = time.monotonic()
     run = Path(cfg.run_dir)
     if resumed is None:
@@ -92,14 +106,21 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         module.load_state_dict(state)
     save_encoder(run / "encoder", module.model, module.head)
     summary: dict[str, Any] = {name: value for name, value in validation.items() if name.startswith("pretrain/")}
-    draw(run, module, data)
+    pictures = Failures()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ReconstructionPictures):
+            pictures.update(callback.failures)
+    draw(run, module, data, pictures)
+    failed: dict[str, str] = {}
     if cfg.probe:
         try:
-            summary |= run_probes(cfg, run, probes, trainer.strategy.root_device)
+            figures, failed = run_probes(cfg, run, probes, trainer.strategy.root_device)
         except Interrupted as stop:
             raise Interrupted(trainer.global_step, newest_checkpoint(run), "in the probes ") from stop
-        if any(name.startswith(("probe/", "finetune/")) for name in summary):
-            plot_probes(summary, run / "plots" / "probes.png")
+        summary |= figures
+        if figures:
+            with pictures.noted("probes.png"):
+                plot_probes(summary, run / "plots" / "probes.png")
     summary |= {
         "frames_per_s": round(throughput.average),
         "data_wait": round(throughput.data_wait, 4),
@@ -112,6 +133,13 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     }
     write_json(run / "summary.json", summary)
     say(report(run))
+    pictures.tell(cfg.debug)
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise ValueError(
+            f"{len(failed)} of {len(probes)} probes failed, and all else is done; {resume_command(run)} does them again; "
+            f"the first, {first}: {why}"
+        )
     return loss
 
 
@@ -174,16 +202,21 @@ def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
 
 
 @torch.no_grad()
-def draw(run: Path, module: MaskedAcousticModel, data: SpeechDataModule) -> None:
-    """Curves from ``metrics.csv`` and the attention of the first validation utterance."""
+def draw(run: Path, module: MaskedAcousticModel, data: SpeechDataModule, failures: Failures) -> None:
+    """Curves from ``metrics.csv`` and the attention of the first validation utterance, where attention has weights."""
     if (run / "metrics.csv").is_file():
-        plot_training(run / "metrics.csv", run / "plots" / "training.png")
-    batch = next(iter(data.ordered_loader("valid")))
-    length = int(batch["lengths"][0])
+        with failures.noted("training.png"):
+            plot_training(run / "metrics.csv", run / "plots" / "training.png")
     model = module.model.cpu().eval()
-    tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
-    weights = [layer[0] for layer in model.encoder.attention_weights(tokens)]
-    plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
+    if not model.encoder.has_weights:
+        say(f"plots   no picture of attention: {type(model.encoder.layer(0).attention.mechanism).__name__} has no weights")
+        return
+    with failures.noted("attention.png"):
+        batch = next(iter(data.ordered_loader("valid")))
+        length = int(batch["lengths"][0])
+        tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
+        weights = [layer[0] for layer in model.encoder.attention_weights(tokens)]
+        plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
 
 
 def report(run: Path) -> str:

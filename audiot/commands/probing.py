@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import multiprocessing
+import traceback
 from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,16 +22,17 @@ from tqdm import tqdm
 
 from audiot.base.config import compose_command, plain
 from audiot.base.console import log, say
+from audiot.base.failures import reason
 from audiot.base.files import read_json
 from audiot.base.quoting import override, quoted
 from audiot.commands.finetune import finetune
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
-from audiot.following import same_data
+from audiot.following import packages, same_data, trusting
 from audiot.runs import Interrupted, check_config, write_config
 
 MOST_ON_GPU = 8  # probes at a time
 GPU_BYTES = 8 * 2**30  # free memory for each of them
-SHARED = ("seed", "data_dir", "data", "features", "positions", "attention", "model")
+SHARED = ("seed", "debug", "data_dir", "data", "features", "positions", "attention", "model")
 
 
 def probe_configs(cfg: DictConfig, run: Path, trusted: Collection[str] | None = None) -> dict[str, DictConfig]:
@@ -84,8 +86,10 @@ def check_probes(probes: Mapping[str, DictConfig], corpus: PreparedCorpus) -> No
             raise ValueError(f"{error} (wanted by the probe {name}; probes=none or probe=false pre-trains without)") from error
 
 
-def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], device: torch.device) -> dict[str, float]:
-    """The test's figure (accuracy, or what the task monitors) of every probe.
+def run_probes(
+    cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The test's figure (accuracy, or what the task monitors) of every probe, and why those failed that have none.
 
     One that a resumed run has done before is not done again.
     """
@@ -95,21 +99,43 @@ def run_probes(cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], dev
     if len(left) < len(probes):
         say(f"probes  {len(probes) - len(left)} of {len(probes)} are there already")
     data = same_data(run)
-    commands = {name: ["audiot finetune", *map(quoted, given), *data] for name, given in probe_overrides(cfg).items()}
+    trust = trusting(cfg)
+    commands = {
+        name: ["audiot finetune", *map(quoted, given), *(trust if "trusted" in probes[name].upstream else []), *data]
+        for name, given in probe_overrides(cfg).items()
+    }
     titles = {name: f"\n{name}:  {' '.join(command)}" for name, command in commands.items()}
     jobs = useful_jobs(device) if cfg.probe_jobs == "auto" else cfg.probe_jobs
+    failed: dict[str, str] = {}
     if min(jobs, len(left)) > 1:
-        _run_together(left, titles, min(jobs, len(left)))
+        failed = _run_together(left, titles, min(jobs, len(left)))
     else:
         for name, probe in left.items():
             say(titles[name])
-            finetune(probe)
+            why = _run(probe)
+            if why is not None:
+                say(f"failed  {why}")
+                failed[name] = why
             gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
     figures = {}
     for name, probe in probes.items():
-        metrics = read_json(_metrics(probe), "metrics")
-        figures[name] = metrics[f"test/{metrics['monitor']}"]
-    return figures
+        if name not in failed:
+            metrics = read_json(_metrics(probe), "metrics")
+            figures[name] = metrics[f"test/{metrics['monitor']}"]
+    return figures, failed
+
+
+def _run(probe: DictConfig) -> str | None:
+    """Run one probe; why it failed, None where it did not. Ctrl-C passes."""
+    from audiot.commands.launch import describe, user_errors
+
+    try:
+        finetune(probe)
+    except Exception as error:
+        if probe.debug:
+            say(traceback.format_exc())
+        return describe(error) if isinstance(error, user_errors()) else reason(error)
+    return None
 
 
 def useful_jobs(device: torch.device) -> int:
@@ -136,12 +162,16 @@ def _metrics(probe: DictConfig) -> Path:
     return Path(probe.run_dir) / "metrics.json"
 
 
-def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], jobs: int) -> None:
+def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], jobs: int) -> dict[str, str]:
     """Run probes in so many processes, which share out this one's threads; say what each one said when it is done.
+
+    Returns:
+        Why those failed that did.
 
     Raises:
         Interrupted: by Ctrl-C.
     """
+    failed: dict[str, str] = {}
     before = multiprocessing.active_children()
     start = (max(1, torch.get_num_threads() // jobs), multiprocessing.get_start_method())
     with (
@@ -151,11 +181,17 @@ def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], j
         try:
             running = {pool.submit(_told, plain(probe)): name for name, probe in probes.items()}
             for done in as_completed(running):
+                name = running[done]
+                try:
+                    said, why = done.result()
+                except BrokenProcessPool:  # takes those with it that still run or wait
+                    said, why = "", "a probe was killed, for want of memory perhaps: resume the run with probe_jobs=1"
+                if why is not None:
+                    failed[name] = why
+                    said = f"{said}\nfailed  {why}".lstrip("\n")
                 with tqdm.external_write_mode():
-                    say(f"{titles[running[done]]}\n{done.result()}")
+                    say(f"{titles[name]}\n{said}")
                 bar.update()
-        except BrokenProcessPool as error:
-            raise ValueError("a probe was killed, for want of memory perhaps: resume the run with probe_jobs=1") from error
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - set(before):
@@ -163,6 +199,7 @@ def _run_together(probes: Mapping[str, DictConfig], titles: Mapping[str, str], j
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(0, None) from error
             raise
+    return failed
 
 
 def _start(threads: int, start_method: str) -> None:
@@ -175,8 +212,8 @@ def _start(threads: int, start_method: str) -> None:
     torch.set_num_threads(threads)
 
 
-def _told(probe: dict[str, Any]) -> str:
-    """Run one probe without a progress bar; what it said."""
+def _told(probe: dict[str, Any]) -> tuple[str, str | None]:
+    """Run one probe without a progress bar; what it said, and why it failed, None where it did not."""
     cfg = OmegaConf.create(probe)
     cfg.trainer.enable_progress_bar = False
     for name in ("progress", "interrupt"):  # the parent has a bar, and ends its processes itself
@@ -185,10 +222,10 @@ def _told(probe: dict[str, Any]) -> str:
     log.addHandler(said)
     log.setLevel(logging.INFO)
     try:
-        finetune(cfg)
+        why = _run(cfg)
     finally:
         log.removeHandler(said)
-    return said.stream.getvalue().rstrip("\n")
+    return said.stream.getvalue().rstrip("\n"), why
 
 
 def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictConfig:
@@ -198,6 +235,8 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     OmegaConf.set_struct(probe, False)
     for name in SHARED:
         probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
+    if "trusted" in probe.upstream:  # the encoder that this run itself builds
+        probe.upstream.trusted = packages(cfg)
     device = {"trainer": {"accelerator": cfg.trainer.accelerator, "fast_dev_run": cfg.trainer.get("fast_dev_run", False)}}
     if isinstance(cfg.trainer.devices, ListConfig):
         device["trainer"]["devices"] = [cfg.trainer.devices[0]]

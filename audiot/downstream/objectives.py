@@ -261,16 +261,17 @@ class Slots(Objective):
 
     def write(self, folder: Path, title: str) -> list[str]:
         """Write ``per_class.csv``, ``per_utterance.csv`` and ``confusion-SLOT.png``."""
-        table: list[Row] = []
-        pictures = []
+        slots: dict[str, tuple[Tensor, Sequence[str]]] = {}
         for field, slot in zip(self.fields, self.slots, strict=True):
             assert isinstance(slot, Classification)
-            counts = slot.counts()
-            table += [{"slot": field, **row} for row in per_class(counts, slot.classes)]
-            pictures.append(f"confusion-{field}.png")
-            plot_confusion(counts, slot.classes, f"{title}, {field}", folder / pictures[-1])
+            slots[field] = slot.counts(), slot.classes
+        table = [{"slot": field, **row} for field, (counts, classes) in slots.items() for row in per_class(counts, classes)]
         write_csv(folder / "per_class.csv", table)
         write_csv(folder / "per_utterance.csv", self.all_rows())
+        pictures = []
+        for field, (counts, classes) in slots.items():
+            pictures.append(f"confusion-{field}.png")
+            plot_confusion(counts, classes, f"{title}, {field}", folder / pictures[-1])
         return ["per_class.csv", "per_utterance.csv", *pictures]
 
 

@@ -73,7 +73,7 @@ def replace_self_attention(
 
     Attention weights: with `output_attentions=True`, the layers also compute the mechanism's plain dense weights before
     dropout. In WavLM they are per head, where the original averages. Layers that keep their attention return none unless the
-    model is set to "eager".
+    model is set to "eager". A mechanism without weights never returns any; the output's `attentions` then lack these layers.
 
     Args:
         model: Model with a supported encoder.
@@ -197,7 +197,7 @@ class ReplacedAttention(nn.Module):
             kwargs: Options, of which only `output_attentions` is used.
 
         Returns:
-            Frames (B, T, d), and the attention weights (B, H, T, T) or None if they were not requested.
+            Frames (B, T, d), and the attention weights (B, H, T, T), or None if they were not requested or there are none.
         """
         return self._attend(hidden_states, attention_mask, kwargs)
 
@@ -215,7 +215,7 @@ class ReplacedAttention(nn.Module):
         if self.output is not None:
             context = getattr(self, self.output)(context)
         asked = kwargs.get("output_attentions")
-        if not (self.config.output_attentions if asked is None else asked):
+        if not (self.config.output_attentions if asked is None else asked) or not self.mechanism.has_weights:
             return context, None
         inputs.pop("value", None)
         return context, self.mechanism.weights(**inputs)

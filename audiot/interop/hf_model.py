@@ -148,18 +148,22 @@ class AudiotModel(PreTrainedModel):
             attention_mask: Mask (B, N), 1 for real samples and 0 for padding at the end; None if nothing is padded.
             output_hidden_states: Whether to return all hidden states; None follows the config.
             output_attentions: Whether to return attention weights, computed separately in the mechanism's plain dense form and
-                before dropout; None follows the config.
+                before dropout; None follows the config. A mechanism without weights gives none, and a warning says so.
             return_dict: Whether to return a model output; False returns a tuple.
 
         Returns:
             `last_hidden_state` (B, T, d), zero on padding; `hidden_states`, layers + 1 of them; `attentions`
-            (B, H, T, T) of each layer.
+            (B, H, T, T) of each layer, None if the mechanism has no weights.
 
         Raises:
             ValueError: the mask has zeros before ones, or an utterance is too short for one state.
         """
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attend = self.config.output_attentions if output_attentions is None else output_attentions
+        if attend and not self.encoder.encoder.has_weights:
+            kind = type(self.encoder.encoder.layer(0).attention.mechanism).__name__
+            log.warning_once(f"{kind} has no attention weights: output_attentions gives none")
+            attend = False
         lengths = _lengths(input_values, attention_mask)
         tokens, num_tokens = self.encoder.features(input_values, lengths)
         tokens = tokens.to(self.encoder.encoder.input.weight.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from audiot.analysis.plots import plot_reconstruction
 from audiot.base.devices import synchronise, to_host
+from audiot.base.failures import Failures
 from audiot.base.files import replacing
 from audiot.data.batches import Batch, to_device
 from audiot.training.accumulation import WeightedSteps
@@ -223,6 +224,7 @@ class ReconstructionPictures(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.batch: Batch | None = None
+        self.failures = Failures()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -236,11 +238,12 @@ class ReconstructionPictures(Callback):
         path = self.folder / f"reconstruction-step{trainer.global_step:06d}.png"
         if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or path.is_file():
             return
-        number = int(self.batch["lengths"].argmax())
-        one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
-        view = pl_module.reconstruct(to_device(one, pl_module.device))  # type: ignore[operator]
-        title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
-        plot_reconstruction(view, title, path)
-        with replacing(self.folder / "reconstruction.png") as latest:
-            shutil.copyfile(path, latest)
+        with self.failures.noted("reconstruction.png"):
+            number = int(self.batch["lengths"].argmax())
+            one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
+            view = pl_module.reconstruct(to_device(one, pl_module.device))  # type: ignore[operator]
+            title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
+            plot_reconstruction(view, title, path)
+            with replacing(self.folder / "reconstruction.png") as latest:
+                shutil.copyfile(path, latest)
         self.batch = None

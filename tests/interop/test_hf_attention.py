@@ -358,6 +358,36 @@ def test_attention_weights_are_computed_only_when_asked(kind, monkeypatch):
     assert not model(**inputs, output_attentions=False).attentions
 
 
+class Weightless(AttentionMechanism):
+    """The values, by other means than weights."""
+
+    inputs = frozenset({"value"})
+    has_weights = False
+
+    def attend(self, value, valid):
+        return value
+
+    naive = attend
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_layer_without_weights_is_left_out_of_the_attentions(implementation, monkeypatch):
+    build = audiot_huggingface.build_mechanism
+    monkeypatch.setattr(
+        audiot_huggingface,
+        "build_mechanism",
+        lambda name, *sizes, **given: Weightless(*sizes) if name == "none" else build(name, *sizes, **given),
+    )
+    model, inputs = (
+        replace_self_attention(make("Bert", attn_implementation=implementation), "none", layers=[0]),
+        inputs_of("Bert"),
+    )
+    replace_self_attention(model, "query_key", layers=[1])
+    output = model(**inputs, output_attentions=True)
+    close(output.last_hidden_state, model(**inputs).last_hidden_state, 0)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 24, 24)]  # of the second layer alone
+
+
 def test_attention_weights_are_recorded_also_if_they_were_before_the_replacement():
     model, inputs = make("Bert"), inputs_of("Bert")
     model(**inputs, output_attentions=True)
