@@ -66,16 +66,17 @@ def test_what_is_said_to_run_next_runs(stranger):
 
 
 def test_it_is_analysed_and_measured_again(stranger):
-    out = stranger("analyze", "run=run").splitlines()
+    out = stranger("analyze", "run=run", "trusted=[summary_mixing]").splitlines()
     assert "no picture of attention: SummaryMixing has no weights" in out
     assert "run/plots/training.png" in out
-    stranger("evaluate", "run=run/probes/probe-phone-encoder")
+    stranger("evaluate", "run=run/probes/probe-phone-encoder", "trusted=[summary_mixing]")
+    stranger(*shlex.split(out[-1].removeprefix("next:   audiot ")))
 
 
 def test_its_encoder_is_loaded_by_who_trusts_it(stranger, monkeypatch):
     monkeypatch.syspath_prepend(stranger.cwd / "mine")
-    trusted = ("audiot", "summary_mixing")
-    encoder = load_encoder(stranger.cwd / "run" / "encoder", trusted=trusted)  # how a saved encoder names what it trusts
+    trusted = ("summary_mixing",)
+    encoder = load_encoder(stranger.cwd / "run" / "encoder", trusted=trusted)
     hidden, _ = encoder(torch.zeros(1, 8000))
     assert hidden.isfinite().all()
     assert not encoder.encoder.has_weights
@@ -89,7 +90,7 @@ def test_it_is_a_model_of_hugging_face_without_attentions(stranger, monkeypatch,
     hf_model = pytest.importorskip("audiot.interop.hf_model")
     stranger("export-hf", "run", "hf", "--trust", "summary_mixing")
     monkeypatch.syspath_prepend(stranger.cwd / "mine")
-    monkeypatch.setattr(hf_model.AudiotModel, "trusted", ("audiot", "summary_mixing"))
+    monkeypatch.setattr(hf_model.AudiotModel, "trusted", ("summary_mixing",))
     assert "AudiotModel.trusted += ('summary_mixing',)" in (stranger.cwd / "hf" / "README.md").read_text()
     model = hf_model.AudiotModel.from_pretrained(stranger.cwd / "hf").eval()
     output = model(torch.zeros(1, 8000), output_attentions=True)
@@ -127,3 +128,33 @@ def test_help_and_hydras_own_flags_know_the_folder(stranger):
     )
     shown = stranger("pretrain", "--config-dir", "mine", "attention=summary_mixing", "--cfg", "job")
     assert "_target_: summary_mixing.SummaryMixing" in shown
+
+
+def test_an_installed_package_brings_config_groups_by_an_entry_point(tmp_path):
+    copy_example(tmp_path)
+    (tmp_path / "mine_conf" / "attention").mkdir(parents=True)
+    (tmp_path / "mine_conf" / "__init__.py").touch()
+    (tmp_path / "attention" / "summary_mixing.yaml").rename(tmp_path / "mine_conf" / "attention" / "summary_mixing.yaml")
+    (tmp_path / "mine-1.0.dist-info").mkdir()
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (tmp_path / "mine-1.0.dist-info" / "entry_points.txt").write_text("[audiot.conf]\nmine = mine_conf\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def told(*arguments):
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=True).stdout
+
+    assert "summary_mixing" in told("-m", "audiot", "list", "attention")
+    assert "_target_: summary_mixing.SummaryMixing" in told(
+        "-m", "audiot", "pretrain", "attention=summary_mixing", "--cfg", "job"
+    )
+    code = """
+import pytest
+from audiot.base.parts import foreign, named, resolved
+config = {"_target_": "summary_mixing.SummaryMixing"}
+assert named(config) == {"part": "attention/summary_mixing"}
+assert foreign(config) == foreign(named(config)) == ["summary_mixing"]
+with pytest.raises(ValueError, match="names attention/summary_mixing, which is not audiot's: add summary_mixing to `trusted`"):
+    resolved(named(config), "file", place="attention")
+assert resolved(named(config), "file", ["summary_mixing"], "attention") == config
+"""
+    told("-c", code)

@@ -24,7 +24,7 @@ class AttentionMechanism(nn.Module, ABC):
     `SelfAttention` computes what `inputs` names, nothing else, and hands it to `forward`. A padded frame never influences a real
     one, as long as it is finite. The rows of padded frames are finite. A sequence without any real frame gives zeros.
 
-    A subclass writes `attend`, the fast form, and the obvious form that it is compared with: `dense_weights`, the weights of
+    A subclass writes `attend`, the fast form, and the plain form that it is compared with: `dense_weights`, the weights of
     all frames over all frames. A mechanism that has no such weights says `has_weights = False` and writes `naive` instead.
     All get the tensors that they need by name, and `valid`.
 
@@ -36,7 +36,7 @@ class AttentionMechanism(nn.Module, ABC):
 
     Raises:
         ValueError: a size is not positive, `num_heads` does not divide `embed_dim`, `dropout` is outside [0, 1), or the class
-            lacks its obvious form.
+            lacks its plain form.
     """
 
     inputs: frozenset[str]
@@ -68,10 +68,10 @@ class AttentionMechanism(nn.Module, ABC):
         check_type(float, dropout=dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"attention dropout is {dropout}: set it to at least 0 and less than 1")
-        obvious = "dense_weights" if self.has_weights else "naive"
-        if getattr(type(self), obvious) is getattr(AttentionMechanism, obvious):
+        plain = "dense_weights" if self.has_weights else "naive"
+        if getattr(type(self), plain) is getattr(AttentionMechanism, plain):
             raise ValueError(
-                f"{type(self).__name__} has no obvious form to be compared with: write dense_weights, "
+                f"{type(self).__name__} has no plain form to be compared with: write dense_weights, "
                 "or set has_weights = False and write naive"
             )
         self.embed_dim = embed_dim
@@ -158,7 +158,7 @@ class AttentionMechanism(nn.Module, ABC):
         valid: Tensor | None = None,
         positions: Positions | None = None,
     ) -> Tensor:
-        """The context (B, H, T, D) by the obvious form, without dropout: what `forward` must agree with.
+        """The context (B, H, T, D) by the plain form, without dropout: what `forward` must agree with.
 
         It is `weights` times the values, or `naive` where the mechanism has no weights. Arguments as in `forward`, and those
         of `weights`.
@@ -176,11 +176,11 @@ class AttentionMechanism(nn.Module, ABC):
         """The fast form: the tensors of `inputs` and `valid` → the context (B, H, T, D)."""
 
     def dense_weights(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The obvious form: the tensors of `weight_inputs` and `valid` → the weights (B, H, T, T)."""
+        """The plain form: the tensors of `weight_inputs` and `valid` → the weights (B, H, T, T)."""
         raise NotImplementedError
 
     def naive(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The obvious form of a mechanism without weights: arguments and result as `attend`, without dropout."""
+        """The plain form of a mechanism without weights: arguments and result as `attend`, without dropout."""
         raise NotImplementedError
 
     def dense_choice(self, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
         return self.mechanism.has_weights
 
     def reference(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What `forward` gives (B, T, d), by the mechanism's obvious form and without dropout; slow, for comparisons."""
+        """What `forward` gives (B, T, d), by the mechanism's plain form and without dropout; slow, for comparisons."""
         context = self.mechanism.reference(**self._inputs(hidden, self.mechanism.reference_inputs, valid))
         output = self.output(context.transpose(1, 2).flatten(2))
         return output if valid is None else output * valid[:, :, None]

@@ -77,8 +77,8 @@ def check(mechanism: Callable[..., AttentionMechanism], *, drops: bool = True, a
 
     Args:
         mechanism: Its class.
-        drops: See `Subject`.
-        anywhere: See `Subject`.
+        drops: Whether dropout changes its output in training.
+        anywhere: Whether real frames may lie anywhere in a sequence; if not, only at its beginning.
         options: Parameters of the mechanism.
 
     Raises:
@@ -96,7 +96,7 @@ def check(mechanism: Callable[..., AttentionMechanism], *, drops: bool = True, a
 # The rules
 
 
-def fast_form_equals_the_obvious_form(subject: Subject) -> None:
+def fast_form_equals_the_plain_form(subject: Subject) -> None:
     """Outputs and gradients are those of `SelfAttention.reference`."""
     attention = subject.layer().eval()
     for num_frames in LENGTHS:
@@ -288,7 +288,7 @@ def mistakes_are_refused_in_one_line(subject: Subject) -> None:
 
 
 RULES = (
-    fast_form_equals_the_obvious_form,
+    fast_form_equals_the_plain_form,
     weights_of_real_frames_sum_to_one,
     padding_changes_neither_real_frames_nor_gradients,
     real_frames_may_lie_anywhere,

@@ -7,13 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from audiot.base.framing import num_frames, samples_in
+from audiot.base.groups import packages
 from audiot.base.quoting import argument
 
 # Keys that take several types: a number, a list or auto; a truth value or a number; a number or a share.
@@ -33,6 +37,16 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
     return max(1, count // max(1, features.stack))
 
 
+class _ConfigPackages(SearchPathPlugin):
+    """Adds the config files of installed packages to those where Hydra looks for options."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for package in packages()[1:]:
+            search_path.append(provider=package, path=f"pkg://{package}")
+
+
+if packages()[1:]:
+    Plugins.instance().register(_ConfigPackages)
 OmegaConf.register_new_resolver("frames", frames, replace=True)
 
 

@@ -14,16 +14,15 @@ import inspect
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from importlib.resources import files
 from typing import Any
 
 from hydra.utils import get_object
 
 from audiot.base.former import translate_v1
+from audiot.base.groups import packages
 
 FORMAT_VERSION = 2
-ENTRY_POINTS = "audiot.conf"  # packages with config files of their own, as audiot.conf is one
 MOST_LEVELS = 32
 REFERENCE = re.compile(r"(?<!\\)\$\{[A-Za-z_]\w*(\.\w[\w-]*)*\}")
 HYDRA_KEYS = (("_partial_", True), ("_convert_", "all"), ("_convert_", "none"))
@@ -59,14 +58,13 @@ FORMER = {  # places of the first format → today's
 
 @cache
 def registry() -> dict[str, tuple[str, str]]:
-    """Name of every part in the config files → what it builds, ``package.module.name``, and the package whose files name it."""
-    packages = ["audiot.conf", *sorted(point.value for point in entry_points(group=ENTRY_POINTS))]
+    """Name of every part in the config files → what it builds, ``package.module.name``, and the package that brings it."""
     found: dict[str, tuple[str, str]] = {}
-    for package in packages:
+    for package in packages():
         for group, name, text in _option_files(files(package)):
             for line in re.finditer(r"(?m)^( *)_target_: *([\w.]+)", text):
                 own = _snake_case(line[2].rpartition(".")[2]) if line[1] else name.lstrip("_")
-                found.setdefault(f"{group}/{own}", (line[2], package.split(".")[0]))
+                found.setdefault(f"{group}/{own}", (line[2], "audiot" if package == "audiot.conf" else line[2].split(".")[0]))
     return found
 
 

@@ -241,7 +241,7 @@ class AttentionBenchmark:
         return get_class(config.pop("_target_"))(*shape, **config)
 
     def _check(self, entry: Entry) -> None:
-        """Compare the layer with its obvious form on few frames, in float32 and in the precisions measured.
+        """Compare the layer with its plain form on few frames, in float32 and in the precisions measured.
 
         Raises:
             MismatchError: they differ.

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,15 +17,15 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
-from audiot.base.console import say, table
+from audiot.base.console import say
 from audiot.base.failures import Failures
 from audiot.base.files import read_json, write_json
 from audiot.checkpoint import save_encoder
+from audiot.commands.closing import report
 from audiot.commands.few import say_few
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import note_data, open_corpus
-from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel, build, open_data
 from audiot.runs import (
     Interrupted,
@@ -43,23 +43,71 @@ from audiot.training.optimization import Schedule, schedule
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 
 
+@dataclass
+class Pretraining:
+    """What a pre-training run works with.
+
+    Args:
+        run: Folder of the run.
+        cfg: Config of the run.
+        trainer: Lightning's Trainer.
+        module: Model, objective and optimiser.
+        data: Batches.
+        probes: Name of each probe → its config.
+    """
+
+    run: Path
+    cfg: DictConfig
+    trainer: pl.Trainer
+    module: MaskedAcousticModel
+    data: SpeechDataModule
+    probes: dict[str, DictConfig]
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The Trainer's callbacks."""
+        return self.trainer.callbacks  # type: ignore[attr-defined]
+
+
 def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches.
 
     Raises:
         ValueError: something can't be done; or probes failed, which is told after all else is done.
     """
-    begin = time.monotonic()
-    run = Path(cfg.run_dir)
+    begin, run = time.monotonic(), Path(cfg.run_dir)
     if resumed is None:
         if cfg.resume:
             raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
         check_fresh(run)
+    elif is_finished(run, cfg):
+        say(f"{run} is finished: nothing to resume\n{report(run)}")
+        return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
     else:
-        if is_finished(run, cfg):
-            say(f"{run} is finished: nothing to resume\n{report(run)}")
-            return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
         announce(resumed)
+    work = prepare(cfg, run, resumed)
+    summary = fit(work, resumed)
+    loss = summary["pretrain/val_l1"]
+    if not export(work):  # another process goes on alone
+        return loss
+    failures = Failures()
+    draw(work, failures)
+    figures, failed = probe(work, failures)
+    summary |= figures | {"wall_s": round(time.monotonic() - begin, 1)}
+    write_json(run / "summary.json", summary)
+    say(report(run))
+    failures.tell(cfg.debug)
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise ValueError(
+            f"{len(failed)} of {len(work.probes)} probes failed, and all else is done; {resume_command(run)} does them again; "
+            f"the first, {first}: {why}"
+        )
+    return loss
+
+
+def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None) -> Pretraining:
+    """Build all that the run needs, and find what is wrong with it before anything is trained."""
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
     module = build(cfg)
@@ -74,73 +122,85 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     check_probes(probes, corpus)
     if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
         warm_up()
-    data = open_data(cfg, module, corpus)
-    parameters = sum(parameter.numel() for parameter in module.model.parameters())
-    mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
-    compiled = wants_compile(cfg, trainer)
+    return Pretraining(run, cfg, trainer, module, open_data(cfg, module, corpus), probes)
+
+
+def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
+    """Train to the last step, save it, and validate.
+
+    Returns:
+        Figures of the validation and of the training.
+
+    Raises:
+        ValueError: training diverged.
+    """
+    trainer, module = work.trainer, work.module
+    compiled = wants_compile(work.cfg, trainer)
     if compiled:
         module.compile_step(graphs=wants_graphs(trainer))
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
     if resumed is None:
-        trainer.fit(module, data)
+        trainer.fit(module, work.data)
     else:
-        go_on(trainer, module, data, resumed)
-    last = run / "checkpoints" / f"step={trainer.global_step}.ckpt"
+        go_on(trainer, module, work.data, resumed)
+    last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
     if not trainer.fast_dev_run and not trainer.strategy.broadcast(last.exists()):  # type: ignore[attr-defined]
         trainer.save_checkpoint(last)
-    (validation,) = trainer.validate(module, data, verbose=False)
-    throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
-    resumed_step = module.trained_steps  # which a module that is built anew for export does not know
+    (validation,) = trainer.validate(module, work.data, verbose=False)
     loss = validation["pretrain/val_l1"]
     if not math.isfinite(loss):
-        raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={cfg.optimizer.lr}")
-    state = trainer.strategy.lightning_module_state_dict() if is_sharded(module) else None  # of all processes
-    if torch.distributed.is_initialized():  # the rest is for one process, whose metrics must not wait for the others
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if not trainer.is_global_zero:
-        return loss
-    if state is not None:
-        module = build(cfg)
-        module.load_state_dict(state)
-    save_encoder(run / "encoder", module.model, module.head)
-    summary: dict[str, Any] = {name: value for name, value in validation.items() if name.startswith("pretrain/")}
-    pictures = Failures()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ReconstructionPictures):
-            pictures.update(callback.failures)
-    draw(run, module, data, pictures)
-    failed: dict[str, str] = {}
-    if cfg.probe:
-        try:
-            figures, failed = run_probes(cfg, run, probes, trainer.strategy.root_device)
-        except Interrupted as stop:
-            raise Interrupted(trainer.global_step, newest_checkpoint(run), "in the probes ") from stop
-        summary |= figures
-        if figures:
-            with pictures.noted("probes.png"):
-                plot_probes(summary, run / "plots" / "probes.png")
-    summary |= {
+        raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
+    throughput = next(callback for callback in work.callbacks if isinstance(callback, Throughput))
+    return {name: value for name, value in validation.items() if name.startswith("pretrain/")} | {
         "frames_per_s": round(throughput.average),
         "data_wait": round(throughput.data_wait, 4),
         "first_step_s": round(throughput.first_step_s, 1),
         "precision": trainer.precision,
         "parameters": parameters,
         "steps": trainer.global_step,
-        "wall_s": round(time.monotonic() - begin, 1),
-        "resumed_step": resumed_step,
+        "resumed_step": module.trained_steps,
     }
-    write_json(run / "summary.json", summary)
-    say(report(run))
-    pictures.tell(cfg.debug)
-    if failed:
-        first, why = next(iter(failed.items()))
-        raise ValueError(
-            f"{len(failed)} of {len(probes)} probes failed, and all else is done; {resume_command(run)} does them again; "
-            f"the first, {first}: {why}"
-        )
-    return loss
+
+
+def export(work: Pretraining) -> bool:
+    """Write the encoder, and end what several processes do together.
+
+    Returns:
+        Whether this process does the rest: it is for one, whose metrics must not wait for the others.
+    """
+    trainer = work.trainer
+    state = trainer.strategy.lightning_module_state_dict() if is_sharded(work.module) else None  # of all processes
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        return False
+    if state is not None:
+        work.module = build(work.cfg)
+        work.module.load_state_dict(state)
+    save_encoder(work.run / "encoder", work.module.model, work.module.head)
+    return True
+
+
+def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict[str, str]]:
+    """Probe and fine-tune the encoder, and draw the results.
+
+    Returns:
+        Figure of each probe, and the reason for each one that failed.
+    """
+    if not work.cfg.probe:
+        return {}, {}
+    try:
+        figures, failed = run_probes(work.cfg, work.run, work.probes, work.trainer.strategy.root_device)
+    except Interrupted as stop:
+        raise Interrupted(work.trainer.global_step, newest_checkpoint(work.run), "in the probes ") from stop
+    if figures:
+        with failures.noted("probes.png"):
+            plot_probes(figures, work.run / "plots" / "probes.png")
+    return figures, failed
 
 
 def announce(resumed: Resumed) -> None:
@@ -202,62 +262,24 @@ def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
 
 
 @torch.no_grad()
-def draw(run: Path, module: MaskedAcousticModel, data: SpeechDataModule, failures: Failures) -> None:
+def draw(work: Pretraining, failures: Failures) -> None:
     """Curves from ``metrics.csv`` and the attention of the first validation utterance, where attention has weights."""
+    for callback in work.callbacks:
+        if isinstance(callback, ReconstructionPictures):
+            failures.update(callback.failures)
+    run, model = work.run, work.module.model.cpu().eval()
     if (run / "metrics.csv").is_file():
         with failures.noted("training.png"):
             plot_training(run / "metrics.csv", run / "plots" / "training.png")
-    model = module.model.cpu().eval()
     if not model.encoder.has_weights:
         say(f"plots   no picture of attention: {type(model.encoder.layer(0).attention.mechanism).__name__} has no weights")
         return
     with failures.noted("attention.png"):
-        batch = next(iter(data.ordered_loader("valid")))
+        batch = next(iter(work.data.ordered_loader("valid")))
         length = int(batch["lengths"][0])
         tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
         weights = [layer[0] for layer in model.encoder.attention_weights(tokens)]
         plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
-
-
-def report(run: Path) -> str:
-    """The closing lines: what was done, how good it is, what to run next."""
-    summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
-    since = f"since step {summary['resumed_step']}" if summary.get("resumed_step") else "in all"
-    lines = [
-        "",
-        table(
-            {
-                "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
-                f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
-                "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
-                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
-                + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
-            }
-        ),
-    ]
-    results = {tuple(name.split("/")): value for name, value in summary.items() if name.startswith(("probe/", "finetune/"))}
-    if results:
-        columns = {"encoder": "pre-trained", "random": "untrained"} | {name: name for _, _, name in results if "features" in name}
-        rows = {}
-        for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
-            first = next(column for column in columns if (kind, task, column) in results)
-            metrics = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")
-            monitor = "" if metrics["monitor"] == "accuracy" else f" ({metrics['monitor']})"
-            name = f"{task}{monitor}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {metrics['train_utterances']:,} utterances"
-            rows[name] = [results.get((kind, task, column)) for column in columns]
-        width = max(38, *map(len, rows))
-        lines += ["", f"{'test accuracy, %':<{width}}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
-        for name, cells in rows.items():
-            percent = [f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells]
-            lines.append(f"{name:<{width}}" + "".join(percent))
-    plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
-    lines += [
-        "",
-        f"run     {run}",
-        f"plots   {run / 'plots'}: {', '.join(plots)}",
-        f"next:   {finetune_command(run)}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class UpstreamExpert(nn.Module):
 
     Args:
         ckpt: Folder of the encoder (``RUN/encoder``), S3PRL's ``-k``.
-        trusted: Packages whose classes its config may name, see :func:`audiot.checkpoint.load_encoder`.
+        trusted: Packages from outside audiot whose classes its config may name.
 
     Raises:
         FileNotFoundError: there is no encoder.
@@ -38,7 +38,7 @@ class UpstreamExpert(nn.Module):
 
     def __init__(self, ckpt: str | Path, trusted: Sequence[str] = ()) -> None:
         super().__init__()
-        self.encoder = load_encoder(ckpt, tuple(trusted))
+        self.encoder = load_encoder(ckpt, trusted)
         rate = self.encoder.features.sample_rate
         if rate != SAMPLE_RATE:
             raise ValueError(

@@ -48,7 +48,7 @@ def test_a_layer_says_that_there_are_no_weights(summary_mixing):
     assert SelfAttention(8, 2, QueryKey(8, 2, 10)).has_weights
 
 
-def test_a_mechanism_without_its_obvious_form_is_refused_when_it_is_built():
+def test_a_mechanism_without_its_plain_form_is_refused_when_it_is_built():
     class Fast(AttentionMechanism):
         inputs = frozenset({"value"})
 
@@ -59,7 +59,7 @@ def test_a_mechanism_without_its_obvious_form_is_refused_when_it_is_built():
         has_weights = False
 
     for kind in (Fast, Weightless):
-        with pytest.raises(ValueError, match=rf"^{kind.__name__} has no obvious form .*: write dense_weights, or set .* naive$"):
+        with pytest.raises(ValueError, match=rf"^{kind.__name__} has no plain form .*: write dense_weights, or set .* naive$"):
             kind(8, 2, 10)
 
 
@@ -122,7 +122,7 @@ def test_every_kind_of_mistake_breaks_its_own_rule(summary_mixing):
         no_weight_decay = frozenset({"table"})
 
     expected = {
-        OtherGradient: "fast_form_equals_the_obvious_form",
+        OtherGradient: "fast_form_equals_the_plain_form",
         HearsPadding: "padding_changes_neither_real_frames_nor_gradients",
         HearsTheBatch: "a_batch_equals_its_sequences_one_at_a_time",
         Drawn: "evaluation_is_deterministic_and_training_drops",

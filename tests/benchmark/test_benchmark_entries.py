@@ -14,4 +14,4 @@ def test_entries_are_names_or_mappings():
 
 def test_an_entry_is_chosen_by_overrides_of_pretraining():
     entry = Entry.of({"name": "lsh_simple", "overrides": {"search": "chunked", "num_bits": None}})
-    assert entry.arguments == ["attention=lsh_simple", "attention.search=chunked", "attention.num_bits=null"]
+    assert entry.arguments == ["attention=lsh_simple", "attention/search=chunked", "attention.num_bits=null"]

@@ -1,0 +1,52 @@
+"""The closing lines of a pre-training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from audiot.base.console import table
+from audiot.base.files import read_json
+from audiot.following import finetune_command
+
+
+def report(run: Path) -> str:
+    """The closing lines: what was done, how good it is, what to run next."""
+    summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
+    since = f"since step {summary['resumed_step']}" if summary.get("resumed_step") else "in all"
+    lines = [
+        "",
+        table(
+            {
+                "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
+                f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
+                "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
+                f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
+                + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
+            }
+        ),
+    ]
+    results = {tuple(name.split("/")): value for name, value in summary.items() if name.startswith(("probe/", "finetune/"))}
+    if results:
+        columns = {"encoder": "pre-trained", "random": "untrained"} | {name: name for _, _, name in results if "features" in name}
+        rows = {}
+        for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
+            first = next(column for column in columns if (kind, task, column) in results)
+            metrics = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")
+            monitor = "" if metrics["monitor"] == "accuracy" else f" ({metrics['monitor']})"
+            name = f"{task}{monitor}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {metrics['train_utterances']:,} utterances"
+            rows[name] = [results.get((kind, task, column)) for column in columns]
+        width = max(38, *map(len, rows))
+        lines += ["", f"{'test accuracy, %':<{width}}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
+        for name, cells in rows.items():
+            percent = [f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells]
+            lines.append(f"{name:<{width}}" + "".join(percent))
+    plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
+    lines += [
+        "",
+        f"run     {run}",
+        f"plots   {run / 'plots'}: {', '.join(plots)}",
+        f"next:   {finetune_command(run)}",
+    ]
+    return "\n".join(lines)
