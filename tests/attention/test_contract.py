@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import get_class
-from omegaconf import OmegaConf
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import audiot.attention
@@ -26,6 +25,7 @@ from audiot.attention.testing import (
     holds_no_matrix_of_all_frames,
     valid_of,
 )
+from audiot.base.groups import read_option
 
 
 def chunked(**options):
@@ -187,8 +187,7 @@ def test_random_synthesizer_works_with_any_number_of_heads(num_heads, overrides)
 
 
 def targets():
-    group = audiot.attention._group()
-    return {name: OmegaConf.load(group / f"{name}.yaml")["_target_"] for name in names()}
+    return {name: read_option("attention", name)["_target_"] for name in names()}
 
 
 def mechanisms():
@@ -214,7 +213,8 @@ def test_every_mechanism_has_a_yaml():
 
 @pytest.mark.parametrize("name", names())
 def test_yaml_lists_every_own_parameter_and_no_other(name):
-    config = OmegaConf.load(audiot.attention._group() / f"{name}.yaml")
+    config = read_option("attention", name)
     parameters = list(inspect.signature(get_class(config["_target_"])).parameters)
     assert parameters[:3] == ["embed_dim", "num_heads", "max_frames"]
-    assert set(config) - {"defaults", "_target_"} == set(parameters[3:])
+    parts = {group for default in config["defaults"] for group in default if "/" not in group}  # of groups inside this one
+    assert set(config) - {"defaults", "_target_"} | parts == set(parameters[3:])
