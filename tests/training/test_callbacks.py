@@ -11,8 +11,8 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
+from audiot.runs import Interrupted
 from audiot.training.callbacks import (
-    Interrupted,
     ProgressBar,
     ReconstructionPictures,
     Throughput,

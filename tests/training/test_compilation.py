@@ -108,7 +108,8 @@ def options(name, *choices):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_compiled_encoder_has_the_eager_ones_gradients_on_the_gpu(monkeypatch):
+def test_a_compiled_encoder_has_the_eager_ones_gradients_on_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # code from an earlier run would pass no graph here
     from audiot.training.compilation import SumsInPlace, compiled
 
     targets, change = [], SumsInPlace.__call__
