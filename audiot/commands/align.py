@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,7 +46,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"min_silence_s must be at least 0, found {cfg.min_silence_s}")
     run = Path(cfg.run)
     classifier = load_classifier(run, cfg.device, cfg.trusted)
-    labels = token_labels(run, classifier, cfg.lexicon)
+    labels = token_labels(run, classifier, cfg.lexicon, cfg.trusted)
     corpus = open_corpus(cfg)
     if corpus.sample_rate != classifier.sample_rate:
         raise ValueError(
@@ -68,13 +69,13 @@ def main(cfg: DictConfig) -> None:
     say(f"next:   {next_command(run, corpus, result, output, 'phone' if unit == 'phones' else 'character')}")
 
 
-def token_labels(run: Path, classifier: Classifier, lexicon: str | None) -> TokenLabels:
+def token_labels(run: Path, classifier: Classifier, lexicon: str | None, trusted: Sequence[str]) -> TokenLabels:
     """The labels of a run's task, its lexicon replaced if one is given.
 
     Raises:
         ValueError: the run's task is not one of CTC, or has no use for a lexicon.
     """
-    settings = run_config(run)
+    settings = run_config(run, trusted=trusted)
     if not isinstance(classifier.objective, CTC):
         raise ValueError(
             f"run={run} is a run of downstream={settings.downstream.task}: alignment needs one with CTC, "

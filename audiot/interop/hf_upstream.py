@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from audiot.base.former import translate_record
 from audiot.base.framing import Count, num_frames
 from audiot.downstream.upstream import EncoderUpstream, Upstream, check_top
 from audiot.features import KaldiFbank
@@ -415,15 +416,19 @@ def hf(path: str, revision: str | None = None) -> Upstream:
     return family(model, {name: getattr(extractor, name) for name in family.settings}).eval()
 
 
+CODE = ("attn_implementation", "auto_map", "quantization_config", "trust_remote_code")  # keys that can name code to fetch
+
+
 def untrained_model(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> HFUpstream:
     """A model with random weights, of the configs of a model and of its feature extractor; needs no network."""
-    hf_config = AutoConfig.for_model(**model)
+    hf_config = AutoConfig.for_model(**{name: value for name, value in model.items() if name not in CODE})
     replacements = hf_config.__dict__.pop(RECORD, [])  # the model gets it again below
     family = FAMILIES[hf_config.model_type]
     built = family.build(hf_config)
     for replacement in replacements:
         options = {"layers": replacement["layers"], "max_frames": replacement["max_frames"]}
-        replace_self_attention(built, replacement["name"], **options, **replacement["parameters"])
+        name, parameters = translate_record(replacement["name"], replacement["parameters"])
+        replace_self_attention(built, name, **options, **parameters)
     return family(built, preprocessor)
 
 
