@@ -359,7 +359,7 @@ def test_pictures_and_tables_of_a_task_that_fail_are_told_at_the_end(made, tmp_p
 def test_a_probe_that_fails_lets_the_others_finish_and_is_told_at_the_end(made, tmp_path, jobs):
     folder, missing = tmp_path / "run", ["probe/phone/random", "probe/phone/features"]
     without_probes(made, folder, ["probe/phone/encoder"], missing)
-    path = folder / ".hydra" / "config.yaml"
+    path = folder / "config.yaml"
     config = OmegaConf.load(path)
     whole = OmegaConf.to_container(config.probes)["probe/phone/random"]
     config.probes["probe/phone/random"] = [each for each in whole if not each.startswith("upstream.path")] + [

@@ -166,6 +166,6 @@ def test_every_command_that_a_first_run_prints_runs(here, labelled):
     command, out = follow(out)
     assert command == "predict"
     refused = run("predict", f"runs/{name}", "x.wav").err
-    assert "fine-tune it: audiot finetune downstream=keyword downstream.labels.field=word " in refused
+    assert "fine-tune it with audiot finetune downstream=keyword downstream.labels.field=word " in refused
     again = run("pretrain", *data, *MODEL, *TRAINER, override("hydra.run.dir", f"runs/{name}")).err
     assert argument("resume", f"runs/{name}") in again

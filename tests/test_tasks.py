@@ -107,7 +107,7 @@ def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
     assert table(folder / "per_class.csv")
     if task in MEASURED_AGAIN:
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        assert evaluate_downstream(trainer, cfg, folder) == pytest.approx(figures(folder), abs=1e-4)
+        assert evaluate_downstream(trainer, cfg, folder, []) == pytest.approx(figures(folder), abs=1e-4)
 
 
 def test_compare_sets_a_run_beside_its_controls(made, tmp_path):
@@ -117,7 +117,7 @@ def test_compare_sets_a_run_beside_its_controls(made, tmp_path):
     assert out.strip().splitlines()[-1].startswith(f"next:   audiot predict {folder} /")
     rows = table(folder / "comparison.csv")
     assert [row["run"] for row in rows] == ["encoder", "random", "features"]
-    assert [row["upstream"] for row in rows] == ["checkpoint", "untrained", "FeaturesUpstream"]
+    assert [row["upstream"] for row in rows] == ["checkpoint", "untrained_upstream", "FeaturesUpstream"]
     assert [row["layers"] for row in rows] == ["weighted_sum", "weighted_sum", "last"]
     assert (folder / "comparison.md").is_file()
     for row, place in zip(rows, (folder, folder / "random", folder / "features"), strict=True):

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from audiot.attention.mechanism import AttentionMechanism
 from audiot.attention.self_attention import SelfAttention
+from audiot.base.private import dispatch_mode, without_shape_cache
 from audiot.positions import ALiBi, Positions, RelativeBias, Rotary
 
 NUM_HEADS, HEAD_DIM, MAX_FRAMES = 9, 4, 24  # nine heads: the handcrafted patterns of synthesizers take seven
@@ -306,12 +305,11 @@ RULES = (
 )
 
 
-# The cache of operations' shapes costs more than a small graph gets back from it.
-@torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+@without_shape_cache()
 def compiles_once_for_all_lengths(subject: Subject, training: bool = True) -> None:
     """Without a graph break, in training and, if asked, in evaluation instead; a graph or two more for short lengths may be."""
     attention = subject.layer(max_frames=80, dropout=0.0).train(training)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -338,7 +336,7 @@ def holds_no_matrix_of_all_frames(subject: Subject) -> None:
     _require(0 < largest.numel < LONG**2 / 2, f"a tensor of {largest.numel:,} numbers is made for {LONG:,} frames")
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(dispatch_mode()):  # type: ignore[misc]
     """Notes the largest tensor that any operation makes."""
 
     def __init__(self) -> None:

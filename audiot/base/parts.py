@@ -257,7 +257,12 @@ def make(config: Mapping[str, Any], *arguments: Any, inside: bool = True, **give
     known = parameters(target)
     if known is not None and (unknown := options.keys() - known.keys()):
         raise ValueError(f"{name} has no parameter {min(unknown)!r}; there are {', '.join(sorted(known))}")
-    return functools.partial(target, *arguments, **options) if partial else target(*arguments, **options)
+    if partial:
+        return functools.partial(target, *arguments, **options)
+    try:
+        return target(*arguments, **options)
+    except TypeError as error:  # a value of another type, such as none for a size
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
 
 
 def parameters(target: Any) -> dict[str, inspect.Parameter] | None:

@@ -5,8 +5,8 @@ Tested with PyTorch 2.11.0, 2.14.1 and 2.15.0, and with Lightning 2.6.0 and 2.6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,6 +42,17 @@ def many_compilations() -> AbstractContextManager:
     """Context in which one function may be compiled 100 times. It does nothing where Dynamo has no such limit."""
     config: Any = getattr(getattr(torch, "_dynamo", None), "config", None)
     return config.patch(recompile_limit=100) if hasattr(config, "recompile_limit") else nullcontext()
+
+
+@contextmanager
+def without_shape_cache() -> Iterator[None]:
+    """A context without the cache of operations' shapes, which costs more than a small graph gets back from it.
+
+    If Dynamo has no such setting, the cache stays.
+    """
+    config: Any = getattr(getattr(torch, "_dynamo", None), "config", None)
+    with config.patch(fake_tensor_cache_enabled=False) if hasattr(config, "fake_tensor_cache_enabled") else nullcontext():
+        yield
 
 
 def compile_error() -> type[Exception]:

@@ -57,7 +57,7 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
     overrides = [argument for argument in arguments if argument not in SWEEP_FLAGS]
     # Lightning starts the other processes of a node by running sys.argv again; Hydra wants its flags first.
-    program = program or str(Path(__file__).parent / "commands" / f"{command}.py")
+    program = program or str(Path(__file__).parent / f"{command}.py")
     sys.argv = [program, *sweep, *overrides]
     with one_line_errors(debug):
         folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
@@ -201,10 +201,10 @@ def _check_overrides(
 
     Args:
         command: Its name.
-        overrides: Of its command line.
+        overrides: Overrides of the command line.
         sweep: Whether it runs a sweep.
         complete: Whether all values must be given.
-        folder: Of ``--config-dir``, where options of groups are looked for too.
+        folder: Folder of ``--config-dir``, where options of groups are looked for too.
 
     Returns:
         The overrides as Hydra wants them: with a ``+`` before keys that a logger or callback takes and its file doesn't have.

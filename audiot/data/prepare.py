@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_any
@@ -312,14 +312,19 @@ class _Journal:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "journal.jsonl"
-        directory.mkdir(parents=True, exist_ok=True)
         self._lock()
         while not self._is_there():  # the process that held the lock may have removed the file, and another may have made it
             self.close()
             self._lock()
 
+    def _open(self) -> IO[bytes]:
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # the process that updates the folder has just moved it
+                return open(self.path, "a+b")
+
     def _lock(self) -> None:
-        self.stream: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        self.stream = self._open()
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

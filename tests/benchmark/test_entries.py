@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from stranger import copy_example
 
-import audiot.attention
 from audiot.attention import build_mechanism, names
+from audiot.base import groups
 from audiot.benchmark.attention import AttentionBenchmark, Entry
 
 SMALL = {
@@ -64,7 +64,8 @@ def weightless(tmp_path, monkeypatch):
     for name in ("query_key", "synthesizer_random"):
         shutil.copy(group / f"{name}.yaml", tmp_path / "attention")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(audiot.attention, "_group", lambda: tmp_path / "attention")
+    real = groups._places
+    monkeypatch.setattr(groups, "_places", lambda group: [tmp_path / "attention"] if group == "attention" else real(group))
     return type(build_mechanism("summary_mixing", 8, 2, 8))
 
 

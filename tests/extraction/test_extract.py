@@ -16,6 +16,7 @@ from lhotse import CutSet, Recording
 from lhotse.cut import MonoCut
 
 import audiot
+from audiot.base.parts import resolved
 from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.cli import main as audiot_main
 from audiot.commands import extract as command
@@ -219,9 +220,10 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_done(encoder, audio, tmp_
     soundfile.write(audio / "silent.wav", np.zeros(16000), 16000)
     os.mkfifo(audio / "pipe.wav")
     limited = json.loads((encoder / "config.json").read_text())
-    limited["model"]["positions"] = {"_target_": "audiot.positions.Learned"}  # up to 140 states, 4.2 s
+    limited["model"]["positions"] = {"part": "positions/learned"}  # up to 140 states, 4.2 s
     torch.manual_seed(0)
-    save_encoder(tmp_path / "limited", AudioEncoder(limited["features"], limited["model"]))
+    parts = {name: resolved(limited[name], "limited", place=name) for name in ("features", "model")}
+    save_encoder(tmp_path / "limited", AudioEncoder(**parts))
     for _ in range(2):  # the second time, all that is there is kept, and the rest is tried again
         with pytest.raises(SystemExit) as stop:
             extract(tmp_path / "limited", audio, tmp_path / "out")

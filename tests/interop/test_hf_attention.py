@@ -496,7 +496,10 @@ def test_one_mask_serves_a_whole_batch():
     [
         (torch.ones(4, 4).tril().bool()[None, None], "differs between queries"),
         (torch.where(torch.ones(4, 4).tril().bool(), 0.0, -torch.inf)[None, None], "differs between queries"),
-        (VALID[:, None, None].expand(2, 3, 4, 4) & torch.tensor([1, 1, 0]).bool()[None, :, None, None], "differs from query"),
+        (
+            VALID[:, None, None].expand(2, 3, 4, 4) & torch.tensor([1, 1, 0]).bool()[None, :, None, None],
+            "differs between queries",
+        ),
         (torch.tensor([0.0, -1.0, -2.0, -3.0])[None, None, None], "adds a bias"),
         (torch.ones(2, 7, dtype=torch.bool), "has 7 frames but the sequences have 4"),
         ("blocks", "the attention mask must be a tensor of 2 or 4 dimensions, found a str"),

@@ -170,7 +170,7 @@ def test_band_is_0_to_16_channels_wide_anywhere():
 
 def test_a_band_wider_than_the_frame_is_refused():
     corruption = Corruption(band_width=16)
-    with pytest.raises(ValueError, match=r"objective.band_width is 16 but a frame has 13 channels: lower it"):
+    with pytest.raises(ValueError, match=r"objective.band_width must be at most the 13 channels of a frame, found 16: lower it"):
         corruption(torch.ones(1, 9, 26), torch.tensor([9]), keys(1), stack=2)
 
 

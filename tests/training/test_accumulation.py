@@ -68,7 +68,7 @@ def test_a_batch_without_any_label_leaves_the_others_as_they_are(unlabelled):
 def ranks(tmp_path_factory):
     """Results of each of two ranks for every step."""
     folder = tmp_path_factory.mktemp("ranks")
-    program = str(Path(__file__).with_name("unequal_batches.py"))
+    program = str(Path(__file__).parents[1] / "unequal_batches.py")
     started = []
     for rank in range(2):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
