@@ -93,6 +93,17 @@ def test_a_file_can_not_say_whom_to_trust():
     assert resolved(part, "file", ["canary"], "upstream")["trusted"] == ["canary"]
 
 
+def test_a_trusted_package_brings_its_own_classes_alone(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from audiot.base.files import write_json\nfrom os import system\n\n\nclass Mine:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("write_json", "system", "Nothing"):
+        with pytest.raises(ValueError, match=f"file: attention names mine:{name}, which is "):
+            resolved({"part": f"mine:{name}"}, "file", ["audiot", "mine"], "attention")
+    assert resolved({"part": "mine:Mine"}, "file", ["mine"], "attention") == {"_target_": "mine.Mine"}
+
+
 # The first format
 
 

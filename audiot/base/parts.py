@@ -123,9 +123,8 @@ def resolved(
     Raises:
         ValueError: it names a part that is unknown, not trusted, or of another kind than its place; or holds more than data.
     """
-    return _Reader(where, None if trusted is None else tuple(trusted), references, tuple(known)).read(
-        config, [place] if place else []
-    )
+    others = None if trusted is None else tuple(package for package in trusted if package != "audiot")
+    return _Reader(where, others, references, tuple(known)).read(config, [place] if place else [])
 
 
 class _Reader:
@@ -205,7 +204,7 @@ class _Reader:
 
     def _check_trusted(self, target: str, name: str, owner: str, path: list[str]) -> None:
         assert self.trusted is not None
-        if not any(target == each or target.startswith(f"{each}.") for each in self.trusted if each != "audiot"):
+        if not any(target == each or target.startswith(f"{each}.") for each in self.trusted):
             if owner == "audiot":
                 raise self._error(path, f"names {name}, which this audiot does not have: use the version that wrote it")
             raise self._error(
