@@ -17,9 +17,11 @@ import yaml
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers")
 
+import canary
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from test_formats import fields, planted
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -250,6 +252,18 @@ def test_a_config_cannot_name_other_code(folder, tmp_path, target):
     with pytest.raises(ValueError, match=f"names {target}, "):
         AutoModel.from_pretrained(folder)
     assert not (tmp_path / "marker").exists()
+
+
+def test_no_field_of_a_config_runs_anything(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    for place in [place for place in fields(config) if place[0] in ("features", "model")]:
+        for payload in canary.PAYLOADS:
+            path.write_text(json.dumps(planted(config, place, payload)))
+            with pytest.raises((ValueError, TypeError)):
+                AutoModel.from_pretrained(folder)
+            assert not canary.MARK.exists(), (place, payload)
 
 
 def test_a_trusted_package_may_bring_its_own_mechanism(folder, tmp_path, monkeypatch):
