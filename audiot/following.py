@@ -52,12 +52,12 @@ def finetune_command(run: Path, encoder: Path | None = None, upstream: str = "ch
     task = fitting_task(PreparedCorpus.load(folder), settings)
     if task is None:
         kind = [] if upstream == "checkpoint" else [f"--upstream {upstream}"]
-        flags = [*kind, *(f"--trust {name}" for name in packages(settings)[1:] if trust)]
+        flags = [*kind, *(f"--trust {name}" for name in foreign_packages(settings) if trust)]
         return " ".join([f"audiot extract {path(folder)} {path(run / 'states')} --encoder {path(encoder)}", *flags])
     return _finetune(task, encoder, upstream, [*trust, *same_data(run)])
 
 
-def packages(settings: DictConfig) -> list[str]:
+def foreign_packages(settings: DictConfig) -> list[str]:
     """Packages from outside audiot whose classes are in a run's encoder: those who load it have to trust them."""
     parts = OmegaConf.to_container(settings)
     assert isinstance(parts, dict)
@@ -66,7 +66,7 @@ def packages(settings: DictConfig) -> list[str]:
 
 def trusting(settings: DictConfig) -> list[str]:
     """The argument of ``audiot finetune`` with which a run's encoder can be loaded; none if all in it is audiot's."""
-    trusted = packages(settings)
+    trusted = foreign_packages(settings)
     return [argument("upstream.trusted", trusted)] if trusted else []
 
 

@@ -108,6 +108,13 @@ def test_the_task_that_follows_is_one_for_labels_that_are_there(here, pattern, n
         assert command.startswith(f"audiot finetune {task} upstream.path=run/encoder data=folder data.root=audio ")
 
 
+def test_the_extraction_of_an_encoder_from_outside_audiot_says_whom_to_trust(here):
+    tones(here / "audio", words())
+    cfg = recorded(here / "run", ["data=folder", "data.root=audio", "attention._target_=mine.Own"])
+    folder = open_corpus(cfg).directory
+    assert finetune_command(Path("run")) == f"audiot extract {folder} run/states --encoder run/encoder --trust mine"
+
+
 def test_transcripts_without_labels_are_recognised(here):
     tones(here / "audio", [f"{n:02}" for n in range(24)])
     for alphabet, text in ((True, "AB"), (False, "ÄB")):

@@ -27,7 +27,7 @@ from audiot.base.files import read_json
 from audiot.base.quoting import override, quoted
 from audiot.commands.finetune import finetune
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
-from audiot.following import packages, same_data, trusting
+from audiot.following import foreign_packages, same_data, trusting
 from audiot.runs import Interrupted, check_config, write_config
 
 MOST_ON_GPU = 8  # probes at a time
@@ -236,7 +236,7 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     for name in SHARED:
         probe[name] = cfg[name]  # whole: another corpus or mechanism has other keys
     if "trusted" in probe.upstream:  # the encoder that this run itself builds
-        probe.upstream.trusted = packages(cfg)
+        probe.upstream.trusted = foreign_packages(cfg)
     device = {"trainer": {"accelerator": cfg.trainer.accelerator, "fast_dev_run": cfg.trainer.get("fast_dev_run", False)}}
     if isinstance(cfg.trainer.devices, ListConfig):
         device["trainer"]["devices"] = [cfg.trainer.devices[0]]
