@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from small_settings import SMALL
 from timed_rows import line
 
 import audiot.benchmark.attention
@@ -20,26 +21,6 @@ from audiot.benchmark.attention import AttentionBenchmark
 from audiot.benchmark.attention_report import draw
 from audiot.benchmark.attention_results import Panel
 from audiot.benchmark.entries import Entry
-
-SMALL = {
-    "mechanisms": ["synthesizer_random"],
-    "lengths": [6, 12],
-    "frames": 24,
-    "embed_dim": 16,
-    "num_heads": 2,
-    "precisions": ["fp32"],
-    "scopes": ["operator", "layer"],
-    "directions": ["inference", "training"],
-    "compile": [False],
-    "graphs": False,
-    "positions": "none",
-    "padded": 0.0,
-    "dropout": 0.0,
-    "rounds": 2,
-    "seconds": 0.0,
-    "device": "cpu",
-    "seed": 0,
-}
 
 
 def run(**changes):

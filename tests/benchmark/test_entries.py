@@ -7,30 +7,14 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from small_settings import SMALL
 from stranger import copy_example
 
 from audiot.attention import build_mechanism, names
 from audiot.base import groups
 from audiot.benchmark.attention import AttentionBenchmark, Entry
 
-SMALL = {
-    "lengths": [6],
-    "frames": 12,
-    "embed_dim": 16,
-    "num_heads": 2,
-    "precisions": ["fp32"],
-    "scopes": ["operator", "layer"],
-    "directions": ["inference", "training"],
-    "compile": [False],
-    "graphs": False,
-    "positions": "none",
-    "padded": 0.3,
-    "dropout": 0.0,
-    "rounds": 1,
-    "seconds": 0.0,
-    "device": "cpu",
-    "seed": 0,
-}
+SMALLER = SMALL | {"mechanisms": ["all"], "lengths": [6], "frames": 12, "padded": 0.3, "rounds": 1}
 
 
 def test_all_stands_for_those_that_no_other_entry_names():
@@ -71,7 +55,7 @@ def weightless(tmp_path, monkeypatch):
 
 def test_a_mechanism_without_weights_is_compared_with_its_naive_form(weightless, monkeypatch):
     def measured():
-        rows = [row for rows in AttentionBenchmark(mechanisms=["all"], **SMALL).run() for row in rows]
+        rows = [row for rows in AttentionBenchmark(**SMALLER).run() for row in rows]
         assert {row.mechanism for row in rows} == {"query_key", "summary_mixing", "synthesizer_random"}
         return {row.note for row in rows if row.mechanism == "summary_mixing"}
 
