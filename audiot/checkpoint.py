@@ -55,7 +55,7 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = {"features": dict(features), "model": dict(model)}
         self.features: Features = make(features)
-        self.encoder: Encoder = make(model, input_dim=self.features.output_dim, inside=False)
+        self.encoder: Encoder = make(model, input_dim=self.features.embed_dim, inside=False)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of every layer. A waveform gives the same ones alone and in a batch.
@@ -78,7 +78,7 @@ class AudioEncoder(nn.Module):
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
         # Frames that stacking leaves over make gaps in the memory, with or without which code is generated anew.
         tokens = tokens.to(self.encoder.input.weight.dtype).contiguous()
-        hidden = torch.stack(self.encoder(tokens, valid))
+        hidden = torch.stack(self.encoder(self.features.embed(tokens, valid), valid))
         return hidden if valid is None else hidden * valid[..., None], num_tokens
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -94,27 +94,58 @@ class AudioEncoder(nn.Module):
         self.encoder.compile(*args, **{"dynamic": True} | options)
 
 
-def save_encoder(path: str | Path, encoder: AudioEncoder, head: nn.Module | None = None) -> None:
+def save_encoder(path: str | Path, encoder: AudioEncoder) -> None:
     """Write an encoder's folder; the same weights give the same bytes.
 
     Args:
         path: Folder, made if needed.
         encoder: What to save.
-        head: The reconstruction head, kept for continued pre-training.
     """
     path = Path(path)
-    state = encoder.state_dict()
-    if head is not None:
-        state |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    with replacing(path / "model.safetensors") as temporary:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
+    _save(path / "model.safetensors", encoder.state_dict())
     write_json(path / "config.json", {"format_version": FORMAT_VERSION, **named(encoder.config)})
+
+
+def save_objective(path: str | Path, config: Mapping[str, Any], objective: nn.Module) -> None:
+    """Write an objective beside its encoder, for continued pre-training: its head, and what was fitted or learned for it.
+
+    Args:
+        path: The encoder's folder.
+        config: Config of the objective, a plain dict.
+        objective: What to save.
+    """
+    path = Path(path)
+    _save(path / "objective.safetensors", objective.state_dict())
+    write_json(path / "objective.json", {"format_version": FORMAT_VERSION, "objective": named(config)})
+
+
+def _save(path: Path, state: Mapping[str, Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
+
+
+def load_objective(path: str | Path, trusted: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and state of the objective beside an encoder; both are empty where there is none.
+
+    An encoder of an earlier version has a reconstruction head among its own weights.
+
+    Raises:
+        ValueError: the files are damaged, of another version, or hold more than data.
+    """
+    path = Path(path)
+    if not (path / "objective.json").is_file():
+        weights = Weights(path / "model.safetensors")
+        heads = {name: value for name, value in weights.read().items() if name.startswith("head.")}
+        return ({"_target_": "audiot.objectives.reconstruction.Reconstruction"}, heads) if heads else ({}, {})
+    place = path / "objective.json"
+    content = read_json(place, "objective")
+    check_version(content.get("format_version"), place)
+    return part_of(content.get("objective"), place, trusted, "objective"), Weights(path / "objective.safetensors").read()
 
 
 def load_encoder(
     path: str | Path,
     trusted: Collection[str] = (),
-    head: nn.Module | None = None,
     *,
     compile: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -125,7 +156,6 @@ def load_encoder(
     Args:
         path: Its folder (``RUN/encoder``).
         trusted: Packages from outside audiot whose classes the config may name: those of your own mechanisms.
-        head: A reconstruction head to fill with the one that was saved.
         compile: Generate faster code on first use; see `AudioEncoder.compile`.
         dtype: Type of the weights and hidden states, float32, bfloat16 or float16, or its name; None: as they were saved.
             Features are always float32.
@@ -148,14 +178,11 @@ def load_encoder(
         raise ValueError(f"{path} is a run's folder: its encoder is {path / 'encoder'}")
     config = read_config(path, trusted)
     weights = Weights(path / "model.safetensors")
-    own = {name: shape for name, shape in weights.shapes.items() if not name.startswith("head.")}
+    own = {name: shape for name, shape in weights.shapes.items() if not name.startswith("head.")}  # of an earlier version
     check_sizes(lambda: AudioEncoder(**config), config, own, path)
     encoder = AudioEncoder(**config)
     tensors = weights.read()
     _fill(encoder, {name: tensors[name] for name in own}, path)
-    if head is not None:
-        heads = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-        _fill(head, heads, path)
     if compile:
         encoder.compile()
     return encoder.eval().to(device=place, dtype=precision)

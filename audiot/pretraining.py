@@ -1,9 +1,10 @@
-"""Masked acoustic modelling as a LightningModule: corrupt, encode, reconstruct."""
+"""Masked acoustic modelling as a LightningModule: corrupt, encode, predict."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +19,21 @@ from audiot.base.devices import attention_of_any_shape
 from audiot.base.parts import make, named
 from audiot.base.private import compile_ddp_whole
 from audiot.base.streams import key, seed_torch
-from audiot.checkpoint import AudioEncoder, load_encoder
+from audiot.checkpoint import AudioEncoder, check_sizes, load_encoder, load_objective
 from audiot.data.batches import Batch, crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options
 from audiot.data.prepare import PreparedCorpus
 from audiot.model import length_mask
-from audiot.objectives.corruption import Corruption
-from audiot.objectives.reconstruction import ReconstructionHead, interpolate_masked, masked_l1
+from audiot.objectives.objective import Objective, View
 from audiot.training.accumulation import Mean, WeightedSteps
 from audiot.training.fsdp import full_tensor, gather, is_sharded, release, shard
 from audiot.training.optimization import configure_from
-from audiot.training.saved import Saved
+from audiot.training.saved import Saved, read_checkpoint, settings_of
 
 
 class MaskedAcousticModel(WeightedSteps, Saved):
-    """Pre-train an encoder by reconstructing what was corrupted (Mockingjay, TERA, AudioALBERT).
+    """Pre-train an encoder by an objective: predict what is hidden from it.
 
     Args:
         features, model, objective, optimizer, scheduler: Configs, as plain dicts.
@@ -55,15 +55,25 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         super().__init__()
         self.save_hyperparameters()
         self.model = AudioEncoder(features, model)
-        self.head = ReconstructionHead(self.model.encoder.embed_dim, self.model.features.output_dim)
-        self.objective: Corruption = make(objective)
-        self.stack = self.model.features.stack
+        self.objective: Objective = make(objective, self.model, inside=False)
+        self.objective_fitted = False  # its state was loaded
         self.trained_steps = 0  # optimiser steps of a loaded checkpoint
         self._graphs = False
-        self._loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Mean] = self.loss
-        names = ("val_l1", "zero_l1", "interpolation_l1")
+        self._loss: Callable[..., Mean] = self.loss
         # MeanMetric would skip a NaN loss. With nan_strategy=nan the mean becomes NaN. ("disable" would ignore the weights.)
-        self.validation_metrics = torch.nn.ModuleDict({name: MeanMetric(nan_strategy=float("nan")) for name in names})
+        self.validation_metrics = torch.nn.ModuleDict(
+            {name: MeanMetric(nan_strategy=float("nan")) for name in self.objective.metrics}
+        )
+
+    @property
+    def monitor(self) -> str:
+        """The validation loss as it is logged."""
+        return f"pretrain/val_{self.objective.figure}"
+
+    @classmethod
+    def translated(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with today's names: the reconstruction head once stood beside the corruption."""
+        return {f"objective.{name}" if name.startswith("head.") else name: value for name, value in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how far the checkpoint was trained.
@@ -72,6 +82,8 @@ class MaskedAcousticModel(WeightedSteps, Saved):
             ValueError: the checkpoint has another model.
         """
         self.trained_steps = checkpoint["global_step"]
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = self.translated(checkpoint["state_dict"])
         if not checkpoint.get("MixedPrecision", True):  # bfloat16 saves no loss scale; float16 starts with a new one
             del checkpoint["MixedPrecision"]
         theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # None: `ShardedStrategy` has loaded it
@@ -100,38 +112,40 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         # Stacked frames that were cropped have unusual strides, and each new layout of strides would be compiled again.
         return tokens.contiguous(), num_tokens.to(tokens.device, non_blocking=True), valid
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """L1 loss of the reconstruction on the corrupted elements."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Arguments of `loss` for a batch: what is computed before the compiled part of a step."""
         tokens, lengths, valid = self._features(batch)
-        return self.weighted(self.step_loss(tokens, lengths, batch["keys"], valid), batch_idx)
+        source = self.objective.source(self.model, batch["waveforms"], batch["lengths"], tokens)
+        return tokens, lengths, batch["keys"], valid, source
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of the objective."""
+        return self.weighted(self.step_loss(*self.inputs(batch)), batch_idx)
 
     def log_loss(self, loss: Tensor) -> None:
-        """Log the L1 over all batches of a step."""
-        self.log("pretrain/train_l1", loss)
+        """Log the loss over all batches of a step."""
+        self.log(f"pretrain/train_{self.objective.figure}", loss)
 
-    def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
-        """Corrupt a batch and score its reconstruction. `compile_step` compiles this method.
+    def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor | None = None) -> Mean:
+        """Loss of the objective on a batch. `compile_step` compiles this method.
 
         Args:
             tokens: Features (B, T, C).
             lengths: Valid frames of each utterance (B,), on the features' device.
             keys: Random keys (B,), on the features' device.
             valid: Mask, bool (B, T); None where nothing is padded.
+            source: What the targets are made of (B, T, …); None: the tokens.
         """
-        corrupted = self.objective(tokens, lengths, keys, self.stack)
-        hidden = self.model.encoder(corrupted.features, valid)[-1]
-        if corrupted.elements is None:
-            prediction, target, weight = self._masked_frames(hidden, tokens, corrupted.frames)
-        else:
-            prediction, target, weight = self.head(hidden), tokens, corrupted.elements
-        return masked_l1(prediction, target, weight)
+        return self.objective.loss(self.model, tokens, lengths, keys, valid, tokens if source is None else source)
 
-    def step_loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None) -> Mean:
+    def step_loss(
+        self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor | None = None
+    ) -> Mean:
         """`loss`, compiled if `compile_step` was called."""
         if not self._graphs:
-            return self._loss(tokens, lengths, keys, valid)
+            return self._loss(tokens, lengths, keys, valid, source)
         torch.compiler.cudagraph_mark_step_begin()
-        value, count = self._loss(tokens, lengths, keys, valid)
+        value, count = self._loss(tokens, lengths, keys, valid, source)
         return Mean(value.clone(), count.clone())  # copies, because the next step overwrites the graph's memory
 
     def compile_step(self, graphs: bool = False) -> None:
@@ -150,59 +164,24 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
         self._loss = compiled(self.loss, graphs)
 
-    def _masked_frames(self, hidden: Tensor, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict masked frames only. Their maximal number follows from the shape, so no device synchronisation is needed."""
-        num_frames = tokens.shape[1]
-        count = self.objective.max_masked(num_frames)
-        # Masked frames first, in order of time. topk over distinct ranks replaces a sort: Inductor's code for a sort is slow.
-        rank = frames.int() * num_frames - torch.arange(num_frames, device=frames.device, dtype=torch.int32)
-        index = rank.topk(count, dim=1, sorted=True).indices
-        chosen = frames.gather(1, index)[..., None]
-        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        target = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-        return self.head(hidden), target, chosen
-
-    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Reconstruct a validation batch with every span zeroed.
-
-        Returns:
-            ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels);
-            ``masked``: bool (B, T · stack); ``lengths``: (B,) in spectrogram frames.
-        """
-        tokens, lengths, valid = self._features(batch)
-        corrupted = self.objective.zero_out(tokens, lengths, batch["keys"])
+    def view(self, batch: Batch) -> View:
+        """Targets and predictions of a validation batch, whose every masked span is hidden; see the objective's ``view``."""
+        tokens, lengths, keys, valid, source = self.inputs(batch)
         with attention_of_any_shape():  # whole utterances
-            prediction = self.head(self.model.encoder(corrupted.features, valid)[-1]).float()
-        masked = corrupted.frames.repeat_interleave(self.stack, dim=1)
-        target = self.model.features.unstack(tokens)
-        return {
-            "target": target,
-            "corrupted": self.model.features.unstack(corrupted.features),
-            "prediction": self.model.features.unstack(prediction),
-            "interpolation": interpolate_masked(target, masked, lengths * self.stack),
-            "masked": masked,
-            "lengths": lengths * self.stack,
-        }
+            return self.objective.view(self.model, tokens, lengths, keys, valid, tokens if source is None else source)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the L1 on masked frames of the model and of two trivial reconstructions: zeros and linear interpolation."""
-        view = self.reconstruct(batch)
-        masked = view["masked"]
-        guesses = {
-            "val_l1": view["prediction"],
-            "zero_l1": torch.zeros_like(view["target"]),
-            "interpolation_l1": view["interpolation"],
-        }
-        for name, guess in guesses.items():
+        """Update the objective's metrics, those of trivial predictions among them."""
+        for name, mean in self.objective.measures(self.view(batch)).items():
             metric = self.validation_metrics[name]
             assert isinstance(metric, MeanMetric)
-            metric.update(masked_l1(guess, view["target"], masked[..., None]).value, weight=masked.sum())
+            metric.update(mean.value, weight=mean.scored)
 
     def on_validation_epoch_end(self) -> None:
         """Log means over all processes. Every process must take part, even one without batches."""
         for name, metric in self.validation_metrics.items():
             assert isinstance(metric, MeanMetric)
-            self.log(f"pretrain/{name}", metric, prog_bar=name == "val_l1")
+            self.log(f"pretrain/{name}", metric, prog_bar=f"pretrain/{name}" == self.monitor)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -216,7 +195,10 @@ class MaskedAcousticModel(WeightedSteps, Saved):
     def configure_model(self) -> None:
         """Shard the parameters among the processes under `audiot.training.fsdp.ShardedStrategy`."""
         if self.device_mesh is not None and not is_sharded(self):
-            shard(self.model.encoder, self.head, self.device_mesh["data_parallel"])
+            others: dict[str, torch.nn.Module] = {"loss": self.objective}
+            if self.model.features.is_trained:
+                others["embed"] = self.model.features
+            shard(self.model.encoder, others, self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
         """Gather all parameters. Processes may have different numbers of batches, and only one draws pictures."""
@@ -228,31 +210,80 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""
-        return configure_from(self, self.hparams, self.trainer.estimated_stepping_batches)
+        configured = configure_from(self, self.hparams, self.trainer.estimated_stepping_batches)
+        configured["optimizer"].register_step_post_hook(lambda *_: self.objective.after_step(self.model))
+        return configured
 
 
-def build(cfg: DictConfig) -> MaskedAcousticModel:
-    """The module for a config: new, or started from the exported encoder ``cfg.init`` with its features and model."""
+def build(cfg: DictConfig, teacher: Mapping[str, Any] | None = None) -> MaskedAcousticModel:
+    """The module for a config: new, or started from the exported encoder ``cfg.init`` with its features and model.
+
+    Args:
+        cfg: Config of the command.
+        teacher: Config of the upstream that the objective learns from, whose weights the caller loads.
+    """
     options = {name: plain(cfg[name]) for name in ("objective", "optimizer", "scheduler")} | {"seed": cfg.seed}
-    if not cfg.init:
-        return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
-    start = load_encoder(cfg.init)
+    if "teacher" in options["objective"]:
+        options["objective"] |= {"teacher": teacher}
+    if cfg.init:
+        return _started(cfg, options)
+    return MaskedAcousticModel(plain(cfg.features), plain(cfg.model), **options)
+
+
+def saved_teacher(checkpoint: Path, trusted: Collection[str] = ()) -> dict[str, Any] | None:
+    """Config of the teacher in a checkpoint, which has its weights too; None: it has none."""
+    objective = settings_of(read_checkpoint(checkpoint), checkpoint, trusted).get("objective", {})
+    return objective.get("teacher")
+
+
+def _started(cfg: DictConfig, options: dict[str, Any]) -> MaskedAcousticModel:
+    """A module with the weights of ``cfg.init``, and with the state of its objective where that is the same one."""
+    start = load_encoder(cfg.init, cfg.trusted)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     for override in given:
         if re.match("(features|model|attention|positions)[.=]", override):
             raise ValueError(f"{override} has no effect: init={cfg.init} brings its own features and model; drop one of them")
+    saved, state = load_objective(cfg.init, cfg.trusted)
+    if options["objective"].get("teacher", "none") is None and saved.get("_target_") == options["objective"]["_target_"]:
+        options["objective"] |= {"teacher": saved.get("teacher")}
+        sizes = {name: tuple(value.shape) for name, value in state.items()}
+        check_sizes(lambda: make(saved, start, inside=False), saved, sizes, cfg.init)
     module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
-    start = load_encoder(cfg.init, head=module.head)
     module.model.load_state_dict(start.state_dict())
-    say(f"init    {cfg.init}, with its features and model")
+    shapes = {name: value.shape for name, value in module.objective.state_dict().items()}
+    goes_on = saved.get("_target_") == options["objective"]["_target_"] and shapes == {n: v.shape for n, v in state.items()}
+    if goes_on:
+        module.objective.load_state_dict(state)
+        module.objective_fitted = True
+    kept = "its features, model and objective" if goes_on else "its features and model; the objective starts anew"
+    say(f"init    {cfg.init}, with {kept}")
     return module
 
 
 def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:
-    """Open the batches for pre-training. Fit the global statistics of the features if they have none yet."""
+    """Open the batches for pre-training."""
+    lengths = crop_lengths(module.model.features, cfg.data.crop_s, cfg.data.num_lengths)
+    return SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
+
+
+def fit_statistics(module: MaskedAcousticModel, data: SpeechDataModule, device: torch.device) -> dict[str, Any]:
+    """Fit what a new run needs before its first step: global statistics of the features, then what the targets are made of.
+
+    Returns:
+        Figures of the targets.
+    """
     features = module.model.features
-    lengths = crop_lengths(features, cfg.data.crop_s, cfg.data.num_lengths)
-    data = SpeechDataModule(corpus, "pretrain", crop_s=cfg.data.crop_s, lengths=lengths, **data_options(cfg))
-    if features.cmvn == "global" and not cfg.init:
+    if features.cmvn == "global" and not features.is_fitted:
         features.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
-    return data
+    if module.objective_fitted:
+        return {}
+
+    def sample(seconds: float) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in data.sample(seconds, device):
+            yield batch["waveforms"], batch["lengths"]
+
+    home = module.device
+    module.to(device)
+    figures = module.eval().objective.fit(module.model, sample, data.seed)
+    module.to(home).train()
+    return figures

@@ -24,6 +24,7 @@ from audiot.base.groups import groups, key_of, nearest
 from audiot.base.parts import FORMAT_VERSION, check_version, foreign, is_plain, named, resolved
 from audiot.base.quoting import argument
 
+ROUNDS = "rounds"  # folder of a run's earlier rounds
 CONFIG, OVERRIDES, RESUMES = "config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
 FIRST_CONFIG = ".hydra/config.yaml"  # of runs of the first format, which Hydra wrote
 HEADER = "# What this run was started with. audiot reads it again; .hydra/ holds what Hydra notes of it.\n"
@@ -216,6 +217,21 @@ def newest_checkpoint(run: Path) -> Path:
     return check_archive(max(found, key=step_of))
 
 
+def round_folder(run: Path, number: int) -> Path:
+    """The folder of an earlier round of a run, counted from 1: a run of its own."""
+    return run / ROUNDS / str(number)
+
+
+def whole_run(run: Path) -> Path:
+    """The run that a folder belongs to: the one of which it is an earlier round, or itself."""
+    return whole_run(run.parent.parent) if run.parent.name == ROUNDS else run
+
+
+def is_in_earlier_round(run: Path) -> bool:
+    """Whether a run was stopped before its last round had a checkpoint."""
+    return (run / ROUNDS).is_dir() and not any((run / "checkpoints").glob("step=*.ckpt"))
+
+
 def check_archive(path: Path) -> Path:
     """A checkpoint's path, if it is whole: its index stands at the end of the file."""
     if not path.is_file():
@@ -231,7 +247,7 @@ def check_fresh(run: Path) -> None:
     Raises:
         ValueError: there are checkpoints.
     """
-    if any((run / "checkpoints").glob("step=*.ckpt")):
+    if any((run / "checkpoints").glob("step=*.ckpt")) or (run / ROUNDS).is_dir():
         how = argument("resume", run)
         raise ValueError(f"{run} holds a run already: {how} goes on with it, another hydra.run.dir starts anew")
 
@@ -271,7 +287,7 @@ class Resumed:
 
     Args:
         run: Its folder.
-        checkpoint: Where it goes on from.
+        checkpoint: Where it goes on from; None: its last round has not begun.
         before: Its config so far.
         config: Its config from here on.
         changes: The overrides that make the difference.
@@ -279,7 +295,7 @@ class Resumed:
     """
 
     run: Path
-    checkpoint: Path
+    checkpoint: Path | None
     before: DictConfig
     config: DictConfig
     changes: list[str]
@@ -288,7 +304,8 @@ class Resumed:
     def record(self) -> None:
         """Make the changes the run's own; to do it twice is to do it once."""
         if self.changes:
-            resumes = [*self.earlier, {"step": step_of(self.checkpoint), "overrides": self.changes}]
+            step = 0 if self.checkpoint is None else step_of(self.checkpoint)
+            resumes = [*self.earlier, {"step": step, "overrides": self.changes}]
             with replacing_text(self.run / RESUMES) as stream:
                 yaml.safe_dump(resumes, stream, sort_keys=False, allow_unicode=True, width=1000)
 
@@ -333,6 +350,8 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         changes.append(text)
     config = _computed(written, run)
     before.resume = config.resume = str(run)
+    if is_in_earlier_round(run):
+        return Resumed(run, None, before, config, changes, _resumes(run))
     checkpoint = newest_checkpoint(run)
     step, last = step_of(checkpoint), config.trainer.max_steps
     if not isinstance(last, int) or last < step:

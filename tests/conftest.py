@@ -39,7 +39,7 @@ TINY = {
         "positions": {"_target_": "audiot.positions.Rotary"},
         "dropout": 0.1,
     },
-    "objective": {"_target_": "audiot.objectives.corruption.Corruption", "span": 3},
+    "objective": {"_target_": "audiot.objectives.reconstruction.Reconstruction", "span": 3},
     "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 2e-3, "weight_decay": 0.01},
     "scheduler": {"_target_": "audiot.training.optimization.linear_warmup_decay", "_partial_": True},
 }

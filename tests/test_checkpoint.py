@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import audiot
 from audiot.base.files import read_json, replacing, write_json
-from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
-from audiot.objectives.reconstruction import ReconstructionHead
+from audiot.base.parts import make
+from audiot.checkpoint import AudioEncoder, load_encoder, load_objective, save_encoder, save_objective
 
 LENGTHS = torch.tensor([16000, 9000, 4000])
 
@@ -33,24 +33,28 @@ def speech(dtype=torch.float32):
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    """An encoder, its head, and the folder that both are in."""
+    """An encoder, its objective, and the folder that both are in."""
     encoder = build(tiny)
-    head = ReconstructionHead(24, 60)
-    save_encoder(tmp_path / "encoder", encoder, head)
-    return encoder, head, tmp_path / "encoder"
+    objective = make(tiny["objective"], encoder)
+    save_encoder(tmp_path / "encoder", encoder)
+    save_objective(tmp_path / "encoder", tiny["objective"], objective)
+    return encoder, objective, tmp_path / "encoder"
 
 
 def same(one, other):
     return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_a_loaded_encoder_equals_the_saved_one(saved):
-    encoder, head, folder = saved
-    other_head = ReconstructionHead(24, 60)
-    loaded = load_encoder(folder, head=other_head)
+def test_a_loaded_encoder_equals_the_saved_one(saved, tiny):
+    encoder, objective, folder = saved
+    loaded = load_encoder(folder)
     assert not loaded.training
     assert same(loaded, encoder)
-    assert same(other_head, head)
+    config, state = load_objective(folder)
+    assert config == tiny["objective"]
+    again = make(config, loaded)
+    again.load_state_dict(state)
+    assert same(again, objective)
     assert loaded.config == encoder.config
     hidden, lengths = encoder(speech(), LENGTHS)
     for again in (loaded, audiot.load_encoder(str(folder))):
@@ -59,17 +63,19 @@ def test_a_loaded_encoder_equals_the_saved_one(saved):
         assert lengths_again.equal(lengths)
 
 
-def test_saving_again_gives_the_same_bytes(saved):
-    _, head, folder = saved
-    save_encoder(folder.parent / "again", load_encoder(folder), head)
+def test_saving_again_gives_the_same_bytes(saved, tiny):
+    _, objective, folder = saved
+    save_encoder(folder.parent / "again", load_encoder(folder))
+    save_objective(folder.parent / "again", tiny["objective"], objective)
     os.utime(folder / "config.json", (0, 0))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    for name in ("config.json", "model.safetensors"):
+    names = ["config.json", "model.safetensors", "objective.json", "objective.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
         assert (folder / name).read_bytes() == (folder.parent / "again" / name).read_bytes()
 
 
 def test_files_hold_nothing_but_the_configs_and_the_weights(saved, tiny):
-    encoder, head, folder = saved
+    encoder, objective, folder = saved
     content = json.loads((folder / "config.json").read_text())
     features = {"part": "features/log_mel", "n_mels": 20, "stack": 3}
     model = tiny["model"] | {
@@ -78,8 +84,11 @@ def test_files_hold_nothing_but_the_configs_and_the_weights(saved, tiny):
     del model["_target_"]
     assert content == {"format_version": 2, "features": features, "model": model}
     weights = load_file(folder / "model.safetensors")
-    assert weights.keys() == encoder.state_dict().keys() | {f"head.{name}" for name in head.state_dict()}
-    for name in ("config.json", "model.safetensors"):
+    assert weights.keys() == encoder.state_dict().keys()
+    assert load_file(folder / "objective.safetensors").keys() == objective.state_dict().keys()
+    content = json.loads((folder / "objective.json").read_text())
+    assert content == {"format_version": 2, "objective": {"part": "objective/mockingjay", "span": 3}}
+    for name in ("config.json", "model.safetensors", "objective.json", "objective.safetensors"):
         assert str(folder.parent).encode() not in (folder / name).read_bytes()
     size = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     header = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + size])
@@ -181,7 +190,7 @@ def test_another_format_version_is_refused(saved):
         "audiots.model.Encoder",
         "audiot.base.files.os.system",
         "audiot.base.files.write_json",
-        "audiot.objectives.corruption.Corruption",
+        "audiot.objectives.reconstruction.Reconstruction",
         "audiot.model",
     ],
 )

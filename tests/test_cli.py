@@ -322,7 +322,7 @@ def broken(*arguments, **options):
 @blank
 def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr("audiot.commands.pretrain.plot_attention", broken)
-    monkeypatch.setattr("audiot.training.callbacks.plot_reconstruction", broken)
+    monkeypatch.setattr("audiot.objectives.reconstruction.plot_reconstruction", broken)
     folder = tmp_path / "run"
     out = succeed("pretrain", *TINY, "probe=false", f"hydra.run.dir={folder}")
     assert out.splitlines()[-2:] == [

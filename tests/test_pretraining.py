@@ -9,7 +9,7 @@ from learning import losses_of
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.base.streams import key
-from audiot.checkpoint import save_encoder
+from audiot.checkpoint import save_encoder, save_objective
 from audiot.data.batches import to_device
 from audiot.objectives.corruption import Corruption
 from audiot.objectives.reconstruction import masked_l1
@@ -28,8 +28,9 @@ def every_step(folder):
 
 
 def exported(folder, module):
-    save_encoder(folder, module.model, module.head)
-    return (folder / "model.safetensors").read_bytes()
+    save_encoder(folder, module.model)
+    save_objective(folder, module.hparams["objective"], module.objective)
+    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "objective")]
 
 
 def test_training_lowers_the_loss_on_one_batch(pretraining):
@@ -106,9 +107,9 @@ def test_training_loss_equals_a_loop_over_all_frames(pretraining, objective):
     loss = model.training_step(batch, 0)
     tokens, lengths = model.model.features(batch["waveforms"], batch["lengths"])
     assert len(set(lengths.tolist())) > 1  # padded
-    corrupted = model.objective(tokens, lengths, batch["keys"], model.stack)
+    corrupted = model.objective.corruption(tokens, lengths, batch["keys"], model.objective.stack)
     valid = torch.arange(tokens.shape[1]) < lengths[:, None]
-    prediction = model.head(model.model.encoder(corrupted.features, valid)[-1])
+    prediction = model.objective.head(model.model.encoder(corrupted.features, valid)[-1])
     errors = []
     for row in range(len(tokens)):
         for t in range(int(lengths[row])):
@@ -128,10 +129,10 @@ def test_masked_l1_counts_the_scored_elements_alone():
 def test_head_is_run_on_masked_frames_alone(pretraining):
     model, batch = pretraining.module().eval(), first_batch(pretraining)
     seen = []
-    model.head.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].shape))
+    model.objective.head.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].shape))
     model.training_step(batch, 0)
     tokens, _ = model.model.features(batch["waveforms"], batch["lengths"])
-    assert seen == [(len(tokens), model.objective.max_masked(tokens.shape[1]), 24)]
+    assert seen == [(len(tokens), model.objective.corruption.max_masked(tokens.shape[1]), 24)]
 
 
 def test_validation_metrics_equal_a_plain_recomputation(pretraining, tmp_path):
@@ -145,7 +146,7 @@ def test_validation_metrics_equal_a_plain_recomputation(pretraining, tmp_path):
         tokens, lengths = model.model.features(waveform)
         masked = Corruption(span=3).mask(torch.tensor([key("validation", cut.id)]), lengths, tokens.shape[1])
         with torch.no_grad():
-            prediction = model.head(model.model.encoder(tokens.masked_fill(masked[..., None], 0))[-1])
+            prediction = model.objective.head(model.model.encoder(tokens.masked_fill(masked[..., None], 0))[-1])
         target = tokens[0].reshape(-1, 20).numpy()  # three frames a token
         prediction = prediction[0].reshape(-1, 20).numpy()
         hidden = np.repeat(masked[0].numpy(), 3)
@@ -165,7 +166,7 @@ def test_validation_masks_are_the_same_for_every_seed_and_epoch(pretraining):
     for seed, position in [(0, (0, 0)), (7, (0, 0)), (0, (3, 1))]:
         source = pretraining.data(seed=seed)
         source.load_state_dict({"next_batch": position})
-        views.append([(batch["ids"], model.reconstruct(batch)["masked"]) for batch in source.ordered_loader("valid")])
+        views.append([(batch["ids"], model.view(batch)["masked"]) for batch in source.ordered_loader("valid")])
     assert len(views[0]) > 1
     for other in views[1:]:
         for (ids, masked), (other_ids, other_masked) in zip(views[0], other, strict=True):

@@ -34,9 +34,9 @@ STILL = {
 class Tokens(MaskedAcousticModel):
     """Pre-training on given features."""
 
-    def _features(self, batch):
+    def inputs(self, batch):
         tokens, lengths = batch["tokens"], batch["lengths"]
-        return tokens, lengths, length_mask(lengths, tokens.shape[1], tokens.device)
+        return tokens, lengths, batch["keys"], length_mask(lengths, tokens.shape[1], tokens.device), None
 
 
 def reconstruction(**objective):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
@@ -58,8 +59,57 @@ def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path
     _save(figure, path)
 
 
-def plot_training(metrics_csv: str | Path, path: str | Path) -> None:
-    """Plot ``metrics.csv``: training and validation L1, the two baselines, throughput, learning rate and gradient norm."""
+class Loss(Protocol):
+    """What an objective says of its loss."""
+
+    figure: ClassVar[str]
+    label: ClassVar[str]
+    baselines: ClassVar[Mapping[str, str]]
+
+
+def plot_codes(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
+    """Plot an utterance's spectrogram, the codes of the first codebook and what was predicted at masked tokens.
+
+    Args:
+        view: One utterance as the objective's ``view`` returns it: ``target``, ``masked``, ``lengths``, ``codes``, ``predicted``.
+        title: Title of the figure.
+        path: Path of the PNG.
+    """
+    length = int(view["lengths"][0])
+    codes, predicted = (view[name][0, :, 0].cpu().numpy() for name in ("codes", "predicted"))
+    stack = view["masked"].shape[1] // len(codes)
+    num_tokens = length // stack
+    codes, predicted = codes[:num_tokens], predicted[:num_tokens]
+    masked = view["masked"][0, :length:stack].cpu().numpy()
+    right = masked & (codes == predicted)
+    # Neighbouring numbers mean nothing, so they get distant colours.
+    colours = np.stack([np.modf(codes * 0.618034)[0], np.modf(predicted * 0.618034)[0]])
+    shown = hsv_to_rgb(np.stack([colours, np.full_like(colours, 0.65), np.full_like(colours, 0.9)], axis=-1))
+    shown[1, ~masked] = 1.0
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    figure.suptitle(title)
+    spectrogram, true, guess = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
+    target = view["target"][0, : num_tokens * stack].float().cpu().numpy().T
+    low, high = np.percentile(target, [2, 99.5])
+    extent = (0, num_tokens, 0, len(target))
+    spectrogram.imshow(target, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma", extent=extent)
+    spectrogram.set_ylabel("channel")
+    spectrogram.set_title("features; the encoder does not see what lies between cyan lines", fontsize=10, loc="left")
+    edges = np.flatnonzero(np.diff(masked.astype(int), prepend=0, append=0))
+    for place in edges:
+        spectrogram.axvline(place, color="cyan", linewidth=0.8)
+    share = f"{right.sum() / max(1, masked.sum()):.0%} of {masked.sum()} masked tokens right"
+    for axis, row, label in ((true, 0, "codes"), (guess, 1, f"predicted where masked, {share}; dots: right")):
+        axis.imshow(shown[row][None], aspect="auto", interpolation="nearest", extent=(0, num_tokens, 0, 1))
+        axis.set_yticks([])
+        axis.set_title(label, fontsize=10, loc="left")
+    guess.plot(np.flatnonzero(right) + 0.5, np.full(right.sum(), 0.5), "k.", markersize=3)
+    guess.set_xlabel("token")
+    _save(figure, path)
+
+
+def plot_training(metrics_csv: str | Path, path: str | Path, objective: Loss) -> None:
+    """Plot ``metrics.csv``: training and validation loss, trivial predictions, throughput, learning rate and gradient norm."""
     with open(metrics_csv, newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -69,13 +119,13 @@ def plot_training(metrics_csv: str | Path, path: str | Path) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, side = figure.subplots(1, 2, width_ratios=[3, 2])
-    loss.plot(*series("pretrain/train_l1"), color=GREY, linewidth=0.6, alpha=0.7, label="training batch")
-    loss.plot(*series("pretrain/val_l1"), color=BLUE, marker="o", markersize=3, label="validation")
-    for name, label, style in (("interpolation_l1", "interpolation", "--"), ("zero_l1", "zeros", ":")):
+    loss.plot(*series(f"pretrain/train_{objective.figure}"), color=GREY, linewidth=0.6, alpha=0.7, label="training batch")
+    loss.plot(*series(f"pretrain/val_{objective.figure}"), color=BLUE, marker="o", markersize=3, label="validation")
+    for (name, label), style in zip(objective.baselines.items(), (":", "--"), strict=False):
         _, values = series(f"pretrain/{name}")
         if values:
             loss.axhline(values[-1], color=ORANGE, linestyle=style, label=f"{label}: {values[-1]:.3f}")
-    loss.set(xlabel="step", ylabel="L1 of masked frames", title="Reconstruction")
+    loss.set(xlabel="step", ylabel=objective.label, title="Pre-training")
     loss.legend()
     side.plot(*series("frames_per_s"), color=GREEN)
     side.set(xlabel="step", title="Throughput")

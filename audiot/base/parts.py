@@ -36,6 +36,7 @@ GROUP_OF = {  # key that holds a part → groups that it may be from
     "head": ("downstream",),
     "labels": ("downstream",),
     "upstream": ("upstream",),
+    "teacher": ("upstream",),
     "optimizer": ("optimizer",),
     "scheduler": ("scheduler",),
     "corpus": ("data",),
@@ -44,12 +45,15 @@ GROUP_OF = {  # key that holds a part → groups that it may be from
 }
 COLLECTIONS = ("callbacks", "logger")  # keys whose values are parts, of the group of that name
 FORMER = {  # places of the first format → today's
-    "audiot.masking.": "audiot.objectives.corruption.",
+    "audiot.masking.Corruption": "audiot.objectives.reconstruction.Reconstruction",
+    "audiot.objectives.corruption.Corruption": "audiot.objectives.reconstruction.Reconstruction",
     "audiot.optimization.": "audiot.training.optimization.",
     "audiot.replication.": "audiot.training.ddp.",
     "audiot.sharding.": "audiot.training.fsdp.",
     "audiot.callbacks.GracefulInterrupt": "audiot.training.interrupt.GracefulInterrupt",
     "audiot.callbacks.RunCSVLogger": "audiot.training.csv_logger.RunCSVLogger",
+    "audiot.callbacks.ReconstructionPictures": "audiot.training.callbacks.ObjectivePictures",
+    "audiot.training.callbacks.ReconstructionPictures": "audiot.training.callbacks.ObjectivePictures",
     "audiot.callbacks.": "audiot.training.callbacks.",
     "audiot.s3prl.": "audiot.interop.s3prl.",
     "audiot.downstream.hf_upstream.": "audiot.interop.hf_upstream.",

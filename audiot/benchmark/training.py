@@ -326,12 +326,11 @@ class TrainingBenchmark:
 
     def _work(self, module: MaskedAcousticModel, place: Place, scope: str) -> Work:
         """Matrix products of a forward pass: those of the encoder, and in a step those of the head on the frames to predict."""
-        work = products(module.model.encoder, place.batch, place.frames, module.model.features.output_dim)
+        work = products(module.model.encoder, place.batch, place.frames, module.model.features.embed_dim)
         if scope in ("inference", "encoder"):
             return work
-        objective = module.objective
-        predicted = place.frames if objective.band_width else objective.max_masked(place.frames)
-        return work + products(module.head, place.batch, predicted, module.model.encoder.embed_dim)
+        objective: Any = module.objective
+        return work + products(objective.head, place.batch, objective.predicted(place.frames), module.model.encoder.embed_dim)
 
     def _masking_s(self, module: MaskedAcousticModel, place: Place) -> float:
         """Seconds of masking per step, measured once per model and shape."""

@@ -85,9 +85,9 @@ class Calls:
         def call() -> Tensor:
             module.on_train_batch_start(batch, 0)
             with self._autocast():
-                tokens, lengths, valid = module._features(batch)
+                given = module.inputs(batch)
                 watch.mark("features")
-                loss = module.step_loss(tokens, lengths, batch["keys"], valid).value
+                loss = module.step_loss(*given).value
             watch.mark("forward")
             optimiser.zero_grad()
             loss.backward()
@@ -105,13 +105,13 @@ class Calls:
         """The corruption alone. It is compiled as inside the loss of a step."""
         features = module.model.features
         batch = self._batch(features, place)
-        tokens = self.noise(place.batch, place.frames, features.output_dim)
+        tokens = self.noise(place.batch, place.frames, features.embed_dim)
         lengths = torch.full((place.batch,), place.frames, device=self.device)
-        corrupt = torch.compile(module.objective.__call__) if self.compiled else module.objective
+        corrupt = torch.compile(module.objective.corrupt) if self.compiled else module.objective.corrupt
 
         def call() -> object:
             with torch.no_grad(), self._autocast():
-                return corrupt(tokens, lengths, batch["keys"], module.stack)
+                return corrupt(tokens, lengths, batch["keys"])
 
         return call
 

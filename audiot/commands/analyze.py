@@ -9,12 +9,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from audiot.analysis.plots import plot_attention, plot_probes, plot_reconstruction, plot_training
+from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.attention.table import TableSynthesizer
 from audiot.base.console import say
 from audiot.base.failures import Failures
 from audiot.base.files import read_json
 from audiot.base.quoting import argument
+from audiot.checkpoint import AudioEncoder
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options, open_corpus
@@ -40,13 +41,14 @@ def main(cfg: DictConfig) -> None:
     plots = run / "plots"
     name = batch["ids"][0]
     failures = Failures()
-    with failures.noted("reconstruction.png"):
-        plot_reconstruction(module.reconstruct(batch), f"{name}, step {module.trained_steps}", plots / "reconstruction.png")
+    picture = module.objective.picture
+    with failures.noted(picture):
+        module.objective.draw(module.view(batch), f"{name}, step {module.trained_steps}", plots / picture)
     tokens, _ = module.model.features(batch["waveforms"], batch["lengths"])
+    tokens = module.model.features.embed(tokens)  # both encoders read what the trained front end gives
     torch.manual_seed(settings.seed)
-    fresh = MaskedAcousticModel(**module.hparams).eval()
-    fresh.model.features.load_state_dict(module.model.features.state_dict())
-    untrained, trained = fresh.model.encoder, module.model.encoder
+    fresh = AudioEncoder(**module.model.config).eval()
+    untrained, trained = fresh.encoder, module.model.encoder
     mechanism = trained.layer(0).attention.mechanism
     if trained.has_weights:
         with failures.noted("attention.png, attention-untrained.png"):
@@ -58,7 +60,7 @@ def main(cfg: DictConfig) -> None:
             draw_tables(untrained, trained, plots / "patterns.png")
     if (run / "metrics.csv").is_file():
         with failures.noted("training.png"):
-            plot_training(run / "metrics.csv", plots / "training.png")
+            plot_training(run / "metrics.csv", plots / "training.png", module.objective)
     summary = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
     if any(key.startswith(("probe/", "finetune/")) for key in summary):
         with failures.noted("probes.png"):

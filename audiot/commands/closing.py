@@ -11,16 +11,36 @@ from audiot.base.files import read_json
 from audiot.following import finetune_command
 
 
+def validation_loss(summary: Mapping[str, Any]) -> float:
+    """The validation loss of a summary. Runs of earlier versions have L1."""
+    return float(summary[summary.get("monitor", "pretrain/val_l1")])
+
+
+def loss_line(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The validation loss in words, beside trivial predictions."""
+    figure = summary.get("monitor", "pretrain/val_l1").removeprefix("pretrain/val_")
+    trivial = {
+        name.removeprefix("pretrain/").removesuffix(f"_{figure}"): value
+        for name, value in summary.items()
+        if name.endswith(f"_{figure}") and not name.startswith("pretrain/val_")
+    }
+    words = {"zero": "zeros"}
+    beside = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in trivial.items())
+    accuracy = f"; {summary['pretrain/val_accuracy']:.1%} right" if "pretrain/val_accuracy" in summary else ""
+    title = {"l1": "validation L1"}.get(figure, f"validation {figure.replace('_', '-')}")
+    return title, f"{validation_loss(summary):.3f}   ({beside}{accuracy})"
+
+
 def report(run: Path) -> str:
     """The closing lines: what was done, how good it is, what to run next."""
     summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
+    title, loss = loss_line(summary)
     since = f"since step {summary['resumed_step']}" if summary.get("resumed_step") else "in all"
     lines = [
         "",
         table(
             {
-                "validation L1": f"{summary['pretrain/val_l1']:.3f}   (zeros {summary['pretrain/zero_l1']:.3f}, "
-                f"interpolation {summary['pretrain/interpolation_l1']:.3f})",
+                title: loss,
                 "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
                 f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
                 + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,12 @@ from audiot.base.devices import find_device
 from audiot.base.files import name_text, printable
 from audiot.base.private import compile_error
 from audiot.checkpoint import DTYPES
+from audiot.commands.upstreams import open_upstream
 from audiot.data.audio import AudioFile, BadAudioError, audio_files
 from audiot.data.corpora.manifest import SAFE_SOURCES, ManifestCorpus
 from audiot.data.datamodule import PreparedPieces
 from audiot.data.prepare import PreparedCorpus
-from audiot.downstream.upstream import EncoderUpstream, Upstream, checkpoint
+from audiot.downstream.upstream import EncoderUpstream, Upstream
 from audiot.extraction.extract import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
 from audiot.extraction.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
 
@@ -181,20 +182,6 @@ def _header(path: str) -> tuple[int, int] | str:
             return file.num_samples, file.sample_rate
     except BadAudioError as reason:
         return str(reason)
-
-
-def open_upstream(kind: str, path: str, trusted: Collection[str]) -> Upstream:
-    """An upstream of a kind: ``checkpoint`` (a run's folder will do), ``s3prl`` or ``hf``, on the CPU."""
-    if kind == "s3prl":
-        from audiot.interop.s3prl import upstream
-
-        return upstream(path)
-    if kind == "hf":
-        from audiot.interop.hf_upstream import hf  # needs transformers
-
-        return hf(path)
-    inside = Path(path) / "encoder"
-    return checkpoint(str(inside) if (inside / "config.json").is_file() else path, trusted)
 
 
 def chosen_layers(text: str, num_states: int) -> list[int]:

@@ -34,7 +34,7 @@ from audiot.base.former import instead
 from audiot.base.groups import groups, key_of, nearest, options
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
-from audiot.runs import Interrupted, check_fresh, resume, resume_command
+from audiot.runs import Interrupted, check_fresh, resume, resume_command, whole_run
 
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
@@ -317,7 +317,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         GlobalHydra.instance().clear()
         sys.stderr.write(f"\naudiot: {stop}")
         if stop.checkpoint is not None:
-            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(stop.checkpoint.parent.parent)}")
+            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(whole_run(stop.checkpoint.parent.parent))}")
         sys.stderr.write("\n")
         sys.exit(130)
     except KeyboardInterrupt:

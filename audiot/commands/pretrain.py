@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,31 +14,37 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.base.console import say
 from audiot.base.failures import Failures
 from audiot.base.files import read_json, write_json
-from audiot.checkpoint import save_encoder
-from audiot.commands.closing import report
+from audiot.checkpoint import save_encoder, save_objective
+from audiot.commands.closing import report, validation_loss
 from audiot.commands.few import say_few
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
+from audiot.commands.upstreams import kind_of, open_upstream
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import note_data, open_corpus
-from audiot.pretraining import MaskedAcousticModel, build, open_data
+from audiot.pretraining import MaskedAcousticModel, build, fit_statistics, open_data, saved_teacher
 from audiot.runs import (
+    ROUNDS,
     Interrupted,
     Resumed,
     check_fresh,
+    has_config,
     is_finished,
+    is_in_earlier_round,
     newest_checkpoint,
     resume_command,
+    round_folder,
     step_of,
+    whole_run,
     write_config,
 )
-from audiot.training.callbacks import ReconstructionPictures, Throughput
+from audiot.training.callbacks import ObjectivePictures, Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
@@ -54,6 +61,7 @@ class Pretraining:
         module: Model, objective and optimiser.
         data: Batches.
         probes: Name of each probe → its config.
+        targets: Figures of what was fitted for the objective.
     """
 
     run: Path
@@ -62,6 +70,7 @@ class Pretraining:
     module: MaskedAcousticModel
     data: SpeechDataModule
     probes: dict[str, DictConfig]
+    targets: dict[str, Any]
 
     @property
     def callbacks(self) -> list[pl.Callback]:
@@ -70,7 +79,7 @@ class Pretraining:
 
 
 def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
-    """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation L1, for a sweep that searches.
+    """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation loss, for a sweep that searches.
 
     Raises:
         ValueError: something can't be done; or probes failed, which is told after all else is done.
@@ -82,12 +91,14 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         check_fresh(run)
     elif is_finished(run, cfg):
         say(f"{run} is finished: nothing to resume\n{report(run)}")
-        return read_json(run / "summary.json", "summary")["pretrain/val_l1"]
-    else:
-        announce(resumed)
-    work = prepare(cfg, run, resumed)
+        return validation_loss(read_json(run / "summary.json", "summary"))
+    elif resumed.checkpoint is not None:
+        announce(resumed, resumed.checkpoint)
+    checkpoint = None if resumed is None else resumed.checkpoint
+    teacher = earlier_round(cfg, run) if checkpoint is None else None
+    work = prepare(cfg, run, resumed, teacher)
     summary = fit(work, resumed)
-    loss = summary["pretrain/val_l1"]
+    loss = validation_loss(summary)
     if not export(work):  # another process goes on alone
         return loss
     failures = Failures()
@@ -106,15 +117,50 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     return loss
 
 
-def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None) -> Pretraining:
+def earlier_round(cfg: DictConfig, run: Path) -> str | None:
+    """Train the earlier rounds of a run that has several, or the rest of them.
+
+    Returns:
+        The encoder of the last of them, which is the teacher of the next; None if there are none.
+    """
+    number = cfg.objective.get("rounds", 1) - 1
+    if number < 1:
+        return None
+    if cfg.objective.teacher is not None:
+        raise ValueError(
+            f"objective.rounds={number + 1} trains its own teacher: drop objective.teacher, or set objective.rounds=1"
+        )
+    if run == whole_run(run) and not has_config(run):
+        write_config(cfg, run)  # from here on it can be resumed
+    folder = round_folder(run, number)
+    earlier = cfg.copy()
+    with open_dict(earlier):
+        earlier.run_dir, earlier.probe, earlier.objective.rounds, earlier.logger = str(folder), False, number, {}
+        earlier.resume = None
+    say(f"round   {number} of {number + 1}, in {folder}")
+    if any((folder / "checkpoints").glob("step=*.ckpt")) or (folder / ROUNDS).is_dir():
+        checkpoint = None if is_in_earlier_round(folder) else newest_checkpoint(folder)
+        main(earlier, Resumed(folder, checkpoint, earlier, earlier, [], []))
+    else:
+        main(earlier)
+    say(f"\nround   {number + 1} of {number + 1}, in {run}")
+    return str(folder / "encoder")
+
+
+def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | None = None) -> Pretraining:
     """Build all that the run needs, and find what is wrong with it before anything is trained."""
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
-    module = build(cfg)
-    corpus = open_corpus(cfg, None if resumed is None else run)
-    if resumed is None:
+    continues = resumed is not None and resumed.checkpoint is not None
+    module = build(cfg, saved_teacher(resumed.checkpoint, cfg.trusted) if resumed and resumed.checkpoint else None)
+    if not continues and (path := teacher or cfg.objective.get("teacher")):
+        upstream = open_upstream(kind_of(path), path, cfg.trusted)
+        module = build(cfg, upstream.config)
+        module.objective.get_submodule("teacher").load_state_dict(upstream.state_dict())
+    corpus = open_corpus(cfg, run if continues else None)
+    if not continues:
         note_data(cfg, corpus)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not (resumed is not None and has_config(run)):
             write_config(cfg, run)
     say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
@@ -122,7 +168,24 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None) -> Pretraining:
     check_probes(probes, corpus)
     if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
         warm_up()
-    return Pretraining(run, cfg, trainer, module, open_data(cfg, module, corpus), probes)
+    data = open_data(cfg, module, corpus)
+    figures = {}
+    if not continues:
+        figures = fit_statistics(module, data, trainer.strategy.root_device)
+        say_targets(figures)
+        if resumed is not None and trainer.is_global_zero:
+            resumed.record()
+    return Pretraining(run, cfg, trainer, module, data, probes, figures)
+
+
+def say_targets(figures: Mapping[str, Any]) -> None:
+    """Say what the targets are, where they were fitted."""
+    if figures:
+        stable = f", stability {figures['targets/stability']:.2f}" if "targets/stability" in figures else ""
+        say(
+            f"targets {figures['targets/codes']:,} codes, {figures['targets/used']:g} used, "
+            f"perplexity {figures['targets/perplexity']:g}{stable}"
+        )
 
 
 def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
@@ -142,27 +205,32 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
-    if resumed is None:
+    if resumed is None or resumed.checkpoint is None:
         trainer.fit(module, work.data)
     else:
-        go_on(trainer, module, work.data, resumed)
+        go_on(trainer, module, work.data, resumed, resumed.checkpoint)
     last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
     if not trainer.fast_dev_run and not trainer.strategy.broadcast(last.exists()):  # type: ignore[attr-defined]
         trainer.save_checkpoint(last)
     (validation,) = trainer.validate(module, work.data, verbose=False)
-    loss = validation["pretrain/val_l1"]
+    loss = validation[module.monitor]
     if not math.isfinite(loss):
-        raise ValueError(f"training diverged, pretrain/val_l1 is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
+        raise ValueError(f"training diverged, {module.monitor} is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
     throughput = next(callback for callback in work.callbacks if isinstance(callback, Throughput))
-    return {name: value for name, value in validation.items() if name.startswith("pretrain/")} | {
-        "frames_per_s": round(throughput.average),
-        "data_wait": round(throughput.data_wait, 4),
-        "first_step_s": round(throughput.first_step_s, 1),
-        "precision": trainer.precision,
-        "parameters": parameters,
-        "steps": trainer.global_step,
-        "resumed_step": module.trained_steps,
-    }
+    return (
+        {name: value for name, value in validation.items() if name.startswith("pretrain/")}
+        | work.targets
+        | {
+            "monitor": module.monitor,
+            "frames_per_s": round(throughput.average),
+            "data_wait": round(throughput.data_wait, 4),
+            "first_step_s": round(throughput.first_step_s, 1),
+            "precision": trainer.precision,
+            "parameters": parameters,
+            "steps": trainer.global_step,
+            "resumed_step": module.trained_steps,
+        }
+    )
 
 
 def export(work: Pretraining) -> bool:
@@ -173,16 +241,16 @@ def export(work: Pretraining) -> bool:
     """
     trainer = work.trainer
     state = trainer.strategy.lightning_module_state_dict() if is_sharded(work.module) else None  # of all processes
+    if trainer.is_global_zero:
+        if state is not None:
+            work.module = MaskedAcousticModel(**work.module.hparams)
+            work.module.load_state_dict(state)
+        save_encoder(work.run / "encoder", work.module.model)
+        save_objective(work.run / "encoder", work.module.hparams["objective"], work.module.objective)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if not trainer.is_global_zero:
-        return False
-    if state is not None:
-        work.module = build(work.cfg)
-        work.module.load_state_dict(state)
-    save_encoder(work.run / "encoder", work.module.model, work.module.head)
-    return True
+    return trainer.is_global_zero
 
 
 def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict[str, str]]:
@@ -203,16 +271,16 @@ def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict
     return figures, failed
 
 
-def announce(resumed: Resumed) -> None:
+def announce(resumed: Resumed, checkpoint: Path) -> None:
     """Say where a run goes on, with what changes, and its learning rates where they aren't what they would have been.
 
     Raises:
         ValueError: the rates can't be changed.
     """
     changes = f", with {' '.join(resumed.changes)}" if resumed.changes else ""
-    say(f"resume  {resumed.checkpoint}{changes}")
+    say(f"resume  {checkpoint}{changes}")
     before, after = (schedule(cfg) for cfg in (resumed.before, resumed.config))
-    step = step_of(resumed.checkpoint)
+    step = step_of(checkpoint)
     if isinstance(before, Schedule) and isinstance(after, Schedule):
         if (before.description, before.rate(step + 1)) != (after.description, after.rate(step + 1)):
             rates = f"step {step:,} had {before.rate(step):.3g}" + (
@@ -226,7 +294,7 @@ def announce(resumed: Resumed) -> None:
             raise ValueError(f"{change} can't change on resume: {kind} keeps its rates in the checkpoint; a new run can have it")
 
 
-def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed) -> None:
+def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed, checkpoint: Path) -> None:
     """Train on from a checkpoint. Once it is loaded, the run's changes are its own, and probes of the encoder as it was go away.
 
     Raises:
@@ -239,16 +307,16 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
         accepted = True
         if trainer.is_global_zero:
             resumed.record()
-            if step_of(resumed.checkpoint) < resumed.config.trainer.max_steps:
+            if step_of(checkpoint) < resumed.config.trainer.max_steps:
                 shutil.rmtree(resumed.run / "probes", ignore_errors=True)
 
     trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
     try:
-        trainer.fit(module, data, ckpt_path=resumed.checkpoint, weights_only=True)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
         if accepted or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"{resumed.run} can't go on from {resumed.checkpoint}: {error}") from error
+        raise ValueError(f"{resumed.run} can't go on from {checkpoint}: {error}") from error
     if not accepted:  # nothing was left to train
         accept()
 
@@ -265,12 +333,12 @@ def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
 def draw(work: Pretraining, failures: Failures) -> None:
     """Curves from ``metrics.csv`` and the attention of the first validation utterance, where attention has weights."""
     for callback in work.callbacks:
-        if isinstance(callback, ReconstructionPictures):
+        if isinstance(callback, ObjectivePictures):
             failures.update(callback.failures)
     run, model = work.run, work.module.model.cpu().eval()
     if (run / "metrics.csv").is_file():
         with failures.noted("training.png"):
-            plot_training(run / "metrics.csv", run / "plots" / "training.png")
+            plot_training(run / "metrics.csv", run / "plots" / "training.png", work.module.objective)
     if not model.encoder.has_weights:
         say(f"plots   no picture of attention: {type(model.encoder.layer(0).attention.mechanism).__name__} has no weights")
         return
@@ -278,7 +346,7 @@ def draw(work: Pretraining, failures: Failures) -> None:
         batch = next(iter(work.data.ordered_loader("valid")))
         length = int(batch["lengths"][0])
         tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
-        weights = [layer[0] for layer in model.encoder.attention_weights(tokens)]
+        weights = [layer[0] for layer in model.encoder.attention_weights(model.features.embed(tokens))]
         plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
 
 

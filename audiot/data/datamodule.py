@@ -236,6 +236,20 @@ class SpeechDataModule(pl.LightningDataModule):
         for batch in self._loader(cuts, training=False):
             yield to_device(batch, torch.device(device))
 
+    def sample(self, seconds: float, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Batches of training utterances drawn by the seed until they have so many seconds, the same in every process."""
+        chosen, left = set(), seconds
+        for _, number, duration in sorted(
+            (key("sample", self.seed, cut.id), number, cut.duration) for number, cut in enumerate(self.cuts("train"))
+        ):
+            if left <= 0:
+                break
+            chosen.add(number)
+            left -= duration if self.crop_s is None else min(duration, self.crop_s)
+        cuts = CutSet.from_cuts(cut for number, cut in enumerate(self.cuts("train")) if number in chosen)
+        for batch in self._loader(cuts, training=False):
+            yield to_device(batch, torch.device(device))
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move tensors except lengths to the device, where waveforms become floats."""
         return to_device(batch, device)

@@ -33,12 +33,17 @@ class Features(nn.Module, ABC):
     Features are computed without gradients, in float32 (float64 for a float64 waveform), whatever autocast or the
     model's dtype is. The buffers stay float32 in a half-precision model.
 
+    A front end may go on with a trained part, `embed`, from these fixed tokens to the encoder's input. It is part of the model's
+    compiled step and has gradients.
+
     Args:
         frame_channels: Channels that `frames` returns, before deltas.
         win_length: Samples in a frame.
         hop_length: Samples from one frame to the next.
         sample_rate: Sample rate in Hz. Waveforms must have it already.
-        cmvn: ``"utterance"`` (over each utterance's own frames), ``"global"`` (over a corpus, see `fit`) or ``"none"``.
+        cmvn: ``"utterance"`` (mean and deviation of each channel over an utterance's own frames), ``"global"`` (over a corpus,
+            see `fit`), ``"level"`` (one mean over all frames and channels of an utterance is subtracted, which takes its level
+            away and leaves the speaker's spectrum; deltas have none) or ``"none"``.
         stack: Consecutive frames per token. Remaining frames of an utterance are dropped.
         eps: Smallest standard deviation that CMVN divides by.
         delta_order: Order of deltas: 0, 1 (first differences in time) or 2 (also their differences).
@@ -50,7 +55,11 @@ class Features(nn.Module, ABC):
     Attributes:
         num_channels: Channels C of a frame: frame_channels · (delta_order + 1).
         output_dim: Size of a token: num_channels · stack.
+        embed_dim: Size of the encoder's input: output_dim, unless a trained part changes it.
+        is_trained: Whether there is a trained part.
     """
+
+    is_trained = False
 
     def __init__(
         self,
@@ -68,8 +77,8 @@ class Features(nn.Module, ABC):
         level_db: float | None = None,
     ) -> None:
         super().__init__()
-        if cmvn not in ("utterance", "global", "none"):
-            raise ValueError(f"features.cmvn must be utterance, global or none, found {cmvn!r}")
+        if cmvn not in ("utterance", "global", "level", "none"):
+            raise ValueError(f"features.cmvn must be utterance, global, level or none, found {cmvn!r}")
         if delta_order not in (0, 1, 2):
             raise ValueError(f"features.delta_order must be 0, 1 or 2, found {delta_order}")
         if delta_window < 3 or delta_window % 2 == 0:
@@ -93,7 +102,9 @@ class Features(nn.Module, ABC):
         self.level_db = level_db
         self.reflected = (win_length - win_length // 2, win_length // 2) if center else (0, 0)  # samples at the start and the end
         self.num_channels = frame_channels * (delta_order + 1)
+        self.frame_channels = frame_channels
         self.output_dim = self.num_channels * stack
+        self.embed_dim = self.output_dim
         self.cmvn_mean: Tensor
         self.cmvn_std: Tensor
         if cmvn == "global":  # NaN until fitted, so that a forgotten fit raises an error
@@ -137,6 +148,13 @@ class Features(nn.Module, ABC):
             tokens = tokens.masked_fill(_padding(frame_lengths // self.stack, tokens.shape[1]), 0.0)
         return tokens, self.num_tokens(lengths)
 
+    def embed(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The encoder's input (B, T, embed_dim) from tokens (B, T, output_dim): the tokens, unless there is a trained part.
+
+        ``valid`` is bool (B, T), or None where nothing is padded.
+        """
+        return tokens
+
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         """Compute the global CMVN statistics in float64 from batches of (waveforms, lengths) as `forward` takes them.
@@ -172,6 +190,11 @@ class Features(nn.Module, ABC):
         self.cmvn_mean.copy_(mean)
         self.cmvn_std.copy_(variance.sqrt().clamp(min=self.eps))
         self._fitted = True
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are global statistics, if they are needed."""
+        return self.cmvn != "global" or not bool(self.cmvn_mean.isnan().any())
 
     def num_frames(self, num_samples: Count) -> Count:
         """Frames, before stacking, in so many samples."""
@@ -249,6 +272,8 @@ class Features(nn.Module, ABC):
         if self.cmvn == "global":
             self._check_fitted()
             return (channels - self.cmvn_mean) / self.cmvn_std
+        if self.cmvn == "level":
+            return self._levelled(channels, frame_lengths)
         if frame_lengths is None:
             count = torch.tensor(channels.shape[1])
             centred = channels - channels.sum(1, keepdim=True) / count
@@ -259,6 +284,16 @@ class Features(nn.Module, ABC):
             centred = (channels - channels.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill_(padded, 0.0)
         variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # a single frame has deviation 0, not NaN
         return centred.div_(variance.sqrt().clamp(min=self.eps))
+
+    def _levelled(self, channels: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        """Subtract the mean over an utterance's frames and channels, deltas apart."""
+        static, deltas = channels.split([self.frame_channels, self.num_channels - self.frame_channels], dim=-1)
+        if frame_lengths is None:
+            mean = static.mean((1, 2), keepdim=True)
+        else:
+            inside = static.masked_fill(_padding(frame_lengths, static.shape[1]), 0.0)
+            mean = inside.sum((1, 2), keepdim=True) / (frame_lengths[:, None, None] * self.frame_channels).clamp(min=1)
+        return torch.cat([static - mean, deltas], dim=-1) if self.delta_order else static - mean
 
     def _stack(self, frames: Tensor) -> Tensor:
         num_tokens = frames.shape[1] // self.stack
@@ -297,7 +332,7 @@ class Features(nn.Module, ABC):
 
     def _check_fitted(self) -> None:
         if not self._fitted:
-            self._fitted = not bool(self.cmvn_mean.isnan().any())
+            self._fitted = self.is_fitted
         if not self._fitted:
             raise ValueError(
                 "features.cmvn=global has no statistics yet: call features.fit(batches) before training, load a "

@@ -168,6 +168,7 @@ class AudiotModel(PreTrainedModel):
         tokens, num_tokens = self.encoder.features(input_values, lengths)
         tokens = tokens.to(self.encoder.encoder.input.weight.dtype)
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
+        tokens = self.encoder.features.embed(tokens, valid)
         hidden = self.encoder.encoder(tokens, valid)
         if valid is not None:
             hidden = [state * valid[..., None] for state in hidden]

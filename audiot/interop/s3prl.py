@@ -19,14 +19,13 @@ from typing import Any, NoReturn
 
 import torch
 from hydra.utils import get_class
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audiot.attention.query_key import QueryKey
 from audiot.base.files import replacing
 from audiot.base.pairing import torchaudio
 from audiot.base.parts import parameters
-from audiot.checkpoint import AudioEncoder, load_encoder
+from audiot.checkpoint import AudioEncoder, load_encoder, load_objective
 from audiot.downstream.upstream import EncoderUpstream
 from audiot.features import MFCC, KaldiFbank, LogMel, Spectrogram
 from audiot.objectives.reconstruction import ReconstructionHead
@@ -312,11 +311,9 @@ def export_s3prl(encoder: str | Path, path: str | Path) -> None:
     audio = _audio(loaded.config["features"], encoder)
     _check_model(model, encoder)
     names = _names(model["num_layers"], model["share_layers"], model["norm"] == "pre")
-    heads = {
-        name.removeprefix("head."): value
-        for name, value in load_file(encoder / "model.safetensors").items()
-        if name.startswith("head.")
-    }
+    objective, state = load_objective(encoder)
+    own = str(objective.get("_target_")).endswith(".Reconstruction")
+    heads = {name.removeprefix("head."): value for name, value in state.items() if own}
     content = {
         "Optimizer": {},
         "Step": 0,

@@ -1,1 +1,1 @@
-"""Objectives of pre-training: the corruption, the prediction and the loss."""
+"""Objectives of pre-training: what is corrupted, what is predicted, the loss and its measures."""

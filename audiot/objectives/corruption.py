@@ -105,8 +105,37 @@ class Corrupted(NamedTuple):
     elements: Tensor | None
 
 
-class Corruption:
-    """Time, channel and magnitude alteration. Each preset of the ``objective`` group sets its parameters.
+class Spans:
+    """Masked spans of frames. The share of spans is of the length; they may overlap.
+
+    Args:
+        mask_proportion: Share of the frames that spans are drawn for. Overlaps make the masked share smaller.
+        span: Length of a span in encoder frames (stacked ones with ``features.stack`` > 1).
+    """
+
+    def __init__(self, mask_proportion: float = 0.15, span: int = 7) -> None:
+        if not 0 < mask_proportion <= 1:
+            raise ValueError(f"objective.mask_proportion must be in (0, 1], found {mask_proportion}")
+        if span < 1:
+            raise ValueError(f"objective.span must be at least 1 frame, found {span}")
+        self.mask_proportion = mask_proportion
+        self.span = span
+
+    def max_masked(self, num_frames: int) -> int:
+        """Most frames that spans can cover in up to ``num_frames`` frames. It is a Python number and needs no synchronisation."""
+        return min(max_spans(num_frames, self.mask_proportion, self.span) * self.span, num_frames)
+
+    def starts(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
+        """First frames of the spans, bool (B, T)."""
+        return span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
+
+    def mask(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
+        """Masked frames, bool (B, T)."""
+        return cover(self.starts(keys, lengths, num_frames), lengths, self.span)
+
+
+class Corruption(Spans):
+    """Time, channel and magnitude alteration. Each preset of reconstruction sets its parameters.
 
     Differs from the published code: noise is drawn per utterance, not per batch, and every utterance has at least one span.
 
@@ -130,31 +159,17 @@ class Corruption:
         noise_std: float = 0.2,
         noise_probability: float = 0.0,
     ) -> None:
-        if not 0 < mask_proportion <= 1:
-            raise ValueError(f"objective.mask_proportion must be in (0, 1], found {mask_proportion}")
-        if span < 1:
-            raise ValueError(f"objective.span must be at least 1 frame, found {span}")
+        super().__init__(mask_proportion, span)
         if zero_probability < 0 or replace_probability < 0 or zero_probability + replace_probability > 1:
             raise ValueError(
                 "objective.zero_probability and objective.replace_probability must be probabilities that add to at most 1, "
                 f"found {zero_probability} and {replace_probability}"
             )
-        self.mask_proportion = mask_proportion
-        self.span = span
         self.zero_probability = zero_probability
         self.replace_probability = replace_probability
         self.band_width = band_width
         self.noise_std = noise_std
         self.noise_probability = noise_probability
-
-    def max_masked(self, num_frames: int) -> int:
-        """Most frames that spans can cover in up to ``num_frames`` frames. It is a Python number and needs no synchronisation."""
-        return min(max_spans(num_frames, self.mask_proportion, self.span) * self.span, num_frames)
-
-    def mask(self, keys: Tensor, lengths: Tensor, num_frames: int) -> Tensor:
-        """Masked frames, bool (B, T)."""
-        starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
-        return cover(starts, lengths, self.span)
 
     def zero_out(self, features: Tensor, lengths: Tensor, keys: Tensor) -> Corrupted:
         """Corrupt a batch for validation: every span is zeroed and nothing else is altered.
@@ -177,7 +192,7 @@ class Corruption:
             stack: Spectrogram frames per encoder frame. A band covers the same channels in each of them.
         """
         num_frames = features.shape[1]
-        starts = span_starts(keys, lengths, num_frames, self.mask_proportion, self.span)
+        starts = self.starts(keys, lengths, num_frames)
         frames = cover(starts, lengths, self.span)
         policy = streams.uniform(keys, 1, _POLICY)[..., None]
         zeroed = features.masked_fill(frames[..., None], 0)

@@ -1,14 +1,107 @@
-"""Reconstruction of corrupted frames: the head, the loss and a trivial baseline."""
+"""Reconstruction of corrupted frames: the objective, its head, its loss and a trivial baseline."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from audiot.analysis.plots import plot_reconstruction
 from audiot.base.devices import at_least_float32
+from audiot.checkpoint import AudioEncoder
 from audiot.layers import LAYER_NORM_EPS
 from audiot.model import initialise_linear
+from audiot.objectives.corruption import Corrupted, Corruption
+from audiot.objectives.objective import Objective, View, at_frames, masked_first
 from audiot.training.accumulation import Mean
+
+
+class Reconstruction(Objective):
+    """Reconstruct corrupted frames under an L1 loss (Mockingjay, arXiv:1910.12638; TERA, arXiv:2007.06028).
+
+    With a trained front end, its output is corrupted and the fixed features under it are reconstructed.
+
+    Args:
+        model: The model to train, for its sizes.
+        corruption: Parameters of `Corruption`.
+
+    Raises:
+        ValueError: a band of channels is to be masked in the output of a trained front end, which has no such channels.
+    """
+
+    figure = "l1"
+    label = "L1 of masked frames"
+    baselines: ClassVar[Mapping[str, str]] = {"zero_l1": "zeros", "interpolation_l1": "interpolation"}
+    picture = "reconstruction.png"
+
+    def __init__(self, model: AudioEncoder, **corruption: Any) -> None:
+        super().__init__()
+        self.corruption = Corruption(**corruption)
+        self.stack = model.features.stack
+        if self.corruption.band_width and model.features.is_trained:
+            raise ValueError("objective.band_width must be 0 where features are trained, since they have no bands of frequencies")
+        self.head = ReconstructionHead(model.encoder.embed_dim, model.features.output_dim)
+
+    def predicted(self, num_frames: int) -> int:
+        """Tokens that the head predicts: masked ones, or all where a band of channels is masked."""
+        return num_frames if self.corruption.band_width else self.corruption.max_masked(num_frames)
+
+    def corrupt(self, embedded: Tensor, lengths: Tensor, keys: Tensor) -> Corrupted:
+        """Alter a batch for training."""
+        return self.corruption(embedded, lengths, keys, self.stack)
+
+    def loss(
+        self, model: AudioEncoder, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor
+    ) -> Mean:
+        """L1 of the reconstruction on the corrupted elements."""
+        corrupted = self.corrupt(model.features.embed(tokens, valid), lengths, keys)
+        hidden = model.encoder(corrupted.features, valid)[-1]
+        if corrupted.elements is not None:
+            return masked_l1(self.head(hidden), source, corrupted.elements)
+        index, chosen = masked_first(corrupted.frames, self.predicted(tokens.shape[1]))
+        return masked_l1(self.head(at_frames(hidden, index)), at_frames(source, index), chosen[..., None])
+
+    def view(
+        self, model: AudioEncoder, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor
+    ) -> View:
+        """Reconstruction of a batch with every span zeroed.
+
+        Returns:
+            ``target``, ``corrupted``, ``prediction``, ``interpolation``: (B, T · stack, channels);
+            ``masked``: bool (B, T · stack); ``lengths``: (B,) in spectrogram frames.
+        """
+        corrupted = self.corruption.zero_out(model.features.embed(tokens, valid), lengths, keys)
+        prediction = self.head(model.encoder(corrupted.features, valid)[-1]).float()
+        unstack = model.features.unstack
+        masked = corrupted.frames.repeat_interleave(self.stack, dim=1)
+        target = unstack(source)
+        return {
+            "target": target,
+            "corrupted": target.masked_fill(masked[..., None], 0),
+            "prediction": unstack(prediction),
+            "interpolation": interpolate_masked(target, masked, lengths * self.stack),
+            "masked": masked,
+            "lengths": lengths * self.stack,
+        }
+
+    def measures(self, view: View) -> dict[str, Mean]:
+        """L1 on masked frames of the model and of two trivial reconstructions: zeros and linear interpolation."""
+        guesses = {
+            "val_l1": view["prediction"],
+            "zero_l1": torch.zeros_like(view["target"]),
+            "interpolation_l1": view["interpolation"],
+        }
+        masked = view["masked"]
+        return {
+            name: Mean(masked_l1(guess, view["target"], masked[..., None]).value, masked.sum()) for name, guess in guesses.items()
+        }
+
+    def draw(self, view: View, title: str, path: Path) -> None:
+        """Draw true frames, corrupted frames, the reconstruction and the interpolation."""
+        plot_reconstruction(view, title, path)
 
 
 class ReconstructionHead(nn.Module):

@@ -14,7 +14,6 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from audiot.analysis.plots import plot_reconstruction
 from audiot.base.devices import synchronise, to_host
 from audiot.base.failures import Failures
 from audiot.base.files import replacing
@@ -214,11 +213,11 @@ class ConsumedBatches(Callback):
         trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
 
 
-class ReconstructionPictures(Callback):
-    """Draw one validation utterance, corrupted and reconstructed, after every validation.
+class ObjectivePictures(Callback):
+    """Draw the targets and predictions of one validation utterance after every validation.
 
     Args:
-        folder: Folder for ``reconstruction.png`` and one picture per validation.
+        folder: Folder for the objective's picture (``reconstruction.png``, say) and one of each validation.
     """
 
     def __init__(self, folder: str) -> None:
@@ -235,15 +234,16 @@ class ReconstructionPictures(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw its longest utterance."""
-        path = self.folder / f"reconstruction-step{trainer.global_step:06d}.png"
+        objective: Any = pl_module.objective
+        latest = self.folder / objective.picture
+        path = latest.with_stem(f"{latest.stem}-step{trainer.global_step:06d}")
         if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or path.is_file():
             return
-        with self.failures.noted("reconstruction.png"):
+        with self.failures.noted(latest.name):
             number = int(self.batch["lengths"].argmax())
             one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
-            view = pl_module.reconstruct(to_device(one, pl_module.device))  # type: ignore[operator]
-            title = f"{self.batch['ids'][number]}, step {trainer.global_step}"
-            plot_reconstruction(view, title, path)
-            with replacing(self.folder / "reconstruction.png") as latest:
-                shutil.copyfile(path, latest)
+            view = pl_module.view(to_device(one, pl_module.device))  # type: ignore[operator]
+            objective.draw(view, f"{self.batch['ids'][number]}, step {trainer.global_step}", path)
+            with replacing(latest) as temporary:
+                shutil.copyfile(path, temporary)
         self.batch = None

@@ -5,11 +5,12 @@ Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Paral
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from audiot.base.private import AllProcessesShareData
@@ -27,15 +28,23 @@ class ShardedStrategy(AllProcessesShareData):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
 
 
-def shard(encoder: Encoder, head: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the parameters over a mesh, in place: layer by layer, or the encoder as one if layers share parameters."""
+def shard(encoder: Encoder, others: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
+    """Shard the parameters over a mesh, in place: layer by layer, or the encoder as one if layers share parameters.
+
+    Args:
+        encoder: The encoder.
+        others: Other modules by the method that computes with their parameters.
+        mesh: The mesh.
+    """
     owners = [*encoder.layers, encoder.positions]
     parameters = [id(parameter) for owner in owners for parameter in owner.parameters()]
     if len(set(parameters)) == len(parameters):
         for layer in encoder.layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(encoder, mesh=mesh)
-    fully_shard(head, mesh=mesh)
+    for method, module in others.items():
+        fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(module, method)
 
 
 def is_sharded(module: nn.Module) -> bool:

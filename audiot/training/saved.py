@@ -68,6 +68,11 @@ class Saved(pl.LightningModule):
     COMMAND: ClassVar[str]
     """The command that writes its checkpoints."""
 
+    @classmethod
+    def translated(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of an earlier version with today's names."""
+        return dict(state)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the settings as `settings_of` reads them."""
         checkpoint["audiot_format_version"] = FORMAT_VERSION
@@ -109,6 +114,7 @@ class Saved(pl.LightningModule):
         state = content["state_dict"]
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError(f"{path}: state_dict holds more than tensors")
+        state = cls.translated(state)
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         check_sizes(lambda: cls(**settings), settings, shapes, path)
         module = cls(**settings)

@@ -17,6 +17,7 @@ from audiot.analysis.plots import (
     plot_scores,
     plot_training,
 )
+from audiot.objectives.reconstruction import Reconstruction
 
 SUMMARY = {
     "pretrain/val_l1": 0.5,
@@ -82,7 +83,7 @@ def test_training_curves_are_those_of_the_file(tmp_path, drawn):
     rows += ["49,,0.7,0.78,0.65,,", "99,,0.6,0.78,0.65,,"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("\n".join(rows) + "\n")
-    plot_training(tmp_path / "run" / "metrics.csv", tmp_path / "plots" / "training.png")
+    plot_training(tmp_path / "run" / "metrics.csv", tmp_path / "plots" / "training.png", Reconstruction)
     height, width = picture(tmp_path / "plots" / "training.png").shape[:2]
     assert (height, width) == (462, 1210)
     lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
@@ -94,7 +95,7 @@ def test_training_curves_are_those_of_the_file(tmp_path, drawn):
 def test_training_curves_of_a_run_without_validation_are_drawn(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,pretrain/train_l1\n0,0.8\n9,0.7\n")
     (tmp_path / "plots").mkdir()
-    plot_training(tmp_path / "metrics.csv", tmp_path / "plots" / "training.png")
+    plot_training(tmp_path / "metrics.csv", tmp_path / "plots" / "training.png", Reconstruction)
     picture(tmp_path / "plots" / "training.png")
 
 

@@ -173,6 +173,6 @@ def test_a_step_has_the_head_on_the_frames_that_it_may_have_to_predict(hydra_sta
     chosen = ["model=small", "attention=query_key", "features.stack=1", "data.crop_s=0.4", "run_dir=run", "data_dir=data"]
     module = build(compose("pretrain", chosen))
     place = SimpleNamespace(batch=3, frames=38)
-    assert module.objective.max_masked(38) == 6  # two spans of three frames
+    assert module.objective.predicted(38) == 6  # two spans of three frames
     head = what._work(module, place, "step").flops - what._work(module, place, "encoder").flops
     assert head == 2 * 3 * 6 * (192 * 192 + 192 * 80)

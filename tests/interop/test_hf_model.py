@@ -337,7 +337,7 @@ SETTINGS = {
     },
     "seed": 7,
     "init": None,
-    "objective": {"_target_": "audiot.objectives.corruption.Corruption", "span": 3, "mask_proportion": 0.15},
+    "objective": {"_target_": "audiot.objectives.reconstruction.Reconstruction", "span": 3, "mask_proportion": 0.15},
     "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": "${lr}", "betas": [0.9, 0.99]},
     "lr": 0.001,
     "trainer": {"precision": "32-true", "max_steps": 1000},

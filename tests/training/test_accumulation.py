@@ -87,7 +87,7 @@ def test_ranks_with_unequal_batches_have_the_loss_and_gradient_of_one(ranks, str
 def test_ranks_share_validation_even_where_one_has_no_batch(ranks, count):
     module, batch = made("reconstruction").eval(), big_batch("reconstruction", count)
     with torch.no_grad():
-        view = module.reconstruct(batch)
+        view = module.view(batch)
     target, masked = view["target"], view["masked"]
     guesses = {
         "val_l1": view["prediction"],

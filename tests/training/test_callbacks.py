@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelChec
 
 from audiot.runs import Interrupted
 from audiot.training.callbacks import (
+    ObjectivePictures,
     ProgressBar,
-    ReconstructionPictures,
     Throughput,
 )
 from audiot.training.csv_logger import RunCSVLogger
@@ -202,7 +202,7 @@ def test_throughput_leaves_validation_out(pretraining, tmp_path, monkeypatch):
 
 
 def test_every_validation_draws_one_picture(pretraining, tmp_path):
-    trainer = pretraining.trainer(tmp_path, [ReconstructionPictures(tmp_path / "plots")], max_steps=4, val_check_interval=2)
+    trainer = pretraining.trainer(tmp_path, [ObjectivePictures(tmp_path / "plots")], max_steps=4, val_check_interval=2)
     trainer.fit(pretraining.module(), pretraining.data())
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["reconstruction-step000002.png", "reconstruction-step000004.png", "reconstruction.png"]
@@ -214,7 +214,7 @@ def test_every_validation_draws_one_picture(pretraining, tmp_path):
 
 def test_pictures_change_nothing_in_training(pretraining, unbroken, tmp_path):
     model = pretraining.module()
-    pretraining.trainer(tmp_path, [ReconstructionPictures(tmp_path), Throughput()]).fit(model, pretraining.data())
+    pretraining.trainer(tmp_path, [ObjectivePictures(tmp_path), Throughput()]).fit(model, pretraining.data())
     assert state(model).equal(unbroken[0])
 
 

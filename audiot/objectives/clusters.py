@@ -1,0 +1,161 @@
+"""Clusters of features, or of another encoder's hidden states, as targets (HuBERT: Hsu et al. 2021, arXiv:2106.07447)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audiot.base.devices import attention_of_any_shape
+from audiot.base.parts import make
+from audiot.checkpoint import AudioEncoder
+from audiot.features import Features
+from audiot.objectives.best_rq import check_context
+from audiot.objectives.codes import CodePrediction, in_context
+from audiot.objectives.kmeans import kmeans, nearest, normalised_mutual_information
+from audiot.objectives.objective import Sample, at_frames
+
+
+class Clusters(CodePrediction):
+    """Predict the k-means cluster of what is masked.
+
+    Clusters are of the tokens with their neighbours, or of a layer of a frozen encoder, the teacher, which hears the whole
+    utterance. They are fitted before training on audio drawn by the seed. A second clustering, of the other half of that audio,
+    tells how stable they are.
+
+    Args:
+        model: The model to train, for its sizes.
+        num_clusters: Number of clusters.
+        context: Odd number of tokens that are clustered together, without a teacher.
+        sample_s: Seconds of audio to fit on.
+        iterations: Most iterations of k-means.
+        teacher: Config of an upstream (see `audiot.downstream.upstream`); None: clusters of the model's own features.
+        layer: Hidden state of the teacher, where 0 is the input of its first layer and −1 the last one.
+        rounds: Rounds of training in all. `audiot pretrain` trains the earlier ones itself, each the teacher of the next.
+        options: Parameters of `CodePrediction`.
+    """
+
+    centres: Tensor
+
+    def __init__(
+        self,
+        model: AudioEncoder,
+        num_clusters: int = 500,
+        context: int = 3,
+        sample_s: float = 3600.0,
+        iterations: int = 30,
+        teacher: Mapping[str, Any] | None = None,
+        layer: int = -1,
+        rounds: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, num_codebooks=1, num_codes=num_clusters, **options)
+        check_context(context)
+        if sample_s <= 0:
+            raise ValueError(f"objective.sample_s must be a positive number of seconds, found {sample_s}")
+        if iterations < 1 or rounds < 1:
+            raise ValueError(f"objective.iterations and objective.rounds must be at least 1, found {iterations} and {rounds}")
+        self.context, self.sample_s, self.iterations, self.layer = context, sample_s, iterations, layer
+        self.teacher: Any = None
+        self._index: dict[tuple[int, int], Tensor | None] = {}
+        width = model.features.output_dim * context
+        if teacher is not None:
+            self.teacher = make(teacher, inside=False).requires_grad_(False)
+            if not -self.teacher.num_states <= layer < self.teacher.num_states:
+                raise ValueError(f"objective.layer={layer}: the teacher has the hidden states 0 to {self.teacher.num_states - 1}")
+            if self.teacher.features.sample_rate != model.features.sample_rate:
+                raise ValueError(
+                    f"objective.teacher hears {self.teacher.features.sample_rate} Hz and the features are of "
+                    f"{model.features.sample_rate} Hz: set features.sample_rate"
+                )
+            width = self.teacher.state_dim
+        self.register_buffer("centres", torch.full((num_clusters, width), torch.nan))
+
+    def train(self, mode: bool = True) -> Clusters:
+        """Set training mode. The teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def source(self, model: AudioEncoder, waveforms: Tensor, lengths: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """Hidden states of the teacher in the time of the tokens (B, T, d), or the tokens."""
+        if self.teacher is None:
+            return super().source(model, waveforms, lengths, tokens)
+        with attention_of_any_shape():
+            states, counts = self.teacher(waveforms, lengths)
+        hidden = states[self.layer]
+        wanted = model.features.num_tokens(waveforms.shape[1])
+        index = self._states_at_tokens(model.features, wanted, hidden.shape[1])
+        if index is None:
+            return hidden.contiguous()
+        last = (counts - 1).clamp(min=0)[:, None]
+        return at_frames(hidden, index.minimum(last).to(hidden.device, non_blocking=True))
+
+    def _states_at_tokens(self, features: Features, num_tokens: int, num_states: int) -> Tensor | None:
+        """`states_at_tokens`, which is computed once for each shape; None where token t has state t."""
+        if (num_tokens, num_states) not in self._index:
+            index = states_at_tokens(features, self.teacher, num_tokens, num_states)
+            same = num_tokens == num_states and bool((index == torch.arange(num_tokens)).all())
+            self._index[num_tokens, num_states] = None if same else index
+        return self._index[num_tokens, num_states]
+
+    @torch.no_grad()
+    def codes(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """Clusters (B, T, 1)."""
+        return nearest(self._points(source, lengths), self.centres)[..., None]
+
+    def _points(self, source: Tensor, lengths: Tensor) -> Tensor:
+        return source if self.teacher is not None else in_context(source, lengths, self.context)
+
+    @torch.no_grad()
+    def fit(self, model: AudioEncoder, sample: Sample, seed: int) -> dict[str, Any]:
+        """Cluster the tokens of `sample_s` seconds of training audio.
+
+        Returns:
+            Clusters, how many of them are used, their perplexity, and the stability: the normalised mutual information, on the
+            sample, of clusters fitted on one half of its utterances and on the other.
+        """
+        device = model.encoder.input.weight.device
+        halves: tuple[list[Tensor], list[Tensor]] = [], []
+        for waveforms, lengths in sample(self.sample_s):
+            heard = waveforms.to(device)
+            tokens, num_tokens = model.features(heard, lengths)
+            source = self.source(model, heard, lengths, tokens)
+            points = self._points(tokens if source is None else source, num_tokens.to(device))
+            for row, count in zip(points, num_tokens.tolist(), strict=True):
+                halves[len(halves[0]) > len(halves[1])].append(row[:count].float())
+        points = torch.cat([*halves[0], *halves[1]])
+        if not bool(points.isfinite().all()):
+            raise ValueError("objective.teacher gives values that are not finite: its encoder is damaged, or diverged")
+        centres = kmeans(points, self.num_codes, seed, self.iterations)
+        self.centres.copy_(centres)
+        figures = self.set_prior(nearest(points, centres).bincount(minlength=self.num_codes)[None])
+        two = [torch.cat(half) for half in halves if half]
+        if len(two) == 2 and min(map(len, two)) >= self.num_codes:
+            labels = [nearest(points, kmeans(half, self.num_codes, seed, self.iterations)) for half in two]
+            figures["targets/stability"] = round(normalised_mutual_information(*labels), 3)
+        return figures
+
+
+def states_at_tokens(features: Features, teacher: Any, num_tokens: int, num_states: int) -> Tensor:
+    """Index of the hidden state whose middle is nearest in time to that of each token: (num_tokens,).
+
+    Args:
+        features: Front end of the tokens.
+        teacher: Upstream of the states.
+        num_tokens: Number of tokens.
+        num_states: Number of states there are.
+    """
+
+    def middles(front_end: Any, stack: int, count: int) -> Tensor:
+        return front_end.frame_centers(count * stack).double().view(count, stack).mean(1)
+
+    own = middles(features, features.stack, num_tokens)
+    theirs = middles(teacher.features, teacher.stack, num_states)
+    after = torch.searchsorted(theirs, own).clamp(max=num_states - 1)
+    before = (after - 1).clamp(min=0)
+    return torch.where((own - theirs[before]).abs() <= (theirs[after] - own).abs(), before, after)
