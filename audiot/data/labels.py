@@ -308,7 +308,7 @@ class PhoneSequence(TokenLabels):
         tier: Alignment tier, used without a lexicon.
         lexicon: File with lines ``WORD PHONE PHONE …``. Probabilities (``0.98``) before the phones are skipped. The first
             pronunciation of a word is used. Case and punctuation around a word are ignored.
-        silences: Symbols that are not phones.
+        silences: Symbols that are not phones: by default those of the Montreal Forced Aligner, of Festival and of TIMIT.
         strip_stress: Whether to remove stress marks (AH0 → AH).
     """
 
@@ -317,7 +317,7 @@ class PhoneSequence(TokenLabels):
         features: Framing | None = None,
         tier: str = "phone",
         lexicon: str | Path | None = None,
-        silences: Sequence[str] = ("SIL", "sil", "sp", "spn", "SPN", ""),
+        silences: Sequence[str] = ("SIL", "sil", "sp", "spn", "SPN", "pau", "ssil", "#", "h#", ""),
         strip_stress: bool = False,
     ) -> None:
         super().__init__(features)

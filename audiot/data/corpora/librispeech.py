@@ -8,18 +8,15 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.lazy import LazyMapper
 from lhotse.utils import resumable_download
 
 from audiot.base.streams import key
-from audiot.data.corpora.phone_labels import Tier, aligned, phone_label_files, read_phone_labels
+from audiot.data.corpora.phone_labels import Tier, aligned_cuts, phone_label_files, read_phone_labels
 from audiot.data.corpora.published import Utterance, check_sha256, labelled_manifests, unpack
 from audiot.data.manifests import Manifests
 from audiot.data.sources import Sources, files_below
@@ -180,7 +177,7 @@ class LibriSpeechCorpus:
             "speaker_identification": same_speakers,
         }
         return Manifests(
-            {split: _cut_set([cuts[name] for name in names], tiers) for split, names in splits.items()},
+            {split: aligned_cuts([cuts[name] for name in names], tiers) for split, names in splits.items()},
             {task: {role: split for role, split in roles.items() if split in splits} for task, roles in tasks.items()},
             read.rejected,
         )
@@ -451,9 +448,3 @@ def _read_list(path: Path, argument: str) -> dict[str, int]:
     if not names:
         raise ValueError(f"{argument}: {path} is empty")
     return names
-
-
-def _cut_set(cuts: list[Cut], tiers: Mapping[str, Mapping[str, Tier]]) -> CutSet:
-    if any(cut.id in tiers for cut in cuts):
-        return CutSet(LazyMapper(cuts, partial(aligned, tiers=tiers)))
-    return CutSet(cuts)

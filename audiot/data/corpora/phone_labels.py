@@ -8,13 +8,16 @@ from array import array
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from math import isfinite
 from pathlib import Path
 from sys import intern
 from typing import NamedTuple
 
+from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.lazy import LazyMapper
 from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 from tqdm import tqdm
@@ -57,6 +60,13 @@ def aligned(cut: Cut, tiers: Mapping[str, Mapping[str, Tier]]) -> Cut:
         return cut
     alignment = {name: tier.items() for name, tier in tiers[cut.id].items()}
     return fastcopy(cut, supervisions=[fastcopy(cut.supervisions[0], alignment=alignment)])
+
+
+def aligned_cuts(cuts: list[Cut], tiers: Mapping[str, Mapping[str, Tier]]) -> CutSet:
+    """The cuts, with alignments that are added during iteration, because Lhotse's items for all would fill gigabytes."""
+    if any(cut.id in tiers for cut in cuts):
+        return CutSet(LazyMapper(cuts, partial(aligned, tiers=tiers)))
+    return CutSet(cuts)
 
 
 def read_phone_labels(

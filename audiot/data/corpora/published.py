@@ -33,6 +33,7 @@ class Utterance(NamedTuple):
         text: Spoken text.
         custom: Other labels.
         piece: First sample and number of samples, if the utterance is a part of the file.
+        language: Language of the text; None if it is not known.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Utterance(NamedTuple):
     text: str | None = None
     custom: Mapping[str, str] | None = None
     piece: tuple[int, int] | None = None
+    language: str | None = "English"
 
     def cut(self, name: str) -> Cut:
         """The labelled cut with this id.
@@ -53,7 +55,7 @@ class Utterance(NamedTuple):
             cut = cut.truncate(offset=self.piece[0] / rate, duration=self.piece[1] / rate, preserve_id=True)
         labels = dict(self.custom) if self.custom else None
         cut.supervisions = [
-            SupervisionSegment(name, name, 0.0, cut.duration, cut.channel, self.text, "English", self.speaker, custom=labels)
+            SupervisionSegment(name, name, 0.0, cut.duration, cut.channel, self.text, self.language, self.speaker, custom=labels)
         ]
         return cut
 
