@@ -475,6 +475,7 @@ def test_every_corpus_names_its_places_and_has_sources(name):
         "speech_commands": {"root", "test_root"},
         "voxceleb1": {"root", "iden_split", "trials"},
         "fsdd": {"root"},
+        "festvox": {"root"},
         "fluent_speech_commands": {"root"},
     }
     anything = dict.fromkeys(("root", "labels", "train", "valid", "test", "phones", "phone_train", "phone_test", "trials"), "x")

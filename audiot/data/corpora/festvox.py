@@ -270,6 +270,6 @@ def _read_labels(
                 rejected.append((str(paths[name]), result))
     if not tiers and (bad := [reason for _, reason in rejected if reason.startswith("bad")]):
         raise ValueError(
-            f"Festvox: none of {len(paths):,} label files can be used, first {bad[0]}; move the folder lab away to go without phones"
+            f"Festvox: none of {len(paths):,} label files can be used, first {bad[0]}; without the folder lab there are no phones"
         )
     return tiers, rejected
