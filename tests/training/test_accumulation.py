@@ -23,7 +23,7 @@ def loss_of(kind, batch):
     """Loss of a batch with its graph, by PyTorch alone, and the module."""
     module = made(kind)
     if kind.startswith("reconstruction"):
-        tokens, lengths, valid = module._features(batch)
+        tokens, lengths, _, valid, _ = module.inputs(batch)
         return module.loss(tokens, lengths, batch["keys"], valid).value, module
     outputs, lengths = module(batch)
     return module.objective.loss(outputs, lengths, batch).value, module
@@ -117,7 +117,7 @@ def test_weighing_compiled_steps_on_the_gpu_waits_for_nothing(count, tmp_path):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
         inputs = []
         for batch in batches_of("reconstruction", count):
-            tokens, lengths, valid = module._features(batch)
+            tokens, lengths, _, valid, _ = module.inputs(batch)
             inputs.append((tokens.float().cuda(), lengths.cuda(), batch["keys"].cuda(), None if valid is None else valid.cuda()))
         for turn in range(4):
             torch.cuda.set_sync_debug_mode("error" if turn == 3 else "default")
