@@ -106,17 +106,16 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         """Seed dropout from the seed and the batch's position alone, so that a resumed run repeats it."""
         seed_torch(key("dropout", self.hparams["seed"], *batch["position"]), self.device)
 
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        tokens, num_tokens = self.model.features(batch["waveforms"], batch["lengths"])
-        valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
-        # Stacked frames that were cropped have unusual strides, and each new layout of strides would be compiled again.
-        return tokens.contiguous(), num_tokens.to(tokens.device, non_blocking=True), valid
-
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Arguments of `loss` for a batch: what is computed before the compiled part of a step."""
-        tokens, lengths, valid = self._features(batch)
-        source = self.objective.source(self.model, batch["waveforms"], batch["lengths"], tokens)
-        return tokens, lengths, batch["keys"], valid, source
+        clean, lengths, mixing = batch["waveforms"], batch["lengths"], self.objective.mixing
+        heard = mixing(clean, lengths, batch["keys"]) if mixing is not None and self.training else clean
+        tokens, num_tokens = self.model.features(heard, lengths)
+        valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
+        # Stacked frames that were cropped have unusual strides, and each new layout of strides would be compiled again.
+        tokens = tokens.contiguous()
+        source = self.objective.source(self.model, clean, lengths, tokens if heard is clean else None)
+        return tokens, num_tokens.to(tokens.device, non_blocking=True), batch["keys"], valid, source
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the objective."""

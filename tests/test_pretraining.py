@@ -61,7 +61,7 @@ def test_the_compiled_step_is_the_eager_one_in_few_graphs_without_breaks(pretrai
 
     compiled = torch.compile(model.loss, backend=backend, fullgraph=True)
     for num_utterances, num_tokens in ((3, 24), (2, 40), (2, 56), (4, 24), (5, 64), (3, 88)):
-        tokens, lengths, valid = model._features(shaped(model, num_utterances, num_tokens))
+        tokens, lengths, _, valid, _ = model.inputs(shaped(model, num_utterances, num_tokens))
         assert valid is None  # no mask where nothing is padded
         eager = model.loss(tokens, lengths, keys := torch.arange(num_utterances), valid)
         torch.testing.assert_close(compiled(tokens, lengths, keys, valid), eager)
@@ -86,7 +86,7 @@ def test_a_compiled_step_on_the_gpu_waits_for_nothing_and_learns_what_the_eager_
             batch = shaped(model, 3, (24, 40, 56)[step % 3], "cuda")
             torch.cuda.set_sync_debug_mode("error" if step >= 9 else "default")
             with torch.autocast("cuda", torch.bfloat16):
-                tokens, lengths, valid = model._features(batch)
+                tokens, lengths, _, valid, _ = model.inputs(batch)
                 loss = model.step_loss(tokens, lengths, batch["keys"], valid).value
             optimizer.zero_grad()
             loss.backward()

@@ -194,7 +194,7 @@ def _chosen(job: _Job, channel: str | int) -> list[int]:
 def _to_16_bit(mono: np.ndarray) -> tuple[np.ndarray, bool]:
     """Samples rounded to 16 bits without dither. Audio above full scale is scaled as a whole, since clipping would distort it."""
     scaled = mono.astype(np.float64) * 32768
-    too_loud = bool(scaled.max() >= 32767.5 or scaled.min() < -32768.5)
+    too_loud = bool(np.max(scaled) >= 32767.5 or np.min(scaled) < -32768.5)
     if too_loud:
         scaled *= 32767 / np.abs(scaled).max()
     return np.rint(scaled).astype(np.int16), too_loud

@@ -39,6 +39,7 @@ class CodePrediction(Objective):
         fill: What stands in place of a masked token: ``learned``, a vector that is trained (HuBERT); ``noise`` of deviation 0.1
             (BEST-RQ); or ``zero``.
         head_dim: Width of the cosine head; None for a linear one. See `CodeHead`.
+        mix: See `Objective`.
     """
 
     figure = "cross_entropy"
@@ -63,8 +64,9 @@ class CodePrediction(Objective):
         span: int = 10,
         fill: str = "learned",
         head_dim: int | None = None,
+        mix: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, mix)
         for name, size in {"num_codebooks": num_codebooks, "num_codes": num_codes, "head_dim": head_dim}.items():
             if size is not None and size < 1:
                 raise ValueError(f"objective.{name} must be at least 1, found {size}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from audiot.checkpoint import AudioEncoder
+from audiot.objectives.mixing import Mixing
 from audiot.training.accumulation import Mean
 
 View = dict[str, Tensor]
@@ -29,7 +30,16 @@ class Objective(nn.Module, ABC):
     Randomness of an utterance comes from its key alone (see `audiot.base.streams`).
 
     Shapes: B utterances, T tokens, C channels of a token.
+
+    Args:
+        model: The model to train, for its sizes.
+        mix: Parameters of `Mixing`, without the sample rate, or with probability 0: utterances are left as they are.
     """
+
+    def __init__(self, model: AudioEncoder, mix: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        mix = mix or {"probability": 0.0}
+        self.mixing = Mixing(**mix, sample_rate=model.features.sample_rate) if mix["probability"] else None
 
     figure: ClassVar[str]
     """Name of the loss: ``train_…`` and ``val_…`` are logged."""

@@ -26,7 +26,8 @@ class Reconstruction(Objective):
 
     Args:
         model: The model to train, for its sizes.
-        corruption: Parameters of `Corruption`.
+        mask_proportion, span, zero_probability, replace_probability, band_width, noise_std, noise_probability: See `Corruption`.
+        mix: See `Objective`.
 
     Raises:
         ValueError: a band of channels is to be masked in the output of a trained front end, which has no such channels.
@@ -37,9 +38,22 @@ class Reconstruction(Objective):
     baselines: ClassVar[Mapping[str, str]] = {"zero_l1": "zeros", "interpolation_l1": "interpolation"}
     picture = "reconstruction.png"
 
-    def __init__(self, model: AudioEncoder, **corruption: Any) -> None:
-        super().__init__()
-        self.corruption = Corruption(**corruption)
+    def __init__(
+        self,
+        model: AudioEncoder,
+        mask_proportion: float = 0.15,
+        span: int = 7,
+        zero_probability: float = 0.8,
+        replace_probability: float = 0.1,
+        band_width: int = 0,
+        noise_std: float = 0.2,
+        noise_probability: float = 0.0,
+        mix: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, mix)
+        self.corruption = Corruption(
+            mask_proportion, span, zero_probability, replace_probability, band_width, noise_std, noise_probability
+        )
         self.stack = model.features.stack
         if self.corruption.band_width and model.features.is_trained:
             raise ValueError("objective.band_width must be 0 where features are trained, since they have no bands of frequencies")

@@ -433,7 +433,7 @@ def test_the_card_holds_the_runs_own_figures(run, tmp_path):
         "| positions | Rotary |",
         "| states | one every 30 ms |",
         "| corpus | demo (noise, clean), 3 h |",
-        "| objective | mockingjay, Corruption (span 3, mask_proportion 0.15) |",
+        "| objective | mockingjay, Reconstruction (span 3, mask_proportion 0.15) |",
         "| optimiser | AdamW (lr 0.001) |",
         "| seed | 7 |",
         "| steps | 1,000 |",
