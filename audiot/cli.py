@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "probe or fine-tune an encoder on a speech task",
     "evaluate": "measure a finished run again",
     "analyze": "draw a run: curves, reconstructions, attention",
+    "abx": "measure how well layers tell phones apart, without training",
     "prepare": "make a corpus ready for training",
     "align": "write phone or character times of a transcribed corpus",
     "benchmark": "measure the speed and memory of attention mechanisms",

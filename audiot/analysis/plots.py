@@ -272,6 +272,41 @@ def plot_layer_weights(weights: Sequence[float], names: Sequence[str], title: st
     _save(figure, path)
 
 
+def plot_measures(layers: Sequence[Mapping[str, Any]], features: Mapping[str, Any] | None, title: str, path: str | Path) -> None:
+    """Plot ABX errors and, if it was measured, PNMI by layer. Dashed lines are the features without an encoder.
+
+    Args:
+        layers: Figures of each layer: ``layer``, ``within`` and ``across`` (``error``, ``low``, ``high``), ``pnmi``.
+        features: The same figures of the features.
+        title: Title of the figure.
+        path: Path of the PNG.
+    """
+    with_codes = "pnmi" in layers[0]
+    figure = Figure(figsize=(10 if with_codes else 5.5, 3.8), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, 1 + with_codes, squeeze=False)[0]
+    numbers = [row["layer"] for row in layers]
+    for speaker, colour in (("within", BLUE), ("across", ORANGE)):
+        if speaker not in layers[0]:
+            continue
+        error, low, high = ([100 * row[speaker][part] for row in layers] for part in ("error", "low", "high"))
+        axes[0].plot(numbers, error, color=colour, marker="o", label=f"{speaker} speakers")
+        axes[0].fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+        if features and speaker in features:
+            axes[0].axhline(100 * features[speaker]["error"], color=colour, linestyle="--", label="features")
+    axes[0].set(ylabel="ABX error, %", title="Phones told apart (lower is better)")
+    if with_codes:
+        axes[1].plot(numbers, [row["pnmi"] for row in layers], color=GREEN, marker="o", label="layer")
+        if features:
+            axes[1].axhline(features["pnmi"], color=GREEN, linestyle="--", label="features")
+        axes[1].set(ylabel="PNMI", title="What clusters say of phones (higher is better)")
+    for axis in axes:
+        axis.set_xlabel("hidden state (0: input of the first layer)")
+        axis.set_xticks(numbers)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def plot_benchmark(
     panels: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]], baseline: str, title: str, path: str | Path
 ) -> None:

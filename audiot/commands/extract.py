@@ -184,7 +184,7 @@ def _header(path: str) -> tuple[int, int] | str:
         return str(reason)
 
 
-def chosen_layers(text: str, num_states: int) -> list[int]:
+def chosen_layers(text: str, num_states: int, option: str = "--layers") -> list[int]:
     """Numbers of hidden states from 0 on, of ``last``, ``all`` or numbers separated by commas, which may count from the end.
 
     Raises:
@@ -195,13 +195,13 @@ def chosen_layers(text: str, num_states: int) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f"--layers must be last, all or numbers separated by commas, found {text!r}") from None
+        raise ValueError(f"{option} must be last, all or numbers separated by commas, found {text!r}") from None
     for number in numbers:
         if not -num_states <= number < num_states:
-            raise ValueError(f"--layers={text}: the encoder has the hidden states 0 to {num_states - 1}, or -1 to -{num_states}")
+            raise ValueError(f"{option}={text}: the encoder has the hidden states 0 to {num_states - 1}, or -1 to -{num_states}")
     layers = [number % num_states for number in numbers]
     if len(set(layers)) < len(layers):
-        raise ValueError(f"--layers={text} names a hidden state twice")
+        raise ValueError(f"{option}={text} names a hidden state twice")
     return layers
 
 
