@@ -168,6 +168,7 @@ def test_a_sweep_is_refused_before_its_first_run(made, tmp_path, flag):
         (["pretrain", "data=folder"], "data.root"),
         (["pretrain", "data=manifest"], "data.train"),
         (["finetune"], "upstream.path"),
+        (["abx"], "upstream.path"),
         (["evaluate"], "run"),
         (["analyze"], "run"),
     ],

@@ -102,6 +102,10 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         return [command, *rest, *BENCHMARK]
     if command == "align":
         return [command, *rest, *DEMO]
+    if command == "abx":
+        place = len(list(folder.glob("abx*")))
+        demo = [] if any(argument.startswith("item=") for argument in rest) else DEMO
+        return [command, *rest, *demo, "codes=10", "resamples=10", f"hydra.run.dir={folder / 'abx'}{place}"]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]
     rest = [argument for argument in rest if not argument.startswith("trainer.max_steps")]

@@ -299,7 +299,7 @@ class _Layout:
         widths = np.add.reduceat(self.num_frames[high], begins)
         areas = self.num_frames[low[begins]] * widths
         starts = np.cumsum(areas) - areas
-        costs = torch.empty(int(areas.sum()), dtype=self.frames.dtype, device=self.frames.device)
+        costs = torch.empty(int(areas.sum()), device=self.frames.device)
         columns = torch.from_numpy(_ranges(self.first_frame[high], self.num_frames[high])).to(self.frames.device)
         first_column = np.r_[0, np.cumsum(widths)]
         for number, group in enumerate(low[begins]):

@@ -32,9 +32,7 @@ def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 100, 
         ValueError: there are fewer points than clusters, or no cluster.
     """
     if not 1 <= num_clusters <= len(points):
-        raise ValueError(
-            f"{num_clusters} clusters need as many points at least and must be 1 at least, found {len(points)} points"
-        )
+        raise ValueError(f"the number of clusters must be from 1 to that of points, {len(points)}, found {num_clusters}")
     centres = _start(_draw(points, SAMPLE, seed, "start") if len(points) > SAMPLE else points.float(), num_clusters, seed)
     counts = torch.zeros(num_clusters, device=points.device)
     for step in range(iterations):

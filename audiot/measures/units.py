@@ -43,9 +43,8 @@ def item_units(path: str | Path, silences: Collection[str] = ()) -> list[Unit]:
         except ValueError:
             onset = offset = math.nan
         if not 0 <= onset < offset < math.inf:
-            raise ValueError(
-                f"{path}:{number}: onset and offset must be seconds, the second the later one, found {row['onset']} {row['offset']}"
-            )
+            times = f"{row['onset']} {row['offset']}"
+            raise ValueError(f"{path}:{number}: onset and offset must be seconds, the offset the later one, found {times}")
         found.append(Unit(row["#file"], onset, offset, phone, before, after, row["speaker"], phone in silences))
     if not found:
         raise ValueError(f"{path} has no unit: lines of {' '.join(COLUMNS)} are expected")

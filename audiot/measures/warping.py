@@ -56,8 +56,10 @@ class Distance:
         if self.name == "kl":
             if len(frames) and (float(frames.min()) < 0 or float((frames.sum(1) - 1).abs().max()) > 1e-3):
                 raise ValueError("distance=kl compares probabilities: rows of numbers from 0 on that sum to 1 were expected")
+            if frames.device.type != "mps":  # which lacks float64; sums that nearly cancel need it
+                frames = frames.double()
             return torch.cat([frames, (frames + KL_FLOOR).log()], dim=1)
-        return frames
+        return frames - frames.mean(dim=0)  # distances stay, and lose fewer digits
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
         """Distance of each frame of one set to each of another: (F, ·), (G, ·) → (F, G)."""
@@ -67,7 +69,7 @@ class Distance:
             dim = first.shape[1] // 2
             own, other = ((rows[:, :dim] * rows[:, dim:]).sum(1) for rows in (first, second))
             across = first @ torch.cat([second[:, dim:], second[:, :dim]], dim=1).T
-            return (own[:, None] + other[None] - across) / 2
+            return ((own[:, None] + other[None] - across) / 2).float()
         cosines = (first @ second.T).clamp_(-1, 1)
         return cosines.acos_().div_(math.pi) if self.name == "angular" else 1 - cosines
 
