@@ -104,7 +104,7 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         return [command, *rest, *DEMO]
     if command == "abx":
         place = len(list(folder.glob("abx*")))
-        demo = [] if any(argument.startswith("item=") for argument in rest) else DEMO
+        demo = [] if any(argument.startswith("item=") for argument in rest) else [*DEMO, "data.corpus.num_test_speakers=2"]
         return [command, *rest, *demo, "codes=10", "resamples=10", f"hydra.run.dir={folder / 'abx'}{place}"]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]

@@ -130,7 +130,8 @@ def make_cells(
     kinds, members = kinds[begins], spoken[order][kept]
     sizes = sizes if max_units is None else np.minimum(sizes, max_units)
     contexts, phones, speakers = kinds.T
-    a, b = _equal(_numbered(list(zip(contexts, speakers, strict=True))), _numbered(list(zip(contexts, speakers, strict=True))))
+    where = _numbered(list(zip(contexts.tolist(), speakers.tolist(), strict=True)))
+    a, b = _equal(where, where)
     a, b = (groups[phones[a] != phones[b]] for groups in (a, b))
     if speaker == "within":
         a, b = (groups[sizes[a] > 1] for groups in (a, b))

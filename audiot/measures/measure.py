@@ -164,7 +164,7 @@ def _cells(units: Sequence[Unit], spans: Spans, settings: Settings) -> dict[str,
     found = {}
     for speaker in settings.speakers:
         limits = settings.max_units, settings.max_speakers, settings.seed
-        cells = make_cells([units[number] for number in there], speaker, settings.context, *limits)
+        cells = make_cells([units[number] for number in there.tolist()], speaker, settings.context, *limits)
         if len(cells.a):
             members = there[cells.members]
             found[speaker] = Cells(**{**vars(cells), "members": members})

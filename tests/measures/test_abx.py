@@ -139,6 +139,8 @@ def test_an_error_by_hand():
     assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 1
     states["file0"][2] = 2.0  # 1 is as near to 2 as to 0
     assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 0.25
+    states["file0"][2] = 0.0  # 0 is nearer to 0, its like; 1 is as near to both
+    assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 0.75
 
 
 def test_limits_take_a_part_by_seed():

@@ -32,6 +32,14 @@ def test_points_are_as_near_to_their_centres_as_with_scikit_learn(monkeypatch, s
     assert expected * 0.99 < inertia < expected * 1.1
 
 
+def test_small_batches_move_centres_less_and_less():
+    points = np.random.default_rng(0).normal(size=(2000, 5))
+    expected = KMeans(20, n_init=3, random_state=0).fit(points).inertia_
+    frames = torch.from_numpy(points)
+    centres = kmeans(frames, 20, seed=1, iterations=300, batch_size=60)
+    assert (frames - centres[assign(frames, centres)]).square().sum().item() < expected * 1.06
+
+
 def test_the_seed_decides():
     points = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 3)))
     first = kmeans(points, 8, seed=0, batch_size=100)
