@@ -303,6 +303,7 @@ def plot_measures(layers: Sequence[Mapping[str, Any]], features: Mapping[str, An
     for axis in axes:
         axis.set_xlabel("hidden state (0: input of the first layer)")
         axis.set_xticks(numbers)
+        axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
     _save(figure, path)
 

@@ -12,6 +12,7 @@ from audiot.analysis.plots import (
     plot_attention,
     plot_confusion,
     plot_layer_weights,
+    plot_measures,
     plot_probes,
     plot_reconstruction,
     plot_scores,
@@ -181,3 +182,20 @@ def test_a_failed_plot_leaves_the_old_picture(tmp_path, monkeypatch):
         plot_probes(SUMMARY, tmp_path / "probes.png")
     assert (tmp_path / "probes.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_measures_are_curves_over_layers_and_features_dashed_lines(tmp_path, drawn):
+    def figures(error, pnmi):
+        return {"within": {"error": error, "low": error / 2, "high": 2 * error}, "pnmi": pnmi}
+
+    layers = [{"layer": layer, **figures(0.1 + 0.02 * layer, 0.3 * layer)} for layer in (0, 2)]
+    plot_measures(layers, figures(0.2, 0.1), "x", tmp_path / "abx.png")
+    picture(tmp_path / "abx.png")
+    curves = [[line.get_xydata().tolist() for line in axis.lines] for axis in drawn[0].axes]
+    assert curves[0][0] == [[0, pytest.approx(10)], [2, pytest.approx(14)]]
+    assert curves[1][0] == [[0, 0], [2, 0.6]]
+    dashed = [axis.lines[1] for axis in drawn[0].axes]
+    assert [line.get_ydata()[0] for line in dashed] == [pytest.approx(20), 0.1]
+    assert {line.get_linestyle() for line in dashed} == {"--"}
+    plot_measures([{"layer": 0, "across": figures(0.1, 0)["within"]}], None, "x", tmp_path / "abx.png")
+    assert len(drawn[1].axes) == 1
