@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiot.measures.kmeans import assign, kmeans
+from audiot.objectives.kmeans import kmeans, nearest
 
 
 class CodeQuality(NamedTuple):
@@ -63,6 +63,6 @@ def code_quality(frames: Tensor, phones: np.ndarray, num_codes: int, seed: int) 
     """
     if len(frames) < num_codes:
         raise ValueError(f"codes={num_codes} need as many labelled frames, found {len(frames)}: lower codes, or set codes=null")
-    centres = kmeans(frames, num_codes, seed)
     with torch.inference_mode():
-        return quality(phones, assign(frames, centres).cpu().numpy())
+        centres = kmeans(frames.float(), num_codes, seed)
+        return quality(phones, nearest(frames, centres).cpu().numpy())
