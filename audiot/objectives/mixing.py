@@ -52,14 +52,14 @@ class Mixing(nn.Module):
         sample_rate: int = 16000,
     ) -> None:
         super().__init__()
-        for name, value in {"mix_probability": probability, "mix_noise_probability": noise_probability}.items():
+        for name, value in {"probability": probability, "noise_probability": noise_probability}.items():
             if not 0 <= value <= 1:
-                raise ValueError(f"objective.{name} must be in [0, 1], found {value}")
+                raise ValueError(f"objective.mix.{name} must be in [0, 1], found {value}")
         if not 0 < longest <= 1:
-            raise ValueError(f"objective.mix_longest must be in (0, 1], found {longest}")
-        for name, pair in {"mix_ratio_db": ratio_db, "mix_noise_ratio_db": noise_ratio_db}.items():
+            raise ValueError(f"objective.mix.longest must be in (0, 1], found {longest}")
+        for name, pair in {"ratio_db": ratio_db, "noise_ratio_db": noise_ratio_db}.items():
             if len(pair) != 2 or not -100 <= pair[0] <= pair[1] <= 100:
-                raise ValueError(f"objective.{name} must be a low and a high number of dB, found {list(pair)}")
+                raise ValueError(f"objective.mix.{name} must be a low and a high number of dB, found {list(pair)}")
         self.probability = probability
         self.noise_probability = noise_probability if noise is not None else 0.0
         self.ratio_db, self.noise_ratio_db, self.longest = tuple(ratio_db), tuple(noise_ratio_db), longest
@@ -138,6 +138,6 @@ def read_noise(path: str, sample_rate: int) -> np.ndarray:
     found = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if len(found) < SHORTEST_S * sample_rate:
         raise ValueError(
-            f"objective.mix_noise={path} has no audio of {SHORTEST_S:g} s or more that can be read{f': {first}' if first else ''}"
+            f"objective.mix.noise={path} has no audio of {SHORTEST_S:g} s or more that can be read{f': {first}' if first else ''}"
         )
     return found

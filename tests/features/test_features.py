@@ -49,6 +49,7 @@ def every_front_end() -> list[Features]:
         Spectrogram(stack=4),
         LogMel(center=True, level_db=-25.0, add_floor=True, delta_order=2),
         Spectrogram(center=True, stack=3),
+        LogMel(cmvn="level", delta_order=1),
     ]
 
 
@@ -253,6 +254,18 @@ def test_utterance_cmvn_gives_zero_mean_and_unit_unbiased_deviation_over_valid_f
     for row, frames in zip(tokens.numpy(), token_lengths.tolist(), strict=True):
         np.testing.assert_allclose(row[:frames].mean(0), 0.0, atol=1e-10)
         np.testing.assert_allclose(row[:frames].std(0, ddof=1), 1.0, atol=1e-10)
+
+
+def test_level_takes_one_mean_from_the_static_channels_alone() -> None:
+    lengths = [16000, 8000, 4321]
+    tokens, token_lengths = LogMel(cmvn="level", delta_order=1)(batch(lengths), torch.tensor(lengths))
+    plain, _ = LogMel(cmvn="none", delta_order=1)(batch(lengths), torch.tensor(lengths))
+    louder, _ = LogMel(cmvn="level", delta_order=1)(4 * batch(lengths), torch.tensor(lengths))
+    for row, other, raised, frames in zip(tokens.numpy(), plain.numpy(), louder.numpy(), token_lengths.tolist(), strict=True):
+        expected = other[:frames, :80] - other[:frames, :80].astype(np.float64).mean()
+        np.testing.assert_allclose(row[:frames, :80], expected, atol=1e-4)
+        np.testing.assert_array_equal(row[:frames, 80:], other[:frames, 80:])
+        np.testing.assert_allclose(raised[:frames], row[:frames], atol=1e-3)  # a speaker's level is gone, the spectrum is not
 
 
 def test_global_fit_equals_numpy_over_all_frames() -> None:
