@@ -57,12 +57,13 @@ class AudioEncoder(nn.Module):
         self.features: Features = make(features)
         self.encoder: Encoder = make(model, input_dim=self.features.embed_dim, inside=False)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None, last: int | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states of every layer. A waveform gives the same ones alone and in a batch.
 
         Args:
             waveforms: (B, N) in [-1, 1] at ``features.sample_rate``.
             lengths: (B,) samples, best kept on the CPU; None: all N.
+            last: Number of layers to run; None: all.
 
         Returns:
             Hidden states (layers + 1, B, T, d) in the encoder's dtype, zero after an utterance's end, and lengths (B,) in frames
@@ -78,7 +79,7 @@ class AudioEncoder(nn.Module):
         valid = length_mask(num_tokens, tokens.shape[1], tokens.device)
         # Frames that stacking leaves over make gaps in the memory, with or without which code is generated anew.
         tokens = tokens.to(self.encoder.input.weight.dtype).contiguous()
-        hidden = torch.stack(self.encoder(self.features.embed(tokens, valid), valid))
+        hidden = torch.stack(self.encoder(self.features.embed(tokens, valid), valid, last))
         return hidden if valid is None else hidden * valid[..., None], num_tokens
 
     def compile(self, *args: Any, **options: Any) -> None:

@@ -117,30 +117,32 @@ class Encoder(nn.Module):
             return self.dropout(self.input_norm(embedded))
         return norm_dropout(embedded, self.input_norm, self.dropout.p if self.training else 0.0)
 
-    def forward(self, features: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+    def forward(self, features: Tensor, valid: Tensor | None = None, last: int | None = None) -> list[Tensor]:
         """Encode a batch.
 
         Args:
             features: Feature frames (B, T, C).
             valid: Mask, bool (B, T), True for a real frame; None where nothing is padded.
+            last: Number of layers to run; None: all.
 
         Returns:
-            The input embedding and the output of each layer: ``num_layers + 1`` tensors (B, T, d). With pre-LN, the last state is
-            normalised, and the others only with ``norm_states``. With post-LN, states are in half precision under autocast.
+            The input embedding and the output of each layer that ran: at most ``num_layers + 1`` tensors (B, T, d). With pre-LN,
+            the last state is normalised, and the others only with ``norm_states``. With post-LN, states are in half precision
+            under autocast.
         """
         if self.chunk_frames is not None and features.shape[1] > self.chunk_frames:
-            return self._in_chunks(features, valid, self.chunk_frames)
+            return self._in_chunks(features, valid, self.chunk_frames, last)
         norms = [*self.state_norms, self.output_norm]
-        return [norm(state) for norm, state in zip(norms, self._states(features, valid), strict=True)]
+        return [norm(state) for norm, state in zip(norms, self._states(features, valid, last), strict=False)]
 
-    def _states(self, features: Tensor, valid: Tensor | None) -> list[Tensor]:
-        """The input of each layer, then the output of the last layer."""
+    def _states(self, features: Tensor, valid: Tensor | None, last: int | None = None) -> list[Tensor]:
+        """The input of each layer, then the output of the last layer that runs."""
         states = [self.embed(features)]
-        for index in range(self.num_layers):
+        for index in range(self.num_layers if last is None else last):
             states.append(self.layer(index)(states[-1], valid))
         return states
 
-    def _in_chunks(self, features: Tensor, valid: Tensor | None, longest: int) -> list[Tensor]:
+    def _in_chunks(self, features: Tensor, valid: Tensor | None, longest: int, last: int | None) -> list[Tensor]:
         """Encode chunks of each utterance and join their hidden states. Padding is zero."""
         if valid is None:
             valid = features.new_ones(features.shape[:2], dtype=torch.bool)
@@ -152,7 +154,7 @@ class Encoder(nn.Module):
         mask = length_mask(lengths, padded.shape[1], features.device)
         inside = slice(None) if mask is None else mask
         hidden = []
-        for state in self(padded, mask):
+        for state in self(padded, mask, last):
             whole = state.new_zeros(*valid.shape, self.embed_dim)
             whole[valid] = state[inside].reshape(-1, self.embed_dim)
             hidden.append(whole)

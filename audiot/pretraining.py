@@ -162,6 +162,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         from audiot.training.compilation import compiled  # imports the compiler
 
         self._loss = compiled(self.loss, graphs)
+        self.objective.compile_source()
 
     def view(self, batch: Batch) -> View:
         """Targets and predictions of a validation batch, whose every masked span is hidden; see the objective's ``view``."""

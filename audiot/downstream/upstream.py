@@ -41,6 +41,11 @@ class Upstream(nn.Module, ABC):
             lengths: Samples of each utterance (B,), on the CPU.
         """
 
+    def state(self, waveforms: Tensor, lengths: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """One hidden state (B, T, d), counted as `forward` returns them, and lengths (B,)."""
+        hidden, counts = self(waveforms, lengths)
+        return hidden[number], counts
+
     @abstractmethod
     def top(self, num_layers: int) -> list[nn.Module]:
         """Modules of the top layers, for fine-tuning only these.
@@ -65,6 +70,11 @@ class EncoderUpstream(Upstream):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (layers + 1, B, T, d) and lengths (B,)."""
         return self.encoder(waveforms, lengths)
+
+    def state(self, waveforms: Tensor, lengths: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """One hidden state (B, T, d) and lengths (B,). The layers above it do not run."""
+        hidden, counts = self.encoder(waveforms, lengths, number % self.num_states)
+        return hidden[-1], counts
 
     def top(self, num_layers: int) -> list[nn.Module]:
         """The top layers, and the final normalisation."""

@@ -80,14 +80,19 @@ class Clusters(CodePrediction):
             self.teacher.eval()
         return self
 
+    def compile_source(self) -> None:
+        """Compile the teacher, if it is an encoder of audiot's."""
+        encoder = getattr(self.teacher, "encoder", None)
+        if isinstance(encoder, AudioEncoder):
+            encoder.compile()
+
     @torch.no_grad()
     def source(self, model: AudioEncoder, waveforms: Tensor, lengths: Tensor, tokens: Tensor | None) -> Tensor | None:
         """Hidden states of the teacher in the time of the tokens (B, T, d), or the tokens."""
         if self.teacher is None:
             return super().source(model, waveforms, lengths, tokens)
         with attention_of_any_shape():
-            states, counts = self.teacher(waveforms, lengths)
-        hidden = states[self.layer]
+            hidden, counts = self.teacher.state(waveforms, lengths, self.layer)
         wanted = model.features.num_tokens(waveforms.shape[1])
         index = self._states_at_tokens(model.features, wanted, hidden.shape[1])
         if index is None:

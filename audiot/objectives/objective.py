@@ -74,6 +74,9 @@ class Objective(nn.Module, ABC):
         """
         return {}
 
+    def compile_source(self) -> None:
+        """Compile what `source` computes with. Called where the training step is compiled."""
+
     @torch.no_grad()
     def source(self, model: AudioEncoder, waveforms: Tensor, lengths: Tensor, tokens: Tensor | None) -> Tensor | None:
         """What the targets are made of, (B, T, …), computed before the compiled part of a step.
