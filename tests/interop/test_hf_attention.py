@@ -157,7 +157,7 @@ def test_a_saved_model_comes_back_the_same(kind, name, tmp_path):
     assert type(again) is type(model)
     assert not again.training
     assert again.config.audiot_attention == model.config.audiot_attention
-    assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    close(again(**inputs)[0], model(**inputs)[0], 1e-6)
     assert [len(attentions(one(**inputs, output_attentions=True))) for one in (model, again)] == [2, 2]
 
 
@@ -171,7 +171,7 @@ def test_every_mechanism_comes_back_the_same(kind, name, tmp_path):
                 tensor.data += 0.1 * torch.randn_like(tensor)
     model.save_pretrained(tmp_path)
     inputs = inputs_of(kind, double=False)
-    assert torch.equal(load(tmp_path)(**inputs)[0], model(**inputs)[0])
+    close(load(tmp_path)(**inputs)[0], model(**inputs)[0], 1e-6)  # weights that lie elsewhere in memory may be summed otherwise
 
 
 @every_mechanism
@@ -234,7 +234,7 @@ def test_layers_may_have_different_mechanisms(tmp_path):
     replace_self_attention(model, "query_key", layers=[0], share_query_key=True, dropout=0.25)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    close(again(**inputs)[0], model(**inputs)[0], 1e-6)
     first, second = (attention.mechanism for attention in replaced(again))
     assert (first.share_query_key, first.dropout) == (True, 0.25)
     assert (second.bottleneck_dim, second.max_frames) == (3, 40)
@@ -588,7 +588,7 @@ def test_a_model_that_version_1_saved_is_read(tmp_path):
     model.save_pretrained(tmp_path)
     again, inputs = load(tmp_path), inputs_of("Bert")
     with torch.no_grad():
-        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+        close(again(**inputs)[0], model(**inputs)[0], 1e-6)
 
 
 def test_load_refuses_what_does_not_fit(tmp_path):
