@@ -139,13 +139,22 @@ def plot_training(metrics_csv: str | Path, path: str | Path, objective: Loss) ->
 
 
 def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Bars of test accuracy, grouped by task, from the ``probe/…`` and ``finetune/…`` entries of a summary."""
+    """Bars of test accuracy with 95% intervals, grouped by task.
+
+    Args:
+        summary: Accuracies by name, ``probe/TASK/UPSTREAM`` or ``finetune/TASK/UPSTREAM``, among other entries. ``intervals`` has
+            low and high end of those that have an interval.
+        path: Path of the PNG.
+    """
+    intervals: dict[str, dict[str, list[float]]] = {}
     groups: dict[str, dict[str, float]] = {}
     for name, value in summary.items():
         if name.startswith(("probe/", "finetune/")):
             kind, task, upstream = name.split("/")
             label = f"{task}\n({'frozen' if kind == 'probe' else 'fine-tuned'})"
             groups.setdefault(label, {})[upstream] = 100 * value
+            if name in summary.get("intervals", {}):
+                intervals.setdefault(label, {})[upstream] = [100 * end for end in summary["intervals"][name]]
     kinds = {
         "encoder": ("pre-trained encoder", BLUE),
         "random": ("same encoder, untrained", GREY),
@@ -155,12 +164,17 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
     drawn = {upstream: kinds.get(upstream, (upstream, GREEN)) for bars in groups.values() for upstream in bars}
     figure = Figure(figsize=(2 + 2.4 * len(groups), 4), layout="constrained")
     axis = figure.subplots()
-    for number, bars in enumerate(groups.values()):
+    for number, (label, bars) in enumerate(groups.items()):
         for place, (upstream, value) in enumerate(bars.items()):
-            bar = axis.bar(number + 0.22 * (place - (len(bars) - 1) / 2), value, 0.2, color=drawn[upstream][1])
-            axis.bar_label(bar, fmt="%.1f", fontsize=8)
+            at = number + 0.22 * (place - (len(bars) - 1) / 2)
+            axis.bar(at, value, 0.2, color=drawn[upstream][1])
+            low, high = intervals.get(label, {}).get(upstream, (value, value))
+            if low < high:  # drawn around its own middle: the figure need not be inside
+                axis.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+            top = {"xy": (at, max(value, high)), "xytext": (0, 2), "textcoords": "offset points"}
+            axis.annotate(f"{value:.1f}", **top, ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls", ylim=(0, 119))
+    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls" + (", 95% intervals" if intervals else ""), ylim=(0, 119))
     axis.legend(
         handles=[axis.bar(0, 0, color=colour) for _, colour in drawn.values()],
         labels=[label for label, _ in drawn.values()],

@@ -8,6 +8,7 @@ from typing import Any
 
 from audiot.base.console import table
 from audiot.base.files import read_json
+from audiot.commands.compare import bracket, cell
 from audiot.following import finetune_command
 
 
@@ -56,12 +57,13 @@ def report(run: Path) -> str:
             metrics = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")
             monitor = "" if metrics["monitor"] == "accuracy" else f" ({metrics['monitor']})"
             name = f"{task}{monitor}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {metrics['train_utterances']:,} utterances"
-            rows[name] = [results.get((kind, task, column)) for column in columns]
+            names = [f"{kind}/{task}/{column}" for column in columns]
+            rows[name] = [cell(name, summary.get(name)) + bracket(name, summary) for name in names]
         width = max(38, *map(len, rows))
-        lines += ["", f"{'test accuracy, %':<{width}}" + "".join(f"{title.replace('_', ' '):>16}" for title in columns.values())]
-        for name, cells in rows.items():
-            percent = [f"{100 * cell:16.1f}" if cell is not None else f"{'':>16}" for cell in cells]
-            lines.append(f"{name:<{width}}" + "".join(percent))
+        bounded = "intervals" in summary
+        head, column = ("test accuracy, % (95% interval)", 19) if bounded else ("test accuracy, %", 16)
+        lines += ["", f"{head:<{width}}" + "".join(f"{title.replace('_', ' '):>{column}}" for title in columns.values())]
+        lines += [f"{name:<{width}}" + "".join(f"{text:>{column}}" for text in cells) for name, cells in rows.items()]
     plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
     lines += [
         "",

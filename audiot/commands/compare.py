@@ -65,11 +65,17 @@ def comparison(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], lis
             name for run in results.values() for name in run if name.startswith(("test/", "pretrain/", "probe/", "finetune/"))
         )
     )
-    header = ["run", *(name.replace("_", " ") for name in about), *(_title(name) for name in figures)]
-    lines = [
-        [run, *(str(result.get(name, "")) for name in about), *(_cell(name, result.get(name)) for name in figures)]
-        for run, result in results.items()
-    ]
+    bounded = {name for run in results.values() for name in run.get("intervals", {})}
+    header = ["run", *(name.replace("_", " ") for name in about)]
+    for name in figures:
+        header += [_title(name, end) for end in (("", " low", " high") if name in bounded else ("",))]
+    lines = []
+    for run, result in results.items():
+        line = [run, *(str(result.get(name, "")) for name in about)]
+        for name in figures:
+            ends = result.get("intervals", {}).get(name, (None, None)) if name in bounded else ()
+            line += [cell(name, value) for value in (result.get(name), *ends)]
+        lines.append(line)
     return header, lines
 
 
@@ -82,12 +88,19 @@ def is_rate(name: str) -> bool:
     return name.startswith(("probe/", "finetune/")) or name.removeprefix("test/").startswith(RATES)
 
 
-def _title(name: str) -> str:
-    return name.removeprefix("test/") + (", %" if is_rate(name) else "")
+def _title(name: str, end: str) -> str:
+    return name.removeprefix("test/") + end + (", %" if is_rate(name) else "")
 
 
-def _cell(name: str, value: float | None) -> str:
+def cell(name: str, value: float | None) -> str:
+    """A figure in a table, rates in per cent; empty for None."""
     return "" if value is None else f"{100 * value:.1f}" if is_rate(name) else f"{value:.3f}"
+
+
+def bracket(name: str, results: Mapping[str, Any]) -> str:
+    """The interval of a figure as it stands after it, `` (61.2–65.0)``; empty if there is none."""
+    ends = results.get("intervals", {}).get(name)
+    return f" ({'–'.join(cell(name, end) for end in ends)})" if ends else ""
 
 
 def write_comparison(results: Mapping[str, Mapping[str, Any]], folder: Path) -> str:

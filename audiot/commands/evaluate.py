@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 
 from audiot.base.console import say, table
 from audiot.base.files import read_json, write_json
-from audiot.commands.finetune import task_data
+from audiot.commands.finetune import bootstrap, task_data
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options, open_corpus
+from audiot.downstream.bootstrap import in_words
 from audiot.downstream.module import DownstreamModule
 from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel
@@ -44,7 +45,14 @@ def main(cfg: DictConfig) -> None:
         now = evaluate_pretraining(trainer, settings, run, cfg.trusted)
     for folder in dict.fromkeys((run, Path(cfg.run_dir))):  # there, a sweep over runs finds it
         write_json(folder / "evaluation.json", now)
-    rows = {name: f"{value:.4f}   (then {then[name]:.4f})" if name in then else f"{value:.4f}" for name, value in now.items()}
+    rows = {}
+    for name, value in now.items():
+        if name.startswith(("test/", "pretrain/")):
+            ends = "–".join(f"{end:.4f}" for end in now.get("intervals", {}).get(name, ()))
+            before = f"   (then {then[name]:.4f})" if name in then else ""
+            rows[name] = f"{value:.4f}{ends and f' ({ends})'}{before}"
+    if "bootstrap" in now:
+        rows["ci"] = in_words(now["bootstrap"], now["intervals"])
     say(table(rows))
     say(f"wrote   {run / 'evaluation.json'}")
     if (run / "encoder").is_dir():
@@ -60,14 +68,15 @@ def evaluate_pretraining(trainer: pl.Trainer, settings: DictConfig, run: Path, t
 
 
 def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path, trusted: Collection[str]) -> dict[str, Any]:
-    """Test metrics of the best checkpoint."""
+    """Test metrics of the best checkpoint, with their intervals."""
     module = DownstreamModule.from_checkpoint(run / "checkpoints" / "best.ckpt", trusted)
     data = task_data(settings, open_corpus(settings, run), module.upstream.features)
     if data.classes != module.hparams["classes"]:
         raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")
+    resampling = bootstrap(settings, data)
     with torch.inference_mode():
         (metrics,) = trainer.test(module, data, verbose=False)
-    return dict(metrics)
+    return metrics | resampling.intervals(module.objective.measured(), metrics)
 
 
 if __name__ == "__main__":

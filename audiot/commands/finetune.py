@@ -17,12 +17,13 @@ from audiot.base.console import say, table
 from audiot.base.failures import Failures
 from audiot.base.files import write_json
 from audiot.base.quoting import path
-from audiot.commands.compare import is_rate, write_comparison
+from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.few import say_few
 from audiot.data.datamodule import SpeechDataModule
-from audiot.data.labels import Framing
+from audiot.data.labels import Framing, speaker_of
 from audiot.data.opening import corpus_folder, data_options, note_data, open_corpus
 from audiot.data.prepare import PreparedCorpus
+from audiot.downstream.bootstrap import Bootstrap, in_words
 from audiot.downstream.cache import CachedStates
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
@@ -90,6 +91,13 @@ def task_data(cfg: DictConfig, corpus: PreparedCorpus, features: Framing) -> Spe
     )
 
 
+def bootstrap(cfg: DictConfig, data: SpeechDataModule) -> Bootstrap:
+    """How the test is resampled for confidence intervals. The config of an older run has no say in it."""
+    settings = cfg.downstream.get("bootstrap")
+    speakers = {cut.id: speaker_of(cut) for cut in data.cuts("test")}
+    return Bootstrap.choose(settings and plain(settings), cfg.seed, speakers, lambda: map(speaker_of, data.cuts("train")))
+
+
 def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[str, Any]:
     """Train on one upstream, test the best checkpoint, write what came of it to ``cfg.run_dir``; the metrics."""
     run, task = Path(cfg.run_dir), cfg.downstream
@@ -115,6 +123,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     )
     module.upstream.load_state_dict(upstream.state_dict())
     module.objective.check(data.cuts("test").ids)
+    resampling = bootstrap(cfg, data)
     source: pl.LightningDataModule = data
     if task.cache and not task.train_encoder:
         device = trainer.strategy.root_device
@@ -127,7 +136,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
     if score is None:
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
     metrics = test(trainer, module, source, best.best_model_path if best else None)
-    metrics |= {
+    metrics |= resampling.intervals(module.objective.measured(), metrics) | {
         f"valid/{task.monitor}": float(score),
         "task": task.task,
         "monitor": task.monitor,
@@ -168,17 +177,22 @@ def test(
 
 
 def figures(metrics: dict[str, Any]) -> str:
-    """The test's metrics in words; rates in per cent."""
-    tested = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
-    return ", ".join(f"{name} {100 * value:.1f}%" if is_rate(name) else f"{name} {value:.3f}" for name, value in tested.items())
+    """The test's metrics in words, with their intervals in brackets; rates in per cent."""
+    return ", ".join(
+        f"{name.removeprefix('test/')} {cell(name, value)}{'%' if is_rate(name) else ''}{bracket(name, metrics)}"
+        for name, value in metrics.items()
+        if name.startswith("test/")
+    )
 
 
 def describe(metrics: dict[str, Any], run: Path, files: list[str]) -> str:
     """The result in a few lines."""
     sizes = f"{metrics['task']}, {metrics['classes']} classes, {metrics['train_utterances']} training utterances"
+    ci = {"ci": in_words(metrics["bootstrap"], metrics["intervals"])} if "bootstrap" in metrics else {}
     return table(
         {
             "test": f"{figures(metrics)} ({sizes})",
+            **ci,
             "run": f"{run}: {', '.join(['metrics.json', *files, *([str(BEST)] if (run / BEST).is_file() else [])])}",
         }
     )

@@ -88,8 +88,10 @@ def check_probes(probes: Mapping[str, DictConfig], corpus: PreparedCorpus) -> No
 
 def run_probes(
     cfg: DictConfig, run: Path, probes: Mapping[str, DictConfig], device: torch.device
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The test's figure (accuracy, or what the task monitors) of every probe, and why those failed that have none.
+
+    The figures also have ``intervals``, by the names of the probes, if there are any.
 
     One that a resumed run has done before is not done again.
     """
@@ -117,12 +119,16 @@ def run_probes(
                 say(f"failed  {why}")
                 failed[name] = why
             gc.collect()  # trainer, callbacks and module refer to each other, and hold the probe's hidden states
-    figures = {}
+    figures: dict[str, Any] = {}
+    intervals = {}
     for name, probe in probes.items():
         if name not in failed:
             metrics = read_json(_metrics(probe), "metrics")
-            figures[name] = metrics[f"test/{metrics['monitor']}"]
-    return figures, failed
+            monitored = f"test/{metrics['monitor']}"
+            figures[name] = metrics[monitored]
+            if ends := metrics.get("intervals", {}).get(monitored):
+                intervals[name] = ends
+    return figures | ({"intervals": intervals} if intervals else {}), failed
 
 
 def _run(probe: DictConfig) -> str | None:

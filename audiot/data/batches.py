@@ -26,7 +26,7 @@ from audiot.base.files import name_bytes
 from audiot.base.private import shared_storage
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
-from audiot.data.labels import Labels, values_of
+from audiot.data.labels import Labels, speaker_of
 from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
@@ -344,8 +344,7 @@ class SpeechDataset(Dataset[Batch]):
         if self.labels is not None:
             assert isinstance(cuts, CutSet)
             batch["labels"] = shared(self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts]))
-            speakers = [values_of(cut, "speaker") for cut in cuts]
-            batch["speakers"] = [names[0] if len(names) == 1 else None for names in speakers]
+            batch["speakers"] = [speaker_of(cut) for cut in cuts]
         return batch
 
 

@@ -110,6 +110,12 @@ def values_of(cut: Cut, field: str) -> list[str]:
     return list(dict.fromkeys(value for value in found if value is not None))
 
 
+def speaker_of(cut: Cut) -> str | None:
+    """The speaker of a cut, None if it has none or several."""
+    names = values_of(cut, "speaker")
+    return names[0] if len(names) == 1 else None
+
+
 def field_of(cut: Cut, field: str) -> str:
     """The single value of a label of the cut: its speaker, or a custom field of its supervisions (``keyword``, …).
 

@@ -19,6 +19,7 @@ from audiot.base.pairing import torchaudio
 from audiot.data.batches import Batch
 from audiot.data.labels import BLANK_TOKEN, IGNORED, NOTHING, SPACE
 from audiot.data.text import lines
+from audiot.downstream.bootstrap import Measured, Metrics, Sums
 from audiot.downstream.objectives import Objective, Row
 from audiot.training.accumulation import Mean
 
@@ -90,11 +91,25 @@ class CTC(Objective):
 
     def compute(self) -> dict[str, float]:
         """``per``, or ``wer`` and ``cer``: errors per token of the reference, over all utterances."""
-        rows = self.all_rows()
+        return {name: _error_rate(output) for name, output in self._outputs(self.all_rows()).items()}
+
+    def _outputs(self, rows: Sequence[Row]) -> dict[str, jiwer.WordOutput]:
+        """Alignments of each metric."""
         if self.unit == "phone":
-            return {"per": _error_rate(self._aligned(rows))}
+            return {"per": self._aligned(rows)}
         words = jiwer.process_words([row["reference"] for row in rows], [row["hypothesis"] for row in rows])
-        return {"wer": _error_rate(words), "cer": _error_rate(self._aligned(rows))}
+        return {"wer": words, "cer": self._aligned(rows)}
+
+    def measured(self) -> Measured:
+        """Errors and tokens of every utterance."""
+        rows = self.all_rows()
+        outputs = self._outputs(rows) if rows else {}
+        columns = [column for output in outputs.values() for column in _errors_and_tokens(output)]
+
+        def figures(sums: Tensor) -> Metrics:
+            return {name: sums[:, 2 * place] / sums[:, 2 * place + 1] for place, name in enumerate(outputs)}
+
+        return Sums.of([row["utterance"] for row in rows], list(zip(*columns, strict=True)), figures)
 
     def _aligned(self, rows: Sequence[Row]) -> jiwer.WordOutput:
         """Alignment of the tokens of references and hypotheses."""
@@ -254,3 +269,16 @@ def _first(hypotheses: Sequence[Any]) -> Any:
 def _error_rate(output: Any) -> float:
     errors = output.substitutions + output.deletions + output.insertions
     return errors / max(1, output.hits + output.substitutions + output.deletions)
+
+
+def _errors_and_tokens(output: Any) -> tuple[list[int], list[int]]:
+    """Number of errors, and of tokens of the reference, in each utterance."""
+    errors = [
+        sum(
+            max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+            for chunk in chunks
+            if chunk.type != "equal"
+        )
+        for chunks in output.alignments
+    ]
+    return errors, [len(reference) for reference in output.references]

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -17,6 +18,7 @@ from audiot.base.devices import at_least_float32
 from audiot.base.files import write_csv
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
+from audiot.downstream.bootstrap import Measured, Metrics, Sums
 from audiot.model import length_mask
 from audiot.training.accumulation import Mean
 
@@ -75,18 +77,29 @@ class Objective(nn.Module, ABC):
             Names of the files.
         """
 
+    def measured(self) -> Measured | None:
+        """Measurements of the test over all processes, for confidence intervals; None if the objective gives none.
+
+        Every process must call it.
+        """
+        return None
+
     def reset(self, stage: str) -> None:
         """Start measuring ``valid`` or ``test``."""
         self.rows = []
 
     def all_rows(self) -> list[Row]:
         """Rows of all processes, ordered by utterance id."""
-        rows = self.rows
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[list[Row]] = [[] for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
-        return sorted(rows, key=lambda row: row["utterance"])
+        return gathered(self.rows)
+
+
+def gathered(rows: list[Row]) -> list[Row]:
+    """Rows of all processes, ordered by utterance id. Every process must call it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts: list[list[Row]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    return sorted(rows, key=lambda row: row["utterance"])
 
 
 class Classification(Objective):
@@ -96,6 +109,8 @@ class Classification(Objective):
         super().__init__(classes)
         self.num_outputs = len(self.classes)
         self.confusion = MulticlassConfusionMatrix(max(2, len(self.classes)), ignore_index=IGNORED)
+        self.stage = "test"
+        self.tallies: list[Row] = []  # of the test: counts of each utterance's classes
 
     def _matched(self, outputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         """Labels in the shape of the outputs, (B,) or (B, frames). Padding is ``IGNORED``."""
@@ -122,6 +137,8 @@ class Classification(Objective):
         """Update the confusion matrix and store each utterance."""
         labels = self._matched(outputs, lengths, batch["labels"])
         self.confusion.update(outputs.argmax(-1).flatten(), labels.flatten())
+        if self.stage == "test":
+            self.tallies += self._tallied(batch["ids"], *(classes.reshape(len(labels), -1) for classes in (outputs.argmax(-1), labels)))
         if outputs.ndim == 2:
             scores, best = (values.tolist() for values in outputs.float().softmax(-1).max(-1))
             for name, label, number, score in zip(batch["ids"], labels.tolist(), best, scores, strict=True):
@@ -135,10 +152,55 @@ class Classification(Objective):
             for name, count, right in zip(batch["ids"], labelled.tolist(), correct.tolist(), strict=True):
                 self.rows.append({"utterance": name, "frames": count, "accuracy": round(right / count, 4) if count else None})
 
+    def _tallied(self, ids: Sequence[str], best: Tensor, labels: Tensor) -> list[Row]:
+        """Counts of each utterance, for the classes that it has or that were predicted.
+
+        ``right`` has the number of hits and ``either`` that of labels and predictions of a class, which add up to F1.
+
+        Args:
+            ids: Utterances of the batch.
+            best, labels: Predicted and true classes (B, items).
+        """
+        count = len(self.classes)
+        labelled = labels != IGNORED
+        first = count * torch.arange(len(labels), device=labels.device)[:, None]
+        true, guessed = ((first + classes)[labelled] for classes in (labels, best))
+        right, either = (
+            torch.bincount(places, minlength=len(labels) * count).view(-1, count).cpu().numpy()
+            for places in (true[true == guessed], torch.cat([true, guessed]))
+        )
+        rows = []
+        for name, hits, found in zip(ids, right, either, strict=True):
+            classes = np.flatnonzero(found)
+            rows.append({"utterance": name, "classes": classes, "right": hits[classes], "either": found[classes]})
+        return rows
+
+    def measured(self) -> Measured:
+        """Counts of every class in every utterance with a label."""
+        rows = [row for row in gathered(self.tallies) if len(row["classes"])]
+        count = len(self.classes)
+        utterance = np.repeat(np.arange(len(rows)), [2 * len(row["classes"]) for row in rows])
+        column, value = (
+            np.concatenate([part for row in rows for part in parts(row)] or [np.zeros(0, dtype=int)])
+            for parts in (
+                lambda row: (row["classes"], count + row["classes"]),
+                lambda row: (row["right"], row["either"]),
+            )
+        )
+        places = torch.from_numpy(np.stack([utterance, column]))
+        return Sums([row["utterance"] for row in rows], places, torch.from_numpy(value), 2 * count, self._figures)
+
+    def _figures(self, sums: Tensor) -> Metrics:
+        """The metrics of `compute` from the sums (tests, 2 · classes) of ``right`` and ``either``."""
+        right, either = sums.split(len(self.classes), dim=1)
+        f1 = 2 * right / either  # NaN for a class that a test lacks
+        return {"accuracy": 2 * right.sum(1) / either.sum(1), "macro_f1": f1.nanmean(1)}
+
     def reset(self, stage: str) -> None:
         """Clear the measurements."""
         super().reset(stage)
         self.confusion.reset()
+        self.stage, self.tallies = stage, []
 
     def counts(self) -> Tensor:
         """Confusion matrix (classes, classes). Rows are true, columns predicted."""
@@ -246,6 +308,17 @@ class Slots(Objective):
             assert isinstance(slot, Classification)
             metrics[f"accuracy_{field}"] = slot.compute()["accuracy"]
         return metrics
+
+    def measured(self) -> Measured:
+        """Which slots of every utterance are right."""
+        rows = self.all_rows()
+        right = [[1, row["correct"], *(row[field] == row[f"{field} predicted"] for field in self.fields)] for row in rows]
+        names = ["accuracy", *(f"accuracy_{field}" for field in self.fields)]
+
+        def figures(sums: Tensor) -> Metrics:
+            return {name: total / sums[:, 0] for name, total in zip(names, sums[:, 1:].unbind(1), strict=True)}
+
+        return Sums.of([row["utterance"] for row in rows], right, figures)
 
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
         """``label`` (the values of all slots), ``score`` (the product of theirs), and ``slots``: label and score of each."""

@@ -18,9 +18,11 @@ from audiot.base.files import write_csv
 from audiot.base.streams import key
 from audiot.data.batches import Batch
 from audiot.data.text import lines
+from audiot.downstream.bootstrap import Measured, Metrics
 from audiot.downstream.objectives import Objective, Row
 from audiot.training.accumulation import Mean
 
+WEIGHTED = 1_000_000  # weights of trials that are computed at once
 Trial = tuple[bool, str, str]  # same speaker, utterance, utterance
 
 
@@ -131,6 +133,10 @@ class Verification(Objective):
         same = torch.tensor([trial["same"] for trial in trials])
         return error_rates(scores, same, self.p_target)
 
+    def measured(self) -> Measured:
+        """All trials with their scores."""
+        return Trials(self.scored(), self.p_target)
+
     def predict(self, outputs: Tensor, lengths: Tensor) -> list[Row]:
         """The ``embedding`` of each utterance, normalised to length 1. The score of two utterances is their cosine."""
         return [{"embedding": embedding} for embedding in nn.functional.normalize(outputs.float()).cpu().tolist()]
@@ -160,6 +166,38 @@ class Verification(Objective):
         return ["trials.csv", "per_class.csv", "scores.png"]
 
 
+class Trials(Measured):
+    """Trials of which speakers or utterances can be resampled.
+
+    A unit that is drawn k times stands for k different speakers (or utterances). A trial within a unit then counts k times, and
+    a trial between two units as often as the product of their numbers says (Owen 2007, "The pigeonhole bootstrap"). There are
+    no trials between two copies of a unit.
+
+    Args:
+        trials: Rows of `Verification.scored`.
+        p_target: Prior probability of the same speaker.
+    """
+
+    def __init__(self, trials: Sequence[Row], p_target: float) -> None:
+        super().__init__(sorted({trial[side] for trial in trials for side in ("first", "second")}))
+        place = {name: number for number, name in enumerate(self.utterances)}
+        trials = sorted(trials, key=lambda trial: -trial["score"])
+        self.sides = torch.tensor([[place[trial[side]] for trial in trials] for side in ("first", "second")])
+        self.scores = torch.tensor([trial["score"] for trial in trials], dtype=torch.float64)
+        self.same = torch.tensor([trial["same"] for trial in trials])
+        self.p_target = p_target
+
+    def metrics(self, units: Tensor, counts: Tensor) -> Metrics:
+        """``eer`` and ``min_dcf`` of each test; NaN if it has trials of one kind alone."""
+        first, second = units[self.sides]
+        counts = counts.float()  # exact up to 2²⁴ trials, and twice as fast
+        parts = []
+        for some in counts.split(max(1, WEIGHTED // len(self.same))):
+            weights = some.index_select(1, first) * some.index_select(1, second).where(first != second, 1)
+            parts.append(_error_rates(self.scores, self.same, weights, self.p_target))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[str, float]:
     """Equal error rate and minimum detection cost of scored trials.
 
@@ -177,20 +215,43 @@ def error_rates(scores: Tensor, same: Tensor, p_target: float = 0.01) -> dict[st
         ``eer`` and ``min_dcf``, normalised by the cost of a decision without scores.
     """
     scores, order = scores.double().sort(descending=True)
-    same = same[order].long()
-    last = nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # last of the trials with equal scores
-    hits, false_alarms = (nn.functional.pad(kind.cumsum(0)[last], (1, 0)) / kind.sum().double() for kind in (same, 1 - same))
+    rates = _error_rates(scores, same[order], torch.ones(1, len(same), dtype=torch.float64), p_target)
+    return {name: float(value) for name, value in rates.items()}
+
+
+def _error_rates(scores: Tensor, same: Tensor, weights: Tensor, p_target: float) -> Metrics:
+    """`error_rates` of several tests (tests,), in each of which the trials have other weights.
+
+    Args:
+        scores: Scores (trials,), the largest first.
+        same: Truth (trials,), 1 or 0.
+        weights: How often each trial counts, (tests, trials).
+        p_target: Prior probability of the same speaker.
+
+    Returns:
+        ``eer`` and ``min_dcf``. They are NaN for a test in which all trials of a kind have weight 0.
+    """
+    last = nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True).nonzero()[:, 0]  # of the trials with equal scores
+    same = same.to(weights.dtype)
+    accepted = (nn.functional.pad((weights * kind).cumsum(1).index_select(1, last), (1, 0)) for kind in (same, 1 - same))
+    hits, false_alarms = (number / number[:, -1:] for number in accepted)
     cost = p_target * (1 - hits) + (1 - p_target) * false_alarms
-    return {"eer": _crossing(false_alarms, hits), "min_dcf": float(cost.min()) / min(p_target, 1 - p_target)}
+    return {"eer": _crossing(false_alarms, hits), "min_dcf": cost.amin(1) / min(p_target, 1 - p_target)}
 
 
-def _crossing(false_alarms: Tensor, hits: Tensor) -> float:
-    """Share of false alarms where the piecewise linear curve from (0, 0) to (1, 1) meets false alarms = 1 − hits."""
+def _crossing(false_alarms: Tensor, hits: Tensor) -> Tensor:
+    """Share of false alarms where each curve, piecewise linear from (0, 0) to (1, 1), meets false alarms = 1 − hits.
+
+    Args:
+        false_alarms, hits: Points of the curves, (tests, points).
+    """
     excess = 1 - hits - false_alarms  # decreases from 1 to −1
-    after = int((excess > 0).sum())
-    before = after - 1
-    way = excess[before] / (excess[before] - excess[after])
-    return float(false_alarms[before] + way * (false_alarms[after] - false_alarms[before]))
+    after = (excess > 0).sum(1, keepdim=True).clamp(min=1)  # 0 where there is no curve
+    (excess_before, excess_after), (before, later) = (
+        (values.gather(1, after - 1), values.gather(1, after)) for values in (excess, false_alarms)
+    )
+    way = excess_before / (excess_before - excess_after)
+    return (before + way * (later - before)).squeeze(1)
 
 
 def read_trials(path: str | Path) -> list[Trial]:
