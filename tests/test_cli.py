@@ -237,13 +237,15 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
-        *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s", "resumed_step"),
+        *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s", "resumed_step", "intervals"),
     }
     assert summary["steps"] == 4
     for name, value in summary.items():
         if name.startswith(("probe/", "finetune/")):
             probe = made.run / "probes" / name.replace("/", "-")
-            assert read(probe / "metrics.json")["test/accuracy"] == value
+            metrics = read(probe / "metrics.json")
+            assert metrics["test/accuracy"] == value
+            assert metrics["intervals"].get("test/accuracy") == summary["intervals"].get(name)
 
 
 @blank
@@ -311,7 +313,8 @@ def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path, mis
     assert f"probes  1 of {1 + len(missing)} are there already\n" in out
     if jobs > 1:  # what each says stands together
         for name in missing:
-            said = rf"\n{name}:  audiot finetune .*\ncorpus .*\n(few .*\n)*test .*\nrun .*{name.replace('/', '-')}: metrics.json"
+            folder_name = name.replace("/", "-")
+            said = rf"\n{name}:  audiot finetune .*\ncorpus .*\n(few .*\n)*test .*\nci .*\nrun .*{folder_name}: metrics.json"
             assert re.search(said, out)
 
 
@@ -502,8 +505,14 @@ def test_finetuning_leaves_a_run_that_evaluate_reproduces(made, tmp_path, task, 
     assert (folder / "confusion.png").is_file()
     if task == "phone_linear":
         succeed("evaluate", f"run={folder}")
-        then = {name: value for name, value in metrics.items() if name.startswith("test/")}
-        assert read(folder / "evaluation.json") == pytest.approx(then, abs=1e-6)
+        now = read(folder / "evaluation.json")
+        assert {name for name in metrics if name.startswith("test/")} == now.keys() - {"intervals", "bootstrap"}
+        for name in now.keys() - {"intervals", "bootstrap"}:
+            assert now[name] == pytest.approx(metrics[name], abs=1e-6)
+        assert now["bootstrap"] == metrics["bootstrap"]
+        assert now["intervals"].keys() == metrics["intervals"].keys()
+        for name, ends in now["intervals"].items():
+            assert ends == pytest.approx(metrics["intervals"][name], abs=1e-6)
 
 
 @blank

@@ -96,6 +96,13 @@ def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
     assert all(0 <= value <= 1 or name in ("test/wer", "test/cer", "test/per") for name, value in figures(folder).items())
     assert found["monitor"] in metrics
     assert f"valid/{found['monitor']}" in found
+    bounds, how = found["intervals"], found["bootstrap"]
+    assert bounds.keys() | how.get("without", {}).keys() == {f"test/{name}" for name in metrics}
+    assert (how["unit"], how["samples"], how["level"]) == ("utterance", 1000, 0.95)  # of two speakers
+    assert all(low < high for low, high in bounds.values())
+    for name, (low, high) in bounds.items():
+        if name not in ("test/macro_f1", "test/min_dcf"):  # may lie elsewhere in tests of few utterances
+            assert low <= found[name] <= high
     assert found["classes"] > 1
     assert {path.name for path in folder.glob("*.csv")} | {path.name for path in folder.glob("*.png")} == files
     assert all(name in caplog.messages[-1] for name in files)
@@ -107,7 +114,12 @@ def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
     assert table(folder / "per_class.csv")
     if task in MEASURED_AGAIN:
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        assert evaluate_downstream(trainer, cfg, folder, []) == pytest.approx(figures(folder), abs=1e-4)
+        again = evaluate_downstream(trainer, cfg, folder, [])
+        assert {name: again[name] for name in figures(folder)} == pytest.approx(figures(folder), abs=1e-4)
+        assert again["bootstrap"] == how
+        assert again["intervals"].keys() == bounds.keys()
+        for name, ends in bounds.items():
+            assert again["intervals"][name] == pytest.approx(ends, abs=1e-4)
 
 
 def test_compare_sets_a_run_beside_its_controls(made, tmp_path):

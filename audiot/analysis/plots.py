@@ -174,7 +174,11 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
             top = {"xy": (at, max(value, high)), "xytext": (0, 2), "textcoords": "offset points"}
             axis.annotate(f"{value:.1f}", **top, ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="test accuracy, %", title="Pre-trained encoder beside its controls" + (", 95% intervals" if intervals else ""), ylim=(0, 119))
+    axis.set(
+        ylabel="test accuracy, %",
+        title="Pre-trained encoder beside its controls" + (", 95% intervals" if intervals else ""),
+        ylim=(0, 119),
+    )
     axis.legend(
         handles=[axis.bar(0, 0, color=colour) for _, colour in drawn.values()],
         labels=[label for label, _ in drawn.values()],

@@ -2,8 +2,8 @@
 
 Tests of the same size are drawn from the test's own utterances, or from its speakers with all their utterances, with
 replacement. The interval is that of the percentiles of the metric over these tests. Bisani and Ney (2004, "Bootstrap estimates
-for confidence intervals in ASR performance evaluation") do so for word error rates. The frames of an utterance depend on each
-other, so no frame is drawn alone.
+for confidence intervals in ASR performance evaluation") do so for word error rates, and Peng and Liu (2019, arXiv:1912.09508)
+draw speakers, whose utterances depend on each other. So do the frames of an utterance: no frame is drawn alone.
 
 The bias-corrected interval (BCa) would need the metric without each unit in turn, which for speaker verification takes longer
 than the bootstrap. It also has no value where all tests lie on one side of the metric. Percentiles serve every metric alike.
@@ -226,7 +226,7 @@ def _automatic(
         return "utterance", f"{nameless} has no speaker, or several"
     different = set(speakers.values())
     if len(different) < FEWEST_SPEAKERS:
-        return "utterance", f"the test's {len(different)} speakers are fewer than {FEWEST_SPEAKERS}"
+        return "utterance", f"the test has fewer than {FEWEST_SPEAKERS} speakers ({len(different)})"
     known = next((speaker for speaker in training() if speaker in different), None)
     if known is not None:
         return "utterance", f"training has speakers of the test ({known})"

@@ -138,7 +138,9 @@ class Classification(Objective):
         labels = self._matched(outputs, lengths, batch["labels"])
         self.confusion.update(outputs.argmax(-1).flatten(), labels.flatten())
         if self.stage == "test":
-            self.tallies += self._tallied(batch["ids"], *(classes.reshape(len(labels), -1) for classes in (outputs.argmax(-1), labels)))
+            self.tallies += self._tallied(
+                batch["ids"], *(classes.reshape(len(labels), -1) for classes in (outputs.argmax(-1), labels))
+            )
         if outputs.ndim == 2:
             scores, best = (values.tolist() for values in outputs.float().softmax(-1).max(-1))
             for name, label, number, score in zip(batch["ids"], labels.tolist(), best, scores, strict=True):

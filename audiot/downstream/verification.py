@@ -170,8 +170,9 @@ class Trials(Measured):
     """Trials of which speakers or utterances can be resampled.
 
     A unit that is drawn k times stands for k different speakers (or utterances). A trial within a unit then counts k times, and
-    a trial between two units as often as the product of their numbers says (Owen 2007, "The pigeonhole bootstrap"). There are
-    no trials between two copies of a unit.
+    a trial between two units as often as the product of their numbers says, as in Owen (2007, "The pigeonhole bootstrap"), where
+    rows and columns of a table are drawn. Here both sides are the same speakers. Two copies of a unit have no trial with each
+    other.
 
     Args:
         trials: Rows of `Verification.scored`.

@@ -111,6 +111,21 @@ def test_probes_have_a_bar_of_every_figure(tmp_path, drawn):
     assert len(axis.get_xticks()) == 2
 
 
+def test_probes_have_the_intervals_that_are_there(tmp_path, drawn):
+    intervals = {"probe/phone/encoder": [0.58, 0.66], "finetune/phone/random": [0.1, 0.2]}  # the latter does not hold its figure
+    plot_probes(SUMMARY | {"intervals": intervals}, tmp_path / "probes.png")
+    picture(tmp_path / "probes.png")
+    axis = drawn[0].axes[0]
+    lines = [collection.get_segments()[0] for collection in axis.collections]
+    places = {bar.get_height(): bar.get_x() + bar.get_width() / 2 for bar in axis.patches if bar.get_height()}
+    expected = []
+    for name, ends in intervals.items():
+        expected += [[places[100 * SUMMARY[name]], 100 * end] for end in ends]
+    np.testing.assert_allclose(np.concatenate(lines), expected)
+    assert axis.get_title().endswith(", 95% intervals")
+    assert sorted(float(text.get_text()) for text in axis.texts) == [40, 45, 50, 55, 60]
+
+
 def test_attention_has_a_map_of_every_head_and_layer(tmp_path, drawn):
     weights = [torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(layer)).softmax(-1) for layer in range(2)]
     plot_attention(weights, "Attention", tmp_path / "attention.png")

@@ -10,6 +10,7 @@ from test_cli import run
 
 from audiot.commands.arguments import parse
 from audiot.commands.compare import main
+from audiot.commands.finetune import figures
 
 PROBE = {
     "test/accuracy": 0.61234,
@@ -84,6 +85,32 @@ def test_all_kinds_of_runs_stand_in_one_table(runs, capsys):
     assert len(out) == 1 + 4 + 1
     assert len(set(map(len, out[:-1]))) == 1  # aligned
     assert out[2].split() == ["asr", "asr", "checkpoint", "[0,", "2]", "2", "160", "25.0", "10.0"]
+
+
+def test_intervals_have_columns_of_their_own(runs, capsys):
+    bounded = PROBE | {"intervals": {"test/accuracy": [0.5904, 0.63]}, "bootstrap": {"unit": "speaker", "units": 12}}
+    (runs / "probe" / "metrics.json").write_text(json.dumps(bounded))
+    (runs / "pretrained" / "summary.json").write_text(
+        json.dumps(PRETRAINING | {"intervals": {"probe/phone/encoder": [0.58, 0.62]}})
+    )
+    main(parse("compare", ["probe", "sweep/2", "pretrained"]))
+    header, *rows = table(runs)
+    assert header[6:] == [
+        *("accuracy, %", "accuracy low, %", "accuracy high, %", "macro_f1, %", "pretrain/val_l1", "pretrain/zero_l1"),
+        *("probe/phone/encoder, %", "probe/phone/encoder low, %", "probe/phone/encoder high, %", "finetune/phone/encoder, %"),
+    ]
+    assert [row[6:] for row in rows] == [
+        ["61.2", "59.0", "63.0", "50.0", *[""] * 6],
+        ["2.0", "", "", "50.0", *[""] * 6],  # made before there were intervals
+        [*[""] * 4, "0.512", "0.800", "60.0", "58.0", "62.0", "62.5"],
+    ]
+    capsys.readouterr()
+
+
+def test_a_figure_stands_before_its_interval():
+    metrics = {"test/wer": 0.1234, "valid/wer": 0.2, "test/min_dcf": 0.5, "test/cer": 0.04}
+    metrics["intervals"] = {"test/wer": [0.1, 0.15], "test/min_dcf": [0.45, 0.5678]}
+    assert figures(metrics) == "wer 12.3% (10.0–15.0), min_dcf 0.500 (0.450–0.568), cer 4.0%"
 
 
 def test_a_sweep_is_its_runs_in_order(runs):
