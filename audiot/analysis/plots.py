@@ -171,8 +171,8 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
             low, high = intervals.get(label, {}).get(upstream, (value, value))
             if low < high:  # drawn around its own middle: the figure need not be inside
                 axis.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", ecolor="black", elinewidth=1, capsize=3)
-            top = {"xy": (at, max(value, high)), "xytext": (0, 2), "textcoords": "offset points"}
-            axis.annotate(f"{value:.1f}", **top, ha="center", va="bottom", fontsize=8)
+            top = (at, max(value, high))
+            axis.annotate(f"{value:.1f}", top, (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(groups)), groups)
     axis.set(
         ylabel="test accuracy, %",

@@ -76,7 +76,7 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path, tr
     resampling = bootstrap(settings, data)
     with torch.inference_mode():
         (metrics,) = trainer.test(module, data, verbose=False)
-    return metrics | resampling.intervals(module.objective.measured(), metrics)
+    return dict(metrics) | resampling.intervals(module.objective.measured(), metrics)
 
 
 if __name__ == "__main__":

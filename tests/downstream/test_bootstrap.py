@@ -185,6 +185,17 @@ def test_intervals_of_frames_are_those_of_scipy():
     assert interval(measured, MANY, "macro_f1") == pytest.approx(by_scipy(f1, 24), abs=0.012)
 
 
+def test_macro_f1_of_a_resampled_test_leaves_out_the_classes_that_it_lacks():
+    true, guessed = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 0, 1, 1])
+    outputs = torch.nn.functional.one_hot(torch.tensor(guessed), 4).float()
+    batch = {"labels": torch.tensor(true), "ids": list("abcde")}
+    counts = torch.tensor([[2.0, 0, 0, 3, 0], [0, 5, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 5, 0, 0]], dtype=torch.float64)
+    measured = filled(Classification(CLASSES), [(outputs, torch.ones(5), batch)]).measured()
+    found = measured.metrics(torch.arange(5), counts)["macro_f1"].tolist()
+    repeated = [np.repeat(np.arange(5), row.int().numpy()) for row in counts]
+    assert found == pytest.approx([f1_score(true[places], guessed[places], average="macro") for places in repeated])
+
+
 def test_intervals_of_word_errors_are_those_of_scipy():
     measures = [jiwer.process_words(*texts) for texts in TEXTS]
     errors = np.array([one.substitutions + one.deletions + one.insertions for one in measures])
