@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from audiot.base.framing import num_frames, samples_in
+from audiot.base.framing import num_frames, receptive_field, samples_in
 from audiot.base.groups import packages
 from audiot.base.quoting import argument
 
@@ -30,11 +30,13 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
         raise ValueError("data.crop_s=null leaves the longest input open: set model.max_frames")
     if "hop_length" in features:
         window, hop = features.win_length, features.hop_length
+    elif "strides" in features:  # of convolutions on samples
+        window, hop = receptive_field(features.kernels, features.strides)
     else:  # Kaldi's
         window, hop = (samples_in(ms, features.sample_rate) for ms in (features.frame_length_ms, features.frame_shift_ms))
     reflected = window if features.get("center") else 0  # at both ends together
     count = num_frames(round(duration_s * features.sample_rate), window, max(1, hop), reflected)
-    return max(1, count // max(1, features.stack))
+    return max(1, count // max(1, features.stack, features.get("subsample") or 1))
 
 
 class _ConfigPackages(SearchPathPlugin):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -21,6 +23,17 @@ def num_frames(num_samples: Count, win_length: int, hop_length: int, num_added: 
     """
     count = (num_samples + num_added - win_length) // hop_length + 1
     return count * (count > 0)
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
+    """Samples that an output of stacked convolutions hears, and samples from one output to the next.
+
+    Args:
+        kernels: Kernel size of each convolution, the first one on samples.
+        strides: Stride of each.
+    """
+    steps = [math.prod(strides[:index]) for index in range(len(strides) + 1)]
+    return 1 + sum((kernel - 1) * step for kernel, step in zip(kernels, steps, strict=False)), steps[-1]
 
 
 def samples_in(duration_ms: float, sample_rate: int) -> int:

@@ -57,6 +57,8 @@ class FeatureBenchmark:
         self.front_ends = {name: instantiate(read_option("features", name)).to(self.device) for name in features}
         num_samples = round(duration_s * 16000)
         for name, front_end in self.front_ends.items():
+            if front_end.is_trained:
+                raise ValueError(f"benchmark.features={name} is trained, and torchaudio has no such function: leave it out")
             if front_end.num_tokens(num_samples) < 2:
                 raise ValueError(f"benchmark.duration_s={duration_s} is shorter than two frames of {name}")
         generator = torch.Generator().manual_seed(key("feature benchmark", seed))

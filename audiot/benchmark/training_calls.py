@@ -56,7 +56,7 @@ class Calls:
     def encoder(self, module: MaskedAcousticModel, place: Place, watch: Stopwatch) -> Callable[[], Tensor]:
         """Forward and backward of the encoder on features."""
         encoder = module.model.encoder
-        tokens = self.noise(place.batch, place.frames, module.model.features.output_dim)
+        tokens = self.noise(place.batch, place.frames, module.model.features.embed_dim)
 
         def forward(tokens: Tensor) -> Tensor:
             return encoder(tokens)[-1].float().abs().mean()

@@ -89,7 +89,8 @@ class FeaturesUpstream(Upstream):
     """Control without an encoder: each spectrogram frame with its neighbours.
 
     Args:
-        features: Config of the front end. Its frames are not stacked.
+        features: Config of the front end. Its frames are neither stacked nor subsampled. Trained convolutions on samples are
+            replaced by a log-mel spectrogram, since nothing has trained them.
         context: Number of frames to concatenate, centred on each one. It must be odd.
         cmvn: Normalisation instead of the front end's own. ``global`` keeps what ``utterance`` removes, such as a speaker's
             average spectrum.
@@ -105,8 +106,9 @@ class FeaturesUpstream(Upstream):
             "context": context,
             "cmvn": cmvn,
         }
-        overrides = {"stack": 1} if cmvn is None else {"stack": 1, "cmvn": cmvn}
-        self.features: Features = make(features, **overrides)
+        unjoined = {**features, "stack": 1} | ({"subsample": None, "subsample_dim": None} if features.get("subsample") else {})
+        front_end: Features = make(unjoined)
+        self.features: Features = make(front_end.spectra or unjoined, **({} if cmvn is None else {"cmvn": cmvn}))
         self.context = context
         self.stack = 1
         self.num_states = 1

@@ -5,5 +5,6 @@ from audiot.features.kaldi import KaldiFbank
 from audiot.features.log_mel import LogMel
 from audiot.features.mfcc import MFCC
 from audiot.features.spectrogram import Spectrogram
+from audiot.features.waveform import Waveform
 
-__all__ = ["MFCC", "Features", "KaldiFbank", "LogMel", "Spectrogram"]
+__all__ = ["MFCC", "Features", "KaldiFbank", "LogMel", "Spectrogram", "Waveform"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class Features(nn.Module, ABC):
     model's dtype is. The buffers stay float32 in a half-precision model.
 
     A front end may go on with a trained part, `embed`, from these fixed tokens to the encoder's input. It is part of the model's
-    compiled step and has gradients.
+    compiled step and has gradients. Here it is a `Subsampling`: stacked frames are the tokens, and convolutions over the same
+    frames are the encoder's input.
 
     Args:
         frame_channels: Channels that `frames` returns, before deltas.
@@ -51,15 +52,22 @@ class Features(nn.Module, ABC):
         center: Whether frame t is centred on sample t·hop_length and each utterance is reflected at its own ends, as torch.stft
             does by default. N samples then give N // hop_length + 1 frames.
         level_db: Root-mean-square level to which each utterance is scaled first, in dB of full scale; None keeps its level.
+        subsample: Frames per token, 2 or 4, that trained convolutions make one input of the encoder of. It stands in place of
+            `stack`. None: no trained part.
+        subsample_dim: Channels of these convolutions; None: 256.
+        grad_scale: Factor of the gradient that the trained part gets. It reaches all of its parameters.
 
     Attributes:
         num_channels: Channels C of a frame: frame_channels · (delta_order + 1).
         output_dim: Size of a token: num_channels · stack.
         embed_dim: Size of the encoder's input: output_dim, unless a trained part changes it.
         is_trained: Whether there is a trained part.
+        spectra: Config of a fixed front end with a spectrum per frame, where the tokens have none: for targets of pre-training
+            and for controls. None: the tokens have them.
     """
 
     is_trained = False
+    spectra: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -75,8 +83,23 @@ class Features(nn.Module, ABC):
         delta_window: int = 5,
         center: bool = False,
         level_db: float | None = None,
+        subsample: int | None = None,
+        subsample_dim: int | None = None,
+        grad_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if subsample not in (None, 2, 4):
+            raise ValueError(f"features.subsample must be 2, 4 or null, found {subsample!r}")
+        if subsample is not None and stack != 1:
+            raise ValueError(
+                f"features.stack={stack} and features.subsample={subsample} both join frames: set features.stack=1, or "
+                "features.subsample=null"
+            )
+        if subsample is None and subsample_dim is not None:
+            raise ValueError(f"features.subsample_dim={subsample_dim} has no effect without convolutions: set features.subsample=2 or 4")
+        if grad_scale <= 0:
+            raise ValueError(f"features.grad_scale must be positive, found {grad_scale}")
+        stack = stack if subsample is None else subsample
         if cmvn not in ("utterance", "global", "level", "none"):
             raise ValueError(f"features.cmvn must be utterance, global, level or none, found {cmvn!r}")
         if delta_order not in (0, 1, 2):
@@ -105,6 +128,13 @@ class Features(nn.Module, ABC):
         self.frame_channels = frame_channels
         self.output_dim = self.num_channels * stack
         self.embed_dim = self.output_dim
+        self.grad_scale = grad_scale
+        self.subsampling: Subsampling | None = None
+        if subsample is not None:
+            self.embed_dim = 256 if subsample_dim is None else subsample_dim
+            check_size("subsample_dim", self.embed_dim, MOST_CHANNELS)
+            self.subsampling = Subsampling(self.num_channels, self.embed_dim, subsample)
+            self.is_trained = True
         self.cmvn_mean: Tensor
         self.cmvn_std: Tensor
         if cmvn == "global":  # NaN until fitted, so that a forgotten fit raises an error
@@ -153,7 +183,9 @@ class Features(nn.Module, ABC):
 
         ``valid`` is bool (B, T), or None where nothing is padded.
         """
-        return tokens
+        if self.subsampling is None:
+            return tokens
+        return scale_gradient(self.subsampling(self.unstack(tokens), valid), self.grad_scale)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -219,6 +251,10 @@ class Features(nn.Module, ABC):
         if tokens.shape[-1] % self.stack:
             raise ValueError(f"tokens have {tokens.shape[-1]} channels, expected a multiple of stack = {self.stack}")
         return tokens.reshape(tokens.shape[0], tokens.shape[1] * self.stack, tokens.shape[2] // self.stack)
+
+    def spectrogram(self, tokens: Tensor) -> Tensor:
+        """What pictures show of tokens (B, T, output_dim): frames (B, T·stack, …)."""
+        return self.unstack(tokens)
 
     def extra_repr(self) -> str:
         """Text that print(features) shows."""
@@ -341,11 +377,53 @@ class Features(nn.Module, ABC):
 
     def _apply(self: SelfFeatures, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfFeatures:
         # In bfloat16 the filters would be rounded to three digits, so buffers follow the model's device but keep their dtype.
+        # Trained parameters, which all are in modules inside, follow in both.
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        for part in self.children() if recurse else ():
+            part._apply(fn)
+        return super()._apply(keep_dtype, recurse=False)
+
+
+class Subsampling(nn.Module):
+    """Convolutions over frames, one or two of stride 2: the encoder's input of BEST-RQ (arXiv:2202.01855, section 4) and of
+    Conformer (arXiv:2005.08100).
+
+    Each has a kernel of 3 frames and a GELU after it, and a LayerNorm ends the stack. The published ones go over time and
+    frequency, with kernels of 3 × 3 and the same strides; these go over time and join all channels. The first one also hears
+    the frame before a token, the second one what the first made of the two behind it. So the 3 or 7 frames that an output hears
+    lie around its own 2 or 4.
+
+    An utterance's outputs are the same alone and in a batch: what is beyond its end is zero for each convolution.
+
+    Args:
+        input_dim: Channels C of a frame.
+        embed_dim: Channels d of the outputs, and between the convolutions.
+        factor: Frames per output, 2 or 4.
+    """
+
+    def __init__(self, input_dim: int, embed_dim: int, factor: int) -> None:
+        super().__init__()
+        sizes = [input_dim] + [embed_dim] * (factor // 2)
+        self.convolutions = nn.ModuleList(nn.Conv1d(size, embed_dim, 3, stride=2) for size in sizes[:-1])
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, frames: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Outputs (B, T, d) of frames (B, T·factor, C). ``valid`` is bool (B, T), or None where nothing is padded."""
+        hidden = frames.transpose(1, 2)
+        for index, convolution in enumerate(self.convolutions):
+            if valid is not None:
+                inside = valid.repeat_interleave(2 ** (len(self.convolutions) - index), dim=1)
+                hidden = hidden.masked_fill(~inside[:, None], 0.0)
+            hidden = nn.functional.gelu(convolution(nn.functional.pad(hidden, (1 - index, index))))
+        return self.norm(hidden.transpose(1, 2))
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """The same values. The gradient that they hand on is multiplied by ``factor``."""
+    return values if factor == 1 else torch.lerp(values.detach(), values, factor)
 
 
 def power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:

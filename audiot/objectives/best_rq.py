@@ -44,7 +44,7 @@ class BestRQ(CodePrediction):
         if code_dim < 1:
             raise ValueError(f"objective.code_dim must be at least 1, found {code_dim}")
         self.context = context
-        inputs = model.features.output_dim * context
+        inputs = self.target_dim * context
         projection = torch.empty(num_codebooks, inputs, code_dim)
         for book in projection:
             nn.init.xavier_uniform_(book)

@@ -11,11 +11,10 @@ from torch import Tensor
 from audiot.base.devices import attention_of_any_shape
 from audiot.base.parts import make
 from audiot.checkpoint import AudioEncoder
-from audiot.features import Features
 from audiot.objectives.best_rq import check_context
 from audiot.objectives.codes import CodePrediction, in_context
 from audiot.objectives.kmeans import kmeans, nearest, normalised_mutual_information
-from audiot.objectives.objective import Sample, at_frames
+from audiot.objectives.objective import Sample
 
 
 class Clusters(CodePrediction):
@@ -31,7 +30,7 @@ class Clusters(CodePrediction):
         context: Odd number of tokens that are clustered together, without a teacher.
         sample_s: Seconds of audio to fit on.
         iterations: Most iterations of k-means.
-        teacher: Config of an upstream (see `audiot.downstream.upstream`); None: clusters of the model's own features.
+        teacher: Config of an upstream (see `audiot.downstream.upstream`); None: clusters of features.
         layer: Hidden state of the teacher, where 0 is the input of its first layer and −1 the last one.
         rounds: Rounds of training in all. `audiot pretrain` trains the earlier ones itself, each the teacher of the next.
         options: Parameters of `CodePrediction`.
@@ -59,9 +58,9 @@ class Clusters(CodePrediction):
             raise ValueError(f"objective.iterations and objective.rounds must be at least 1, found {iterations} and {rounds}")
         self.context, self.sample_s, self.iterations, self.layer = context, sample_s, iterations, layer
         self.teacher: Any = None
-        self._index: dict[tuple[int, int], Tensor | None] = {}
-        width = model.features.output_dim * context
+        width = self.target_dim * context
         if teacher is not None:
+            self.target_features = None
             self.teacher = make(teacher, inside=False).requires_grad_(False)
             if not -self.teacher.num_states <= layer < self.teacher.num_states:
                 raise ValueError(f"objective.layer={layer}: the teacher has the hidden states 0 to {self.teacher.num_states - 1}")
@@ -94,19 +93,7 @@ class Clusters(CodePrediction):
         with attention_of_any_shape():
             hidden, counts = self.teacher.state(waveforms, lengths, self.layer)
         wanted = model.features.num_tokens(waveforms.shape[1])
-        index = self._states_at_tokens(model.features, wanted, hidden.shape[1])
-        if index is None:
-            return hidden.contiguous()
-        last = (counts - 1).clamp(min=0)[:, None]
-        return at_frames(hidden, index.minimum(last).to(hidden.device, non_blocking=True))
-
-    def _states_at_tokens(self, features: Features, num_tokens: int, num_states: int) -> Tensor | None:
-        """`states_at_tokens`, which is computed once for each shape; None where token t has state t."""
-        if (num_tokens, num_states) not in self._index:
-            index = states_at_tokens(features, self.teacher, num_tokens, num_states)
-            same = num_tokens == num_states and bool((index == torch.arange(num_tokens)).all())
-            self._index[num_tokens, num_states] = None if same else index
-        return self._index[num_tokens, num_states]
+        return self.in_token_time(model.features, self.teacher.features, self.teacher.stack, hidden, counts, wanted)
 
     @torch.no_grad()
     def codes(self, source: Tensor, lengths: Tensor) -> Tensor:
@@ -124,6 +111,7 @@ class Clusters(CodePrediction):
             Clusters, how many of them are used, their perplexity, and the stability: the normalised mutual information, on the
             sample, of clusters fitted on one half of its utterances and on the other.
         """
+        self.fit_features(sample)
         device = model.encoder.input.weight.device
         halves: tuple[list[Tensor], list[Tensor]] = [], []
         for waveforms, lengths in sample(self.sample_s):
@@ -144,23 +132,3 @@ class Clusters(CodePrediction):
             labels = [nearest(points, kmeans(half, self.num_codes, seed, self.iterations)) for half in two]
             figures["targets/stability"] = round(normalised_mutual_information(*labels), 3)
         return figures
-
-
-def states_at_tokens(features: Features, teacher: Any, num_tokens: int, num_states: int) -> Tensor:
-    """Index of the hidden state whose middle is nearest in time to that of each token: (num_tokens,).
-
-    Args:
-        features: Front end of the tokens.
-        teacher: Upstream of the states.
-        num_tokens: Number of tokens.
-        num_states: Number of states there are.
-    """
-
-    def middles(front_end: Any, stack: int, count: int) -> Tensor:
-        return front_end.frame_centers(count * stack).double().view(count, stack).mean(1)
-
-    own = middles(features, features.stack, num_tokens)
-    theirs = middles(teacher.features, teacher.stack, num_states)
-    after = torch.searchsorted(theirs, own).clamp(max=num_states - 1)
-    before = (after - 1).clamp(min=0)
-    return torch.where((own - theirs[before]).abs() <= (theirs[after] - own).abs(), before, after)

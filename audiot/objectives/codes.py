@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from audiot.analysis.plots import plot_codes
 from audiot.base import streams
 from audiot.base.devices import at_least_float32
+from audiot.base.parts import make
 from audiot.checkpoint import AudioEncoder
+from audiot.features import Features
 from audiot.model import initialise_linear
 from audiot.objectives.corruption import Spans
 from audiot.objectives.objective import Objective, Sample, View, at_frames, masked_first
@@ -40,6 +42,12 @@ class CodePrediction(Objective):
             (BEST-RQ); or ``zero``.
         head_dim: Width of the cosine head; None for a linear one. See `CodeHead`.
         mix: See `Objective`.
+        features: Config of the fixed front end that the targets are made of; a token's target is made of what is nearest in
+            time. None: the model's own fixed tokens, or, where these are samples, log-mel frames of 25 ms every 10 ms.
+
+    Attributes:
+        target_features: That front end; None: the model's own.
+        target_dim: Channels of a target.
     """
 
     figure = "cross_entropy"
@@ -65,6 +73,7 @@ class CodePrediction(Objective):
         fill: str = "learned",
         head_dim: int | None = None,
         mix: Mapping[str, Any] | None = None,
+        features: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, mix)
         for name, size in {"num_codebooks": num_codebooks, "num_codes": num_codes, "head_dim": head_dim}.items():
@@ -78,7 +87,49 @@ class CodePrediction(Objective):
         self.num_codebooks, self.num_codes = num_codebooks, num_codes
         self.head = CodeHead(model.encoder.embed_dim, num_codebooks, num_codes, head_dim)
         self.mask = nn.Parameter(torch.randn(model.features.embed_dim) * FILL_STD) if fill == "learned" else None
+        targets = features or model.features.spectra
+        self.target_features = None if targets is None else fixed_features(targets, model.features)
+        self.target_dim = (self.target_features or model.features).output_dim
+        self._index: dict[tuple[int, int], Tensor | None] = {}
         self.register_buffer("prior", torch.full((num_codebooks, num_codes), 1 / num_codes))  # frequency of each code
+
+    @torch.no_grad()
+    def source(self, model: AudioEncoder, waveforms: Tensor, lengths: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """Features of the targets in the time of the tokens (B, T, C), or the tokens."""
+        if self.target_features is None:
+            return super().source(model, waveforms, lengths, tokens)
+        values, counts = self.target_features(waveforms, lengths)
+        wanted = model.features.num_tokens(waveforms.shape[1])
+        return self.in_token_time(model.features, self.target_features, self.target_features.stack, values, counts, wanted)
+
+    def in_token_time(
+        self, features: Features, others: Any, stack: int, values: Tensor, counts: Tensor, num_tokens: int
+    ) -> Tensor:
+        """Of each token, what another front end made of the same time: (B, num_tokens, …). See `nearest_in_time`.
+
+        Args:
+            features: Front end of the tokens.
+            others: Front end of the values.
+            stack: Its frames per value.
+            values: Values (B, M, …).
+            counts: Values of each utterance (B,).
+            num_tokens: Number of tokens.
+        """
+        shape = (num_tokens, values.shape[1])
+        if shape not in self._index:  # computed once for each
+            index = nearest_in_time(features, others, stack, *shape)
+            same = num_tokens == values.shape[1] and bool((index == torch.arange(num_tokens)).all())
+            self._index[shape] = None if same else index
+        nearest = self._index[shape]
+        if nearest is None:
+            return values.contiguous()
+        last = (counts - 1).clamp(min=0)[:, None]
+        return at_frames(values, nearest.to(last.device).minimum(last).to(values.device, non_blocking=True))
+
+    def fit_features(self, sample: Sample) -> None:
+        """Fit the global statistics of the targets' features, if they have any, on an hour of audio."""
+        if self.target_features is not None and not self.target_features.is_fitted:
+            self.target_features.fit(sample(3600.0))
 
     @abstractmethod
     def codes(self, source: Tensor, lengths: Tensor) -> Tensor:
@@ -112,6 +163,7 @@ class CodePrediction(Objective):
 
     def fit(self, model: AudioEncoder, sample: Sample, seed: int) -> dict[str, Any]:
         """Count how often each code occurs in ten minutes of training audio."""
+        self.fit_features(sample)
         device = model.encoder.input.weight.device
         counts = torch.zeros(self.num_codebooks, self.num_codes, device=device)
         for waveforms, lengths in sample(600.0):
@@ -147,7 +199,7 @@ class CodePrediction(Objective):
         scores = at_least_float32(self.head(model.encoder(corrupted, valid)[-1])).log_softmax(-1)
         codes = self.codes(source, lengths)
         return {
-            "target": model.features.unstack(tokens),
+            "target": model.features.spectrogram(tokens),
             "masked": frames.repeat_interleave(self.stack, dim=1),
             "lengths": lengths * self.stack,
             "codes": codes,
@@ -251,3 +303,53 @@ def in_context(tokens: Tensor, lengths: Tensor, context: int) -> Tensor:
     reach = context // 2
     around = [at_frames(tokens, (position + shift).clamp(min=0).minimum(last)) for shift in range(-reach, reach + 1)]
     return torch.cat(around, dim=-1)
+
+
+def fixed_features(config: Mapping[str, Any], own: Features) -> Features:
+    """The front end of the targets.
+
+    Args:
+        config: Its config.
+        own: The model's front end.
+
+    Raises:
+        ValueError: it is trained, has another sample rate, or needs longer audio for a token.
+    """
+    features: Features = make(config)
+    if features.is_trained:
+        raise ValueError(
+            "objective.features must be fixed, since targets may not change in training: choose a spectrogram, with "
+            "objective.features.subsample=null"
+        )
+    if features.sample_rate != own.sample_rate:
+        raise ValueError(
+            f"objective.features.sample_rate must be that of the model's features, {own.sample_rate} Hz, found "
+            f"{features.sample_rate} Hz"
+        )
+    if features.num_samples(1) > own.num_samples(1):
+        raise ValueError(
+            f"a token of objective.features needs {features.num_samples(1)} samples, more than one of the model's features, "
+            f"{own.num_samples(1)}: shorten its window or lower objective.features.stack"
+        )
+    return features
+
+
+def nearest_in_time(features: Features, others: Any, stack: int, num_tokens: int, num_values: int) -> Tensor:
+    """Index of the value whose middle is nearest in time to that of each token, of two equally near the earlier one: (num_tokens,).
+
+    Args:
+        features: Front end of the tokens.
+        others: Front end of the values.
+        stack: Its frames per value.
+        num_tokens: Number of tokens.
+        num_values: Number of values there are.
+    """
+
+    def middles(front_end: Any, stack: int, count: int) -> Tensor:
+        return front_end.frame_centers(count * stack).double().view(count, stack).mean(1)
+
+    own = middles(features, features.stack, num_tokens)
+    theirs = middles(others, stack, num_values)
+    after = torch.searchsorted(theirs, own).clamp(max=num_values - 1)
+    before = (after - 1).clamp(min=0)
+    return torch.where((own - theirs[before]).abs() <= (theirs[after] - own).abs(), before, after)

@@ -30,7 +30,8 @@ class Reconstruction(Objective):
         mix: See `Objective`.
 
     Raises:
-        ValueError: a band of channels is to be masked in the output of a trained front end, which has no such channels.
+        ValueError: a band of channels is to be masked in the output of a trained front end, which has no such channels; or the
+            features are samples, of which an L1 loss would learn the phase.
     """
 
     figure = "l1"
@@ -51,6 +52,11 @@ class Reconstruction(Objective):
         mix: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, mix)
+        if model.features.spectra is not None:
+            raise ValueError(
+                f"this objective reconstructs features, but those of {type(model.features).__name__} are samples of the waveform: "
+                "choose objective=clusters or objective=best_rq, whose targets are made of a spectrogram"
+            )
         self.corruption = Corruption(
             mask_proportion, span, zero_probability, replace_probability, band_width, noise_std, noise_probability
         )
