@@ -447,4 +447,4 @@ def test_configs_hold_every_parameter_at_its_default(path: Path) -> None:
 
 def test_every_front_end_has_a_config() -> None:
     targets = {dict(OmegaConf.load(path))["_target_"].rsplit(".", 1)[1] for path in CONFIGS}
-    assert targets == {"LogMel", "KaldiFbank", "MFCC", "Spectrogram"}
+    assert targets == {"LogMel", "KaldiFbank", "MFCC", "Spectrogram", "Waveform"}
