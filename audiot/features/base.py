@@ -96,7 +96,9 @@ class Features(nn.Module, ABC):
                 "features.subsample=null"
             )
         if subsample is None and subsample_dim is not None:
-            raise ValueError(f"features.subsample_dim={subsample_dim} has no effect without convolutions: set features.subsample=2 or 4")
+            raise ValueError(
+                f"features.subsample_dim={subsample_dim} has no effect without convolutions: set features.subsample=2 or 4"
+            )
         if grad_scale <= 0:
             raise ValueError(f"features.grad_scale must be positive, found {grad_scale}")
         stack = stack if subsample is None else subsample

@@ -30,8 +30,8 @@ class Waveform(Features):
             ``group``: no bias, and a norm of each channel over time, after the first convolution alone (Base). Its statistics are
             of an utterance's own samples, those that fill no window left out, so they change with how an utterance is cropped.
         normalize: Whether each utterance is scaled to mean 0 and variance 1 first.
-        grad_scale: Factor of the convolutions' gradient. It is 0.1 in the Base models (wav2vec 2.0, section 4.2) and 1 in those
-            pre-trained on Libri-Light.
+        grad_scale: Factor of the convolutions' gradient: 0.1 as in wav2vec 2.0's training on LibriSpeech (section 4.2), of which
+            HuBERT Base took it; the models trained on Libri-Light have 1.
         sample_rate: Sample rate in Hz.
         stack: Always 1: the strides say how long a token is.
     """
@@ -69,8 +69,8 @@ class Waveform(Features):
         win_length, hop_length = receptive_field(kernels, strides)
         if win_length > 2 * hop_length:
             raise ValueError(
-                f"features.kernels={list(kernels)} and features.strides={list(strides)} make windows of {win_length} samples every "
-                f"{hop_length}: windows may be at most twice as long as their shift, so take smaller kernels or larger strides"
+                f"features.kernels={list(kernels)} and features.strides={list(strides)} make windows of {win_length} samples "
+                f"every {hop_length}: windows may be at most twice as long as their shift, so take smaller kernels"
             )
         super().__init__(
             frame_channels=win_length,

@@ -398,7 +398,12 @@ def _task(model: Mapping[str, Any]) -> dict[str, Any]:
 def _audio(config: Mapping[str, Any], encoder: Path) -> dict[str, Any]:
     """S3PRL's audio section for a front end."""
     front_end, features = get_class(config["_target_"]), _settings(config)
-    common: dict[str, list[Any]] = {"stack": [1], "sample_rate": [SAMPLE_RATE], "cmvn": ["utterance", "none"]}
+    common: dict[str, list[Any]] = {
+        "stack": [1],
+        "subsample": [None],
+        "sample_rate": [SAMPLE_RATE],
+        "cmvn": ["utterance", "none"],
+    }
     stft: dict[str, list[Any]] = {
         "center": [True],
         "add_floor": [True],

@@ -335,7 +335,7 @@ def fixed_features(config: Mapping[str, Any], own: Features) -> Features:
 
 
 def nearest_in_time(features: Features, others: Any, stack: int, num_tokens: int, num_values: int) -> Tensor:
-    """Index of the value whose middle is nearest in time to that of each token, of two equally near the earlier one: (num_tokens,).
+    """Index of the value whose middle is nearest in time to that of each token: (num_tokens,). Of two equally near, the earlier.
 
     Args:
         features: Front end of the tokens.

@@ -54,8 +54,8 @@ class Reconstruction(Objective):
         super().__init__(model, mix)
         if model.features.spectra is not None:
             raise ValueError(
-                f"this objective reconstructs features, but those of {type(model.features).__name__} are samples of the waveform: "
-                "choose objective=clusters or objective=best_rq, whose targets are made of a spectrogram"
+                f"this objective reconstructs features, but those of {type(model.features).__name__} are samples of the "
+                "waveform: choose objective=clusters or objective=best_rq, whose targets are made of a spectrogram"
             )
         self.corruption = Corruption(
             mask_proportion, span, zero_probability, replace_probability, band_width, noise_std, noise_probability

@@ -51,6 +51,7 @@ def test_a_front_end_that_computes_something_else_is_not_timed(tmp_path, monkeyp
     [
         ({"features": ["fbank"]}, r"benchmark.features: no 'fbank' \(did you mean kaldi_fbank\?\)"),
         ({"rounds": 0}, "benchmark.rounds must be at least 1, found 0"),
+        ({"features": ["waveform"]}, "benchmark.features=waveform is trained, and torchaudio has no such function: leave it out"),
         ({"duration_s": 0.03}, "benchmark.duration_s=0.03 is shorter than two frames of kaldi_fbank"),
     ],
 )

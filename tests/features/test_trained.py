@@ -330,12 +330,15 @@ def test_wrong_options_are_refused(kind, options, message):
     ],
 )
 def test_objectives_refuse_features_that_do_not_suit(tiny, features, objective, message):
-    configs = tiny | {"features": CONFIGS[features], "objective": objective if "_target_" in objective else tiny["objective"] | objective}
+    chosen = objective if "_target_" in objective else tiny["objective"] | objective
+    configs = tiny | {"features": CONFIGS[features], "objective": chosen}
     with pytest.raises(ValueError, match=message):
         MaskedAcousticModel(**configs, seed=5)
 
 
-@pytest.mark.parametrize("given", [["features=waveform"], ["features.subsample=4"], ["features=kaldi_fbank", "features.subsample=2"]])
+@pytest.mark.parametrize(
+    "given", [["features=waveform"], ["features.subsample=4"], ["features=kaldi_fbank", "features.subsample=2"]]
+)
 def test_a_config_composes_with_the_targets_of_another_front_end(given):
     from hydra import compose, initialize_config_module
 

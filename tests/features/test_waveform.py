@@ -21,7 +21,8 @@ def test_the_published_sizes_are_the_defaults():
     assert features.num_tokens(16000) == 49  # wav2vec 2.0, section 4.2: 49 Hz
     assert features.num_samples(49) == 15760
     assert features.frame_centers(3).tolist() == [200, 520, 840]
-    assert sum(part.numel() for part in Waveform(norm="group").convolutions.parameters()) == 512 * (10 + 4 * 3 * 512 + 2 * 2 * 512)
+    weights = sum(parameter.numel() for parameter in Waveform(norm="group").convolutions.parameters())
+    assert weights == 512 * 10 + 4 * 512 * 512 * 3 + 2 * 512 * 512 * 2
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -34,11 +35,12 @@ def test_it_computes_what_huberts_feature_extractor_does(norm):
     )  # fmt: skip
     theirs = transformers.HubertModel(config).eval()
     ours = Waveform(channels=16, norm=norm)
+    layers = theirs.feature_extractor.conv_layers
     pairs = [
-        *zip(ours.convolutions, (layer.conv for layer in theirs.feature_extractor.conv_layers), strict=True),
-        *zip(ours.norms, (layer.layer_norm for layer in theirs.feature_extractor.conv_layers if hasattr(layer, "layer_norm")), strict=True),
+        *zip(ours.convolutions, (layer.conv for layer in layers), strict=True),
+        *zip(ours.norms, (layer.layer_norm for layer in layers if hasattr(layer, "layer_norm")), strict=True),
         (ours.output_norm, theirs.feature_projection.layer_norm),
-    ]  # fmt: skip
+    ]
     with torch.no_grad():
         for own, other in pairs:
             for parameter, value in zip(own.parameters(), other.parameters(), strict=True):

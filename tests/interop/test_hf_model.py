@@ -43,6 +43,8 @@ FRONT_ENDS = {
     "kaldi_fbank": {"_target_": "audiot.features.KaldiFbank", "num_mel_bins": 20, "cmvn": "global"},
     "spectrogram": {"_target_": "audiot.features.Spectrogram", "stack": 2},
     "mfcc": {"_target_": "audiot.features.MFCC", "delta_order": 2},
+    "subsample": {"_target_": "audiot.features.LogMel", "n_mels": 20, "subsample": 4, "subsample_dim": 16},
+    "waveform": {"_target_": "audiot.features.Waveform", "channels": 16, "norm": "group"},
 }
 
 

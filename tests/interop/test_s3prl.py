@@ -531,6 +531,7 @@ SCALED = {"positions": {"_target_": "audiot.positions.Sinusoid", "scale": 0.1}}
         ({}, SHARED, r"its attention is QueryKey\(share_query_key=True\)"),
         ({}, {"norm": "pre"}, r"a LayerNorm on every hidden state \(model.norm_states=true\)"),
         ({"stack": 3}, {}, "features.stack is 3, S3PRL's 1"),
+        ({"subsample": 2}, {}, "features.subsample is 2, S3PRL's None"),
         ({"eps": 0.1}, {}, "features.eps is 0.1"),
         ({"sample_rate": 8000}, {}, "features.sample_rate is 8000, S3PRL's 16000"),
     ],
@@ -541,6 +542,13 @@ def test_encoders_that_s3prl_lacks_are_refused_with_the_reason_and_a_remedy(feat
         export_s3prl(tmp_path / "encoder", tmp_path / "x.ckpt")
     assert "audiot.s3prl_upstream" in str(caught.value)
     assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_trained_convolutions_on_samples_are_refused(tmp_path):
+    model = audiot_encoder().config["model"]
+    save_encoder(tmp_path / "encoder", AudioEncoder({"_target_": "audiot.features.Waveform", "channels": 8}, model))
+    with pytest.raises(ValueError, match="its features are Waveform"):
+        export_s3prl(tmp_path / "encoder", tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize(
