@@ -108,7 +108,8 @@ class FeaturesUpstream(Upstream):
         }
         unjoined = {**features, "stack": 1} | ({"subsample": None, "subsample_dim": None} if features.get("subsample") else {})
         front_end: Features = make(unjoined)
-        self.features: Features = make(front_end.spectra or unjoined, **({} if cmvn is None else {"cmvn": cmvn}))
+        spectra = front_end.spectra or unjoined
+        self.features: Features = make(spectra if cmvn is None else {**spectra, "cmvn": cmvn})
         self.context = context
         self.stack = 1
         self.num_states = 1

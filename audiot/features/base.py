@@ -390,8 +390,8 @@ class Features(nn.Module, ABC):
 
 
 class Subsampling(nn.Module):
-    """Convolutions over frames, one or two of stride 2: the encoder's input of BEST-RQ (arXiv:2202.01855, section 4) and of
-    Conformer (arXiv:2005.08100).
+    """Convolutions over frames, one or two of stride 2, as before the encoders of Conformer (Gulati et al. 2020,
+    arXiv:2005.08100) and BEST-RQ (Chiu et al. 2022, arXiv:2202.01855).
 
     Each has a kernel of 3 frames and a GELU after it, and a LayerNorm ends the stack. The published ones go over time and
     frequency, with kernels of 3 × 3 and the same strides; these go over time and join all channels. The first one also hears

@@ -30,8 +30,8 @@ class Waveform(Features):
             ``group``: no bias, and a norm of each channel over time, after the first convolution alone (Base). Its statistics are
             of an utterance's own samples, those that fill no window left out, so they change with how an utterance is cropped.
         normalize: Whether each utterance is scaled to mean 0 and variance 1 first.
-        grad_scale: Factor of the convolutions' gradient: 0.1 as in wav2vec 2.0's training on LibriSpeech (section 4.2), of which
-            HuBERT Base took it; the models trained on Libri-Light have 1.
+        grad_scale: Factor of the convolutions' gradient: 0.1 as in the Base models of wav2vec 2.0 and HuBERT; the Large ones have
+            1.
         sample_rate: Sample rate in Hz.
         stack: Always 1: the strides say how long a token is.
     """
@@ -95,8 +95,9 @@ class Waveform(Features):
             nn.Conv1d(1 if index == 0 else channels, channels, kernel, stride, bias=norm == "layer")
             for index, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
         )
-        for convolution in self.convolutions:
-            nn.init.kaiming_normal_(convolution.weight)
+        for name, parameter in self.convolutions.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_normal_(parameter)
         norms = [nn.LayerNorm(channels) for _ in kernels] if norm == "layer" else [NormOverTime(channels)]
         self.norms = nn.ModuleList(norms)
         self.output_norm = nn.LayerNorm(channels)
