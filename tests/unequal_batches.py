@@ -5,6 +5,7 @@ Usage: ``python unequal_batches.py FOLDER RANK``.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from itertools import chain
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, IterableDataset
 
+from audiot.base.groups import options, read_option
 from audiot.data.labels import IGNORED
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream
@@ -44,6 +46,28 @@ def reconstruction(**objective):
     return Tokens(**configs)
 
 
+SMALL = {"span": 3, "num_codebooks": 2, "num_codes": 16, "num_clusters": 16, "sample_s": 30.0, "iterations": 5, "steps": 9}
+OBJECTIVES = options("objective")
+
+
+def objective_config(name):
+    """conf/objective/NAME.yaml as a plain dict, of a tiny size."""
+    own, config = read_option("objective", name), {}
+    for base in own.pop("defaults", []):
+        config |= objective_config(base)
+    config |= own
+    return config | {key: value for key, value in SMALL.items() if key in config}
+
+
+def objective(name):
+    """A module with an objective, with noise for what it would fit."""
+    module = Tokens(**TINY | STILL | {"model": TINY["model"] | {"dropout": 0.0}, "objective": objective_config(name)})
+    for buffer in module.objective.buffers():
+        if buffer.isnan().any():
+            buffer.normal_()
+    return module
+
+
 def task(head, objective, classes):
     names = {"head": f"audiot.downstream.heads.{head}", "objective": f"audiot.downstream.{objective.pop('kind')}"}
     return DownstreamModule(
@@ -62,12 +86,17 @@ SLOTS = ["x=1", "x=2", "y=1", "y=2"]
 KINDS = {
     "reconstruction": lambda: reconstruction(),
     "reconstruction of bands": lambda: reconstruction(band_width=8, noise_probability=0.5),
+    **{f"pretraining {name}": functools.partial(objective, name) for name in OBJECTIVES},
     "frames": lambda: task("FrameClassifier", {"kind": "objectives.Classification"}, CLASSES),
     "utterances": lambda: task("UtteranceClassifier", {"kind": "objectives.Classification"}, CLASSES),
     "slots": lambda: task("UtteranceClassifier", {"kind": "objectives.Slots", "fields": ["x", "y"]}, SLOTS),
     "ctc": lambda: task("FrameClassifier", {"kind": "ctc.CTC"}, CLASSES),
     "verification": lambda: task("UtteranceClassifier", {"kind": "verification.Verification", "embedding_dim": 6}, CLASSES),
 }
+
+
+def is_pretraining(kind):
+    return kind.startswith(("reconstruction", "pretraining"))
 
 
 def made(kind):
@@ -96,12 +125,12 @@ def batch_of(kind, numbered):
     """A padded batch of (number, length) of utterances, whose content follows from the number."""
     longest = max(length for _, length in numbered)
     numbers, lengths = zip(*numbered, strict=True)
-    width = 60 if kind.startswith("reconstruction") else 20
+    width = 60 if is_pretraining(kind) else 20
     frames = torch.full((len(numbered), longest, width), 9.0, dtype=torch.float64)
     for row, (number, length) in zip(frames, numbered, strict=True):
         row[:length] = torch.randn(length, width, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     batch = {"lengths": torch.tensor(lengths), "position": (0, 0), "keys": torch.tensor(numbers)}
-    if kind.startswith("reconstruction"):
+    if is_pretraining(kind):
         return batch | {"tokens": frames}
     labels = [labels_of(kind, *each) for each in numbered]
     if labels[0].ndim:
@@ -155,7 +184,9 @@ def step(kind, batches, **options):
     trainer.fit(module, DataLoader(batches, batch_size=None))
     logged = {name.rpartition("/")[2]: float(value) for name, value in trainer.callback_metrics.items()}
     gradients = {name: whole(parameter.grad) for name, parameter in module.named_parameters() if parameter.grad is not None}
-    return {"loss": logged.get("train_l1", logged.get("loss")), "norm": logged.get("gradient_norm"), "gradients": gradients}
+    loss = next(value for name, value in logged.items() if name == "loss" or name.startswith("train_"))
+    state = {name: whole(value) for name, value in module.objective.state_dict().items()}
+    return {"loss": loss, "norm": logged.get("gradient_norm"), "gradients": gradients, "state": state}
 
 
 STRATEGIES = {"ddp": ReplicatedStrategy, "fsdp": ShardedStrategy}
@@ -165,6 +196,7 @@ STEPS = [  # strategy, kind, batches that each rank adds up
     ("ddp", "ctc", 2),
     ("fsdp", "reconstruction of bands", 2),
     ("fsdp", "reconstruction", 1),
+    *((strategy, "pretraining self_distillation", 2) for strategy in STRATEGIES),
 ]
 VALIDATIONS = [3, 1]  # batches that two ranks share
 

@@ -225,7 +225,7 @@ class SelfDistillation(CodePrediction):
         for number, layer in enumerate(heard):
             points = torch.cat(layer)
             if len(points) < self.num_codes:
-                raise ValueError(f"objective.num_codes={self.num_codes} needs as many tokens to fit, found {len(points)}: lower it")
+                raise ValueError(f"objective.num_codes={self.num_codes} needs as many tokens, found {len(points)}: lower it")
             self.codebook[number] = kmeans(points, self.num_codes, seed, ITERATIONS)
             counts.append(nearest(points, self.codebook[number]).bincount(minlength=self.num_codes))
         return self.set_prior(torch.stack(counts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from unequal_batches import KINDS, STEPS, VALIDATIONS, batches_of, big_batch, made, step, validate
+from unequal_batches import KINDS, STEPS, VALIDATIONS, batches_of, big_batch, is_pretraining, made, step, validate
 
 from audiot.data.labels import IGNORED
 from audiot.objectives.reconstruction import interpolate_masked
@@ -22,9 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 def loss_of(kind, batch):
     """Loss of a batch with its graph, by PyTorch alone, and the module."""
     module = made(kind)
-    if kind.startswith("reconstruction"):
-        tokens, lengths, _, valid, _ = module.inputs(batch)
-        return module.loss(tokens, lengths, batch["keys"], valid).value, module
+    if is_pretraining(kind):
+        return module.loss(*module.inputs(batch)).value, module
     outputs, lengths = module(batch)
     return module.objective.loss(outputs, lengths, batch).value, module
 
@@ -37,6 +37,12 @@ def mean_over_all(kind, count):
     return loss.item(), gradients
 
 
+@functools.cache
+def state_after(kind, count):
+    """State of the objective after a step of one process with all utterances in one batch."""
+    return step(kind, [big_batch(kind, count)])["state"]
+
+
 def check(found, kind, count):
     loss, gradients = mean_over_all(kind, count)
     assert found["loss"] == pytest.approx(loss, rel=1e-9)
@@ -44,6 +50,10 @@ def check(found, kind, count):
     for name, gradient in gradients.items():
         largest = float(gradient.abs().max())
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-9, atol=1e-9 * largest, msg=name)
+    expected = state_after(kind, count)
+    assert found["state"].keys() == expected.keys()
+    for name, value in expected.items():  # what an objective learns without gradients, such as codes
+        torch.testing.assert_close(found["state"][name], value, rtol=1e-9, atol=1e-9, msg=name)
     if found["norm"] is not None:  # as it is before it is clipped
         assert found["norm"] == pytest.approx(torch.cat([each.flatten() for each in gradients.values()]).norm().item(), rel=1e-6)
 
@@ -117,8 +127,8 @@ def test_weighing_compiled_steps_on_the_gpu_waits_for_nothing(count, tmp_path):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
         inputs = []
         for batch in batches_of("reconstruction", count):
-            tokens, lengths, _, valid, _ = module.inputs(batch)
-            inputs.append((tokens.float().cuda(), lengths.cuda(), batch["keys"].cuda(), None if valid is None else valid.cuda()))
+            tokens, *others, _ = module.inputs(batch)
+            inputs.append((tokens.float().cuda(), *(None if each is None else each.cuda() for each in others)))
         for turn in range(4):
             torch.cuda.set_sync_debug_mode("error" if turn == 3 else "default")
             optimizer.zero_grad()
