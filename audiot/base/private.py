@@ -95,6 +95,18 @@ def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
+def approach(tensors: Sequence[Tensor], others: Sequence[Tensor], rate: Tensor) -> None:
+    """Move tensors in place a part `rate` of the way to others, with a few kernels for all of them or one by one."""
+    subtract, multiply, add = (getattr(torch, f"_foreach_{name}", None) for name in ("sub", "mul_", "add_"))
+    if subtract is not None and multiply is not None and add is not None:
+        differences = subtract(others, tensors)
+        multiply(differences, rate)
+        add(tensors, differences)
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.add_((other - tensor) * rate)
+
+
 def unscale_before_clipping(optimizer: Optimizer) -> None:
     """Tell Lightning that the optimiser does not unscale float16 gradients itself, although fused optimisers claim to.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from audiot.base import streams
 from audiot.base.devices import attention_of_any_shape, to_host
+from audiot.base.private import approach
 from audiot.checkpoint import AudioEncoder
 from audiot.model import length_mask
 from audiot.objectives.codes import CodePrediction
@@ -274,9 +275,7 @@ class SelfDistillation(CodePrediction):
         """Average the weights. Under FSDP, teacher and encoder share them out alike, so each process averages its own part."""
         pairs = zip(self.teacher.parameters(), model.encoder.parameters(), strict=True)
         ours, theirs = zip(*((local_part(one.data), local_part(other.data)) for one, other in pairs), strict=True)
-        differences = torch._foreach_sub(theirs, ours)
-        torch._foreach_mul_(differences, self.teacher_rate().to(ours[0].dtype))
-        torch._foreach_add_(ours, differences)
+        approach(ours, theirs, self.teacher_rate().to(ours[0].dtype))
         for one, other in zip(self.teacher.buffers(), model.encoder.buffers(), strict=True):
             one.copy_(other)
 

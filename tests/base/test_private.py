@@ -95,6 +95,15 @@ def test_tensors_are_scaled_together_or_one_after_the_other(monkeypatch, missing
     assert [tensor.tolist() for tensor in tensors] == [[0.5, 0.5], [0.0, 0.5, 1.0]]
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_tensors_approach_others_together_or_one_after_the_other(monkeypatch, missing):
+    if missing:
+        monkeypatch.delattr(torch, "_foreach_sub")
+    tensors = [torch.ones(2), torch.arange(3.0)]
+    private.approach(tensors, [torch.zeros(2), torch.tensor([4.0, 1.0, 6.0])], torch.tensor(0.25))
+    assert [tensor.tolist() for tensor in tensors] == [[0.75, 0.75], [1.0, 1.0, 3.0]]
+
+
 def test_settings_that_dynamo_no_longer_has_are_left_alone(monkeypatch):
     import torch._dynamo
 
