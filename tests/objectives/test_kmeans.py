@@ -11,8 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from audiot.features import LogMel
 from audiot.objectives import kmeans as module
-from audiot.objectives.clusters import states_at_tokens
-from audiot.objectives.codes import in_context, nearest_visible
+from audiot.objectives.codes import in_context, nearest_in_time, nearest_visible
 from audiot.objectives.kmeans import first_centres, kmeans, lloyd, nearest, normalised_mutual_information
 
 
@@ -93,16 +92,6 @@ def test_fewer_points_than_clusters_are_refused():
         kmeans(blobs(4), 9, seed=0)
 
 
-class Upstream:
-    """What `states_at_tokens` asks of a teacher."""
-
-    def __init__(self, features, stack):
-        self.features, self.stack = features, stack
-
-    def frame_centers(self, count):
-        return self.features.frame_centers(count)
-
-
 @pytest.mark.parametrize(
     ("own_stack", "hop", "stack"), [(1, 160, 1), (3, 160, 1), (1, 160, 2), (2, 160, 3), (3, 100, 1), (1, 320, 1)]
 )
@@ -111,8 +100,7 @@ def test_a_token_gets_the_state_in_whose_middle_it_is(own_stack, hop, stack):
         """In samples. A frame has 400."""
         return np.mean([(number * stack + each) * hop + 200 for each in range(stack)])
 
-    teacher = Upstream(LogMel(n_mels=8, hop_length=hop), stack)
-    found = states_at_tokens(LogMel(n_mels=8, stack=own_stack), teacher, 40, 45)
+    found = nearest_in_time(LogMel(n_mels=8, stack=own_stack), LogMel(n_mels=8, hop_length=hop), stack, 40, 45)
     for t in range(40):
         apart = [abs(middle(t, 160, own_stack) - middle(state, hop, stack)) for state in range(45)]
         assert int(found[t]) == int(np.argmin(apart))  # of two, the earlier
