@@ -74,7 +74,8 @@ class SelfDistillation(CodePrediction):
         options: Parameters of `CodePrediction`.
     """
 
-    extras: ClassVar[Mapping[str, str]] = CodePrediction.extras | {
+    extras: ClassVar[Mapping[str, str]] = {
+        **CodePrediction.extras,
         "teacher_perplexity": "perplexity of the codes in the latest steps, mean of the layers",
         "used_codes": "codes that are not dead, mean of the layers",
         "teacher_variance": "variance of the teacher's states over time, as a part of their energy",

@@ -58,6 +58,7 @@ def assigned(module, batch):
     return found
 
 
+@torch.no_grad()
 def test_a_step_moves_codes_and_teacher_as_a_loop_does():
     module, prior = made(), torch.rand(2, 16, dtype=torch.float64)
     inner = module.objective
@@ -80,6 +81,14 @@ def test_a_step_moves_codes_and_teacher_as_a_loop_does():
         expected = (1 - rate) * before[f"teacher.{name}"] + rate * weight
         torch.testing.assert_close(inner.teacher.get_parameter(name), expected, rtol=1e-6, atol=1e-12)
     assert inner.step == 1
+    shares = []  # of each real token's utterance
+    for batch in batches():
+        for row, length in zip(batch["tokens"], batch["lengths"].tolist(), strict=True):
+            states = [state[0].numpy() for state in made().objective.teacher(row[None, :length])[1:]]
+            shares += length * [[state.var(0).sum() / np.square(state).mean(0).sum() for state in states]]
+    np.testing.assert_allclose(inner.variance.numpy(), np.mean(shares, axis=0), rtol=1e-9)
+    assert not inner._moments.any()  # the next step starts anew
+    assert not inner._spread.any()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,34 @@ def test_a_compiled_step_sums_up_what_the_eager_one_does():
         module.objective.after_step(module.model)
         sums.append([value.clone() for value in module.objective.state_dict().values()])
     torch.testing.assert_close(sums[1], sums[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_steps_on_the_gpu_wait_for_nothing_and_learn_what_the_eager_ones_learn(graphs, monkeypatch):
+    monkeypatch.setattr(self_distillation, "CHECK_EVERY", 2)
+    monkeypatch.setattr(self_distillation, "WARM_UP", 0)
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = objective("self_distillation").cuda().train()
+        if compiled:
+            module.compile_step(graphs=graphs)
+        optimizer = torch.optim.AdamW(parameter_groups(module, 0.01), lr=1e-4, fused=True)
+        optimizer.register_step_post_hook(lambda *_, module=module: module.objective.after_step(module.model))
+        tokens, lengths, keys, valid, _ = module.inputs(batches()[0])
+        inputs = tokens.float().cuda(), lengths.cuda(), keys.cuda(), valid.cuda()
+        for step in range(9):
+            torch.cuda.set_sync_debug_mode("error" if step >= 6 else "default")
+            loss = module.step_loss(*inputs).value
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        found.append((float(loss), module.objective.prior.cpu()))
+    assert found[1][0] == pytest.approx(found[0][0], abs=0.02)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0.02)
 
 
 def test_evaluation_counts_nothing_and_a_step_without_tokens_changes_no_code():
