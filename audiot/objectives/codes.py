@@ -40,6 +40,7 @@ class CodePrediction(Objective):
         span: Length of a span in tokens.
         fill: What stands in place of a masked token: ``learned``, a vector that is trained (HuBERT); ``noise`` of deviation 0.1
             (BEST-RQ); or ``zero``.
+        visible_weight: Weight of a visible token's cross-entropy in the loss, beside 1 for a masked one's.
         head_dim: Width of the cosine head; None for a linear one. See `CodeHead`.
         mix: See `Objective`.
         features: Config of the fixed front end that the targets are made of; a token's target is made of what is nearest in
@@ -71,6 +72,7 @@ class CodePrediction(Objective):
         mask_proportion: float = 0.65,
         span: int = 10,
         fill: str = "learned",
+        visible_weight: float = 0.0,
         head_dim: int | None = None,
         mix: Mapping[str, Any] | None = None,
         features: Mapping[str, Any] | None = None,
@@ -82,7 +84,10 @@ class CodePrediction(Objective):
         if fill not in ("learned", "noise", "zero"):
             raise ValueError(f"objective.fill must be learned, noise or zero, found {fill!r}")
         self.spans = Spans(mask_proportion, span)
+        if not 0 <= visible_weight <= 1:
+            raise ValueError(f"objective.visible_weight must be in [0, 1], found {visible_weight}")
         self.fill = fill
+        self.visible_weight = visible_weight
         self.stack = model.features.stack
         self.num_codebooks, self.num_codes = num_codebooks, num_codes
         self.head = CodeHead(model.encoder.embed_dim, num_codebooks, num_codes, head_dim)
@@ -136,8 +141,8 @@ class CodePrediction(Objective):
         """Codes (B, T, G), int64, of what `source` gave; those of padding are meaningless."""
 
     def predicted(self, num_frames: int) -> int:
-        """Tokens that spans can cover."""
-        return self.spans.max_masked(num_frames)
+        """Tokens that spans can cover, or all where visible ones count too."""
+        return num_frames if self.visible_weight else self.spans.max_masked(num_frames)
 
     def corrupt(self, embedded: Tensor, lengths: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's input (B, T, C) with its masked tokens replaced, and the masked tokens, bool (B, T)."""
@@ -157,9 +162,12 @@ class CodePrediction(Objective):
         """Cross-entropy of the codes at masked tokens."""
         corrupted, frames = self.corrupt(model.features.embed(tokens, valid), lengths, keys)
         hidden = model.encoder(corrupted, valid)[-1]
+        codes = self.codes(source, lengths)
+        if self.visible_weight:
+            weight = frames.float().clamp(min=self.visible_weight)
+            return masked_cross_entropy(self.head(hidden), codes, weight if valid is None else weight * valid)
         index, chosen = masked_first(frames, self.predicted(tokens.shape[1]))
-        codes = at_frames(self.codes(source, lengths), index)
-        return masked_cross_entropy(self.head(at_frames(hidden, index)), codes, chosen)
+        return masked_cross_entropy(self.head(at_frames(hidden, index)), at_frames(codes, index), chosen)
 
     def fit(self, model: AudioEncoder, sample: Sample, seed: int) -> dict[str, Any]:
         """Count how often each code occurs in ten minutes of training audio."""
@@ -264,7 +272,7 @@ def masked_cross_entropy(scores: Tensor, codes: Tensor, weight: Tensor) -> Mean:
     Args:
         scores: (B, N, G, V).
         codes: (B, N, G).
-        weight: Frames that count, bool (B, N).
+        weight: Frames that count, bool (B, N), or their weights.
     """
     nats = nn.functional.cross_entropy(at_least_float32(scores.flatten(0, -2)), codes.flatten(), reduction="none")
     nats = nats.view(codes.shape).mean(-1)
