@@ -31,7 +31,8 @@ class Clusters(CodePrediction):
         sample_s: Seconds of audio to fit on.
         iterations: Most iterations of k-means.
         teacher: Config of an upstream (see `audiot.downstream.upstream`); None: clusters of features.
-        layer: Hidden state of the teacher, where 0 is the input of its first layer and −1 the last one.
+        layer: Hidden state of the teacher, where 0 is the input of its first layer and −1 the last one; None: the one two thirds
+            of the way up, as phones are known best there.
         rounds: Rounds of training in all. `audiot pretrain` trains the earlier ones itself, each the teacher of the next.
         options: Parameters of `CodePrediction`.
     """
@@ -43,10 +44,10 @@ class Clusters(CodePrediction):
         model: AudioEncoder,
         num_clusters: int = 500,
         context: int = 3,
-        sample_s: float = 3600.0,
+        sample_s: float = 900.0,
         iterations: int = 30,
         teacher: Mapping[str, Any] | None = None,
-        layer: int = -1,
+        layer: int | None = None,
         rounds: int = 1,
         **options: Any,
     ) -> None:
@@ -56,14 +57,16 @@ class Clusters(CodePrediction):
             raise ValueError(f"objective.sample_s must be a positive number of seconds, found {sample_s}")
         if iterations < 1 or rounds < 1:
             raise ValueError(f"objective.iterations and objective.rounds must be at least 1, found {iterations} and {rounds}")
-        self.context, self.sample_s, self.iterations, self.layer = context, sample_s, iterations, layer
+        self.context, self.sample_s, self.iterations = context, sample_s, iterations
         self.teacher: Any = None
         width = self.target_dim * context
         if teacher is not None:
             self.target_features = None
             self.teacher = make(teacher, inside=False).requires_grad_(False)
-            if not -self.teacher.num_states <= layer < self.teacher.num_states:
-                raise ValueError(f"objective.layer={layer}: the teacher has the hidden states 0 to {self.teacher.num_states - 1}")
+            top = self.teacher.num_states - 1
+            self.layer = round(top * 2 / 3) if layer is None else layer
+            if not -top - 1 <= self.layer <= top:
+                raise ValueError(f"objective.layer={layer}: the teacher has the hidden states 0 to {top}")
             if self.teacher.features.sample_rate != model.features.sample_rate:
                 raise ValueError(
                     f"objective.teacher hears {self.teacher.features.sample_rate} Hz and the features are of "
