@@ -7,24 +7,26 @@ from torch import Tensor, nn
 
 from audiot.base.streams import key, uniform
 
-CHUNK = 2**24  # distances held at a time
+CHUNK = 2**22  # distances held at a time
 TRIALS = 4  # candidates for each first centre, of which the best is taken
-FIRST = 32  # points per cluster that first centres are chosen from
+FIRST = 8  # points per cluster that first centres are chosen from
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:
     """Number of the nearest centre: (…, D) and (K, D) → (…), int64. Of equally near ones, the first.
 
-    The distance is computed as ‖c‖² − 2 p·c, in float32 or better, whatever autocast says.
+    The distance is computed as ‖c‖² − 2 p·c, whatever autocast says.
     """
     with torch.autocast(points.device.type, enabled=False):
-        points = points.to(centres.dtype)
-        return torch.addmm(
-            centres.square().sum(1), points.flatten(0, -2), centres.T, alpha=-2
-        ).argmin(-1).view(points.shape[:-1])  # fmt: skip
+        return _scores(points.to(centres.dtype).flatten(0, -2), centres).argmin(-1).view(points.shape[:-1])
 
 
-def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 30) -> Tensor:
+def _scores(points: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (N, K) without ‖p‖², which is the same for all centres."""
+    return torch.addmm(centres.square().sum(1), points, centres.T, alpha=-2)
+
+
+def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 20) -> Tensor:
     """Centres of k-means: k-means++ with several candidates (Arthur and Vassilvitskii 2007), then Lloyd's iterations.
 
     A centre that loses all its points is moved to the point that is farthest from its centre. It ends early when no point
@@ -53,18 +55,22 @@ def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 30) -
 def first_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
     """Draw centres among the points, each with a probability in proportion to its squared distance from those before it.
 
-    Of many points, 32 per cluster at equal intervals are drawn from, on the CPU.
+    Of many points, 8 per cluster at equal intervals are drawn from, on the CPU.
     """
     device, points = points.device, points[:: max(1, len(points) // (FIRST * num_clusters))].cpu()
     draws = uniform(torch.tensor([key("k-means", seed)]), num_clusters * TRIALS).view(num_clusters, TRIALS).tolist()
-    norms = points.square().sum(1)
+    norms = points.square().sum(1, keepdim=True)
+
+    def distances(chosen: Tensor) -> Tensor:
+        return (norms + _scores(points, points[chosen])).clamp_(min=0)
+
     chosen = [int(draws[0][0] * len(points))]
-    closest = _distances(points, norms, points[chosen])[:, 0]
+    closest = distances(torch.tensor(chosen))[:, 0]
     for row in draws[1:]:
         reached = closest.double().cumsum(0)
         wanted = torch.tensor(row, dtype=torch.float64) * reached[-1]
         candidates = torch.searchsorted(reached, wanted, right=True).clamp(max=len(points) - 1)
-        within = torch.minimum(closest[:, None], _distances(points, norms, points[candidates]))
+        within = torch.minimum(closest[:, None], distances(candidates))
         best = int(within.double().sum(0).argmin())
         chosen.append(int(candidates[best]))
         closest = within[:, best]
@@ -73,42 +79,40 @@ def first_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 def lloyd(points: Tensor, centres: Tensor, iterations: int) -> Tensor:
     """Lloyd's iterations from given centres (K, D): each centre becomes the mean of the points that it is nearest to."""
-    rows = max(1, CHUNK // len(centres))
     previous = None
     norms = points.square().sum(1)
     for _ in range(iterations):
-        owner, distance = _assign(points, norms, centres, rows)
+        scores, owner = _nearest(points, centres)
         if previous is not None and bool((owner == previous).all()):
             break
         previous = owner
         counts = owner.bincount(minlength=len(centres))
         empty = (counts == 0).nonzero()[:, 0]
         if len(empty):
-            far = distance.topk(len(empty)).indices
+            far = (norms + scores).topk(len(empty)).indices
             owner = owner.scatter(0, far, empty)
             counts = owner.bincount(minlength=len(centres))
-        sums = torch.zeros_like(centres)
-        for begin in range(0, len(points), rows):  # products: sums by index have no order on a GPU
-            member = nn.functional.one_hot(owner[begin : begin + rows], len(centres)).to(points.dtype)
-            sums += member.T @ points[begin : begin + rows]
-        filled = counts > 0
-        centres = torch.where(filled[:, None], sums / counts.clamp(min=1)[:, None], centres)
+        sums = _sums(points, owner, len(centres))
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
     return centres
 
 
-def _assign(points: Tensor, norms: Tensor, centres: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each point, and its squared distance."""
-    owners, distances = [], []
-    for begin in range(0, len(points), rows):
-        found = _distances(points[begin : begin + rows], norms[begin : begin + rows], centres).min(1)
-        owners.append(found.indices)
-        distances.append(found.values)
-    return torch.cat(owners), torch.cat(distances)
+def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Score and number of the nearest centre of each point."""
+    rows = max(1, CHUNK // len(centres))
+    found = [_scores(part, centres).min(1) for part in points.split(rows)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
-def _distances(points: Tensor, norms: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances (N, K)."""
-    return (norms[:, None] - 2 * points @ centres.T + centres.square().sum(1)).clamp_(min=0)
+def _sums(points: Tensor, owner: Tensor, num_clusters: int) -> Tensor:
+    """Sum of the points of each cluster (K, D)."""
+    sums = points.new_zeros(num_clusters, points.shape[1])
+    if points.device.type == "cpu":
+        return sums.index_add_(0, owner, points)
+    rows = max(1, CHUNK // num_clusters)
+    for part, number in zip(points.split(rows), owner.split(rows), strict=True):  # sums by index have no order on a GPU
+        sums += nn.functional.one_hot(number, num_clusters).to(points.dtype).T @ part
+    return sums
 
 
 def normalised_mutual_information(first: Tensor, second: Tensor) -> float:
