@@ -71,7 +71,9 @@ def test_the_gpu_computes_the_loss_of_the_cpu(name):
     for device in ("cpu", "cuda"):
         model = module(name).double().to(device)
         with torch.no_grad():
-            found.append(model.loss(*model.inputs(batch(model, 40, device))).value.cpu())
+            given = batch(model, 40, device)
+            given["waveforms"] = given["waveforms"].double()
+            found.append(model.loss(*model.inputs(given)).value.cpu())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
