@@ -53,7 +53,7 @@ PRETRAIN = {
     "sweep without -m": ("seed=1,2", "seed=1,2 names several values: add -m to run them all, or [brackets] for a list"),
     "word for a whole number": ("trainer.max_steps=abc", "trainer.max_steps=abc: expected a whole number, such as "),
     "fraction for a whole number": ("model.num_layers=1.5", "model.num_layers=1.5: expected a whole number, such as 3"),
-    "word for a number": ("optimizer.lr=fast", "optimizer.lr=fast: expected a number, such as 0.001"),
+    "word for a number": ("optimizer.lr=fast", "optimizer.lr=fast: expected a number, such as 0.003"),
     "word for a seed": ("seed=x", "seed=x: expected a whole number, such as 0"),
     "number for a truth value": ("probe=3", "probe=3: expected true or false"),
     "number for a list": ("optimizer.betas=3", "optimizer.betas=3: expected a list, such as [0.9, 0.999]"),
@@ -62,7 +62,7 @@ PRETRAIN = {
         "model.attention=query_key: expected its single keys, as in model.attention.key",
     ),
     "norm": ("model.norm=mid", "model.norm must be post or pre, found 'mid'"),
-    "normalisation": ("features.cmvn=foo", "features.cmvn must be utterance, global or none, found 'foo'"),
+    "normalisation": ("features.cmvn=foo", "features.cmvn must be utterance, global, level or none, found 'foo'"),
     "heads": ("model.num_heads=5", "rotary positions need an even head size but embed_dim 24 / num_heads 5 is 4.8"),
     "no heads": ("model.num_heads=0", "model.num_heads must be at least 1, found 0"),
     "no value at all": ("model.embed_dim=null", "model/encoder: "),
@@ -225,7 +225,10 @@ def test_training_that_diverges_is_no_result(made, tmp_path):
     folder = tmp_path / "run"
     result = run("pretrain", *TINY, "probe=false", "optimizer.lr=1e30", f"hydra.run.dir={folder}")
     assert result.code == 1
-    assert result.err.splitlines()[-1] == "audiot: error: training diverged, pretrain/val_l1 is nan: lower optimizer.lr=1e+30"
+    assert (
+        result.err.splitlines()[-1]
+        == "audiot: error: training diverged, pretrain/val_cross_entropy is nan: lower optimizer.lr=1e+30"
+    )
     assert not (folder / "encoder").exists()
 
 

@@ -228,13 +228,15 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         "encoder/config.json",
         "plots/training.png",
         "plots/attention.png",
-        "plots/reconstruction.png",
+        "plots/codes.png",
         "plots/probes.png",
     ):
         assert (made.run / name).stat().st_size > 0
     summary = read(made.run / "summary.json")
     assert set(summary) == {
-        *(f"pretrain/{name}" for name in ("val_l1", "zero_l1", "interpolation_l1")),
+        *(f"pretrain/{name}_cross_entropy" for name in ("val", "unigram", "chance")),
+        *(f"pretrain/{name}_accuracy" for name in ("val", "neighbour", "unigram")),
+        *("targets/codes", "targets/used", "targets/perplexity", "targets/stability", "monitor"),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
         *("frames_per_s", "data_wait", "first_step_s", "precision", "parameters", "steps", "wall_s", "resumed_step", "intervals"),
@@ -281,7 +283,7 @@ def test_a_finished_run_is_not_resumed_and_a_longer_one_is(made, tmp_path):
     assert " s since step 4\n" in out
     after = read(folder / "summary.json")
     assert after["steps"] == 6
-    assert after["pretrain/val_l1"] != before["pretrain/val_l1"]
+    assert after["pretrain/val_cross_entropy"] != before["pretrain/val_cross_entropy"]
     assert not (folder / "probes").exists()  # they were the shorter run's
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert int(rows[0]["step"]) == 1  # the earlier part's are kept
@@ -325,11 +327,11 @@ def broken(*arguments, **options):
 @blank
 def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr("audiot.commands.pretrain.plot_attention", broken)
-    monkeypatch.setattr("audiot.objectives.reconstruction.plot_reconstruction", broken)
+    monkeypatch.setattr("audiot.objectives.codes.plot_codes", broken)
     folder = tmp_path / "run"
     out = succeed("pretrain", *TINY, "probe=false", f"hydra.run.dir={folder}")
     assert out.splitlines()[-2:] == [
-        "failed  reconstruction.png: RuntimeError: no ink",
+        "failed  codes.png: RuntimeError: no ink",
         "failed  attention.png: RuntimeError: no ink",
     ]
     assert (folder / "encoder").is_dir()
@@ -339,7 +341,7 @@ def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, 
     monkeypatch.setattr("audiot.commands.analyze.plot_attention", broken)
     result = run("analyze", f"run={folder}")
     assert (result.code, result.err) == (1, "audiot: error: not drawn: attention.png, attention-untrained.png\n")
-    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "reconstruction.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "codes.png"}
 
 
 @blank
@@ -552,7 +554,7 @@ def test_analyze_draws_a_run(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     shutil.rmtree(folder / "plots")
     out = succeed("analyze", f"run={folder}")
-    drawn = {"reconstruction", "attention", "attention-untrained", "training", "probes"}
+    drawn = {"codes", "attention", "attention-untrained", "training", "probes"}
     assert {path.stem for path in (folder / "plots").glob("*.png")} == drawn
     assert all(str(folder / "plots" / f"{name}.png") in out for name in drawn)
 
@@ -641,10 +643,13 @@ def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
     options = ["attention=query_key,synthesizer_random", "seed=0,1", "probe=false", "logger=none", "trainer.max_steps=2"]
     out = succeed("pretrain", *TINY, "-m", *options, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     header, *rows = csv.reader((tmp_path / "sweep" / "sweep.csv").open())
-    assert header == ["setting", "runs", "pretrain/val_l1", "frames_per_s"]
+    assert header == ["setting", "runs", "pretrain/val_cross_entropy", "frames_per_s"]
     assert [row[:2] for row in rows] == [["attention=query_key", "2"], ["attention=synthesizer_random", "2"]]
     for number, row in zip(("0", "2"), rows, strict=True):
-        losses = [read(tmp_path / "sweep" / run / "summary.json")["pretrain/val_l1"] for run in (number, str(int(number) + 1))]
+        losses = [
+            read(tmp_path / "sweep" / run / "summary.json")["pretrain/val_cross_entropy"]
+            for run in (number, str(int(number) + 1))
+        ]
         assert row[2].split(" ± ")[0] == f"{sum(losses) / 2:.3f}"
     table = out[out.index("sweep, mean ± standard deviation") :]
     assert [line.split()[0] for line in table.splitlines()[1:]] == [*header, "wrote"]
@@ -671,7 +676,7 @@ def test_a_search_gets_the_validation_loss_to_minimise(made, tmp_path):
     options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "optimizer.lr=interval(0.001,0.002)"]
     succeed("pretrain", *TINY, "-m", *options, "probe=false", "logger=none", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     best = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
-    assert best["best_value"] == read(tmp_path / "sweep" / "0" / "summary.json")["pretrain/val_l1"]
+    assert best["best_value"] == read(tmp_path / "sweep" / "0" / "summary.json")["pretrain/val_cross_entropy"]
 
 
 # W&B

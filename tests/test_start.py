@@ -26,7 +26,7 @@ print(*sorted(set({heavy!r}) & set(sys.modules)), sep=",")
     ("arguments", "answer"),
     [
         (["--help"], "usage: audiot COMMAND"),
-        (["pretrain", "--help"], "data        demo, fluent_speech_commands, folder"),
+        (["pretrain", "--help"], "data        demo, festvox, fluent_speech_commands, folder"),
         (["finetune", "downstream=asr", "--help"], "downstream  asr, intent, keyword"),
         (["pretrain", "trainer.max_stepz=3"], "no config key 'trainer.max_stepz' (did you mean trainer.max_steps?)"),
         (["pretrain", "attention=query_kee"], "attention=query_kee: no such option (did you mean query_key?)"),

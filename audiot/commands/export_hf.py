@@ -198,6 +198,11 @@ def _figures(run: Path | None, summary: Mapping[str, Any], corpus: str) -> tuple
             f"Validation L1 of the masked frames: {loss:.3f} (zeros in their place {zero:.3f}, interpolation {between:.3f})."
         ]
         results.append(_result(corpus, "validation", "masked-acoustic-modeling", "l1", "L1 of the masked frames", loss))
+    if "pretrain/val_cross_entropy" in summary:
+        loss, unigram, chance = (summary[f"pretrain/{name}_cross_entropy"] for name in ("val", "unigram", "chance"))
+        lines += [f"Validation cross-entropy of the masked codes: {loss:.3f} nats (unigram {unigram:.3f}, chance {chance:.3f})."]
+        what = ("cross-entropy", "cross-entropy of the masked codes, nats")
+        results.append(_result(corpus, "validation", "masked-acoustic-modeling", *what, loss))
     measured: dict[tuple[str, str], dict[str, float]] = {}
     for key, value in summary.items():
         if key.startswith(("probe/", "finetune/")):

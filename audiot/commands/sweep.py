@@ -19,9 +19,9 @@ from audiot.commands.compare import is_rate
 from audiot.runs import run_overrides
 
 RESULTS = {
-    "summary.json": ("pretrain/val_l1", "probe/", "finetune/", "frames_per_s"),
+    "summary.json": ("pretrain/val_l1", "pretrain/val_cross_entropy", "probe/", "finetune/", "frames_per_s"),
     "metrics.json": ("test/",),
-    "evaluation.json": ("pretrain/val_l1", "test/"),
+    "evaluation.json": ("pretrain/val_l1", "pretrain/val_cross_entropy", "test/"),
 }
 
 
