@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -16,7 +17,7 @@ from torchmetrics import MeanMetric
 from audiot.base.config import plain
 from audiot.base.console import say
 from audiot.base.devices import attention_of_any_shape
-from audiot.base.parts import make, named
+from audiot.base.parts import make, named, parameters
 from audiot.base.private import compile_ddp_whole
 from audiot.base.streams import key, seed_torch
 from audiot.checkpoint import AudioEncoder, check_sizes, load_encoder, load_objective
@@ -195,9 +196,9 @@ class MaskedAcousticModel(WeightedSteps, Saved):
     def configure_model(self) -> None:
         """Shard the parameters among the processes under `audiot.training.fsdp.ShardedStrategy`."""
         if self.device_mesh is not None and not is_sharded(self):
-            others: dict[str, torch.nn.Module] = {"loss": self.objective}
+            others: list[tuple[torch.nn.Module, tuple[str, ...]]] = [(self.objective, ("loss", "source"))]
             if self.model.features.is_trained:
-                others["embed"] = self.model.features
+                others.append((self.model.features, ("embed",)))
             shard(self.model.encoder, others, self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
@@ -244,20 +245,32 @@ def _started(cfg: DictConfig, options: dict[str, Any]) -> MaskedAcousticModel:
         if re.match("(features|model|attention|positions)[.=]", override):
             raise ValueError(f"{override} has no effect: init={cfg.init} brings its own features and model; drop one of them")
     saved, state = load_objective(cfg.init, cfg.trusted)
-    if options["objective"].get("teacher", "none") is None and saved.get("_target_") == options["objective"]["_target_"]:
-        options["objective"] |= {"teacher": saved.get("teacher")}
+    ours = options["objective"]
+    taken = ours | {"teacher": saved.get("teacher")} if "teacher" in ours and ours["teacher"] is None else ours
+    goes_on = ours.get("teacher") is None and _same_targets(taken, saved)  # another teacher is another objective
+    if goes_on:
         sizes = {name: tuple(value.shape) for name, value in state.items()}
-        check_sizes(lambda: make(saved, start, inside=False), saved, sizes, cfg.init)
+        check_sizes(lambda: make(taken, start, inside=False), taken, sizes, cfg.init)
+        options = options | {"objective": taken}
     module = MaskedAcousticModel(start.config["features"], start.config["model"], **options)
     module.model.load_state_dict(start.state_dict())
-    shapes = {name: value.shape for name, value in module.objective.state_dict().items()}
-    goes_on = saved.get("_target_") == options["objective"]["_target_"] and shapes == {n: v.shape for n, v in state.items()}
     if goes_on:
         module.objective.load_state_dict(state)
+        module.objective.begin()
         module.objective_fitted = True
     kept = "its features, model and objective" if goes_on else "its features and model; the objective starts anew"
     say(f"init    {cfg.init}, with {kept}")
     return module
+
+
+def _same_targets(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether two objectives have the same targets and head: all parameters are equal that decide on them."""
+    if saved.get("_target_") != ours["_target_"]:
+        return False
+    known = parameters(get_object(ours["_target_"])) or {}
+    defaults = {name: each.default for name, each in known.items()}
+    deciding = get_object(ours["_target_"]).deciding
+    return all(ours.get(name, defaults.get(name)) == saved.get(name, defaults.get(name)) for name in deciding)
 
 
 def open_data(cfg: DictConfig, module: MaskedAcousticModel, corpus: PreparedCorpus) -> SpeechDataModule:

@@ -7,6 +7,7 @@ whoever made them: they name parts by the config groups, and nothing in them is 
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Collection
@@ -227,9 +228,14 @@ def whole_run(run: Path) -> Path:
     return whole_run(run.parent.parent) if run.parent.name == ROUNDS else run
 
 
+def has_rounds(run: Path) -> bool:
+    """Whether an earlier round of a run has a checkpoint."""
+    return any((run / ROUNDS).glob("**/checkpoints/step=*.ckpt"))
+
+
 def is_in_earlier_round(run: Path) -> bool:
     """Whether a run was stopped before its last round had a checkpoint."""
-    return (run / ROUNDS).is_dir() and not any((run / "checkpoints").glob("step=*.ckpt"))
+    return has_rounds(run) and not any((run / "checkpoints").glob("step=*.ckpt"))
 
 
 def check_archive(path: Path) -> Path:
@@ -247,7 +253,9 @@ def check_fresh(run: Path) -> None:
     Raises:
         ValueError: there are checkpoints.
     """
-    if any((run / "checkpoints").glob("step=*.ckpt")) or (run / ROUNDS).is_dir():
+    if any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+        return  # the first process of the run has looked, and may have begun
+    if any((run / "checkpoints").glob("step=*.ckpt")) or has_rounds(run):
         how = argument("resume", run)
         raise ValueError(f"{run} holds a run already: {how} goes on with it, another hydra.run.dir starts anew")
 
@@ -292,6 +300,7 @@ class Resumed:
         config: Its config from here on.
         changes: The overrides that make the difference.
         earlier: What `record` adds them to.
+        written: The config from here on, whose keys still refer to others.
     """
 
     run: Path
@@ -300,6 +309,7 @@ class Resumed:
     config: DictConfig
     changes: list[str]
     earlier: list[dict[str, Any]]
+    written: DictConfig
 
     def record(self) -> None:
         """Make the changes the run's own; to do it twice is to do it once."""
@@ -351,7 +361,10 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
     config = _computed(written, run)
     before.resume = config.resume = str(run)
     if is_in_earlier_round(run):
-        return Resumed(run, None, before, config, changes, _resumes(run))
+        for change in changes:
+            if change.startswith(("trainer.max_steps=", "optimizer.", "scheduler.")):
+                raise ValueError(f"{change} can't change before the last round of {run} has begun: its rounds train alike")
+        return Resumed(run, None, before, config, changes, _resumes(run), written)
     checkpoint = newest_checkpoint(run)
     step, last = step_of(checkpoint), config.trainer.max_steps
     if not isinstance(last, int) or last < step:
@@ -360,7 +373,7 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         raise ValueError(
             f"{run} is finished: {' '.join(changes)} would change nothing; trainer.max_steps beyond {step} trains on"
         )
-    return Resumed(run, checkpoint, before, config, changes, _resumes(run))
+    return Resumed(run, checkpoint, before, config, changes, _resumes(run), written)
 
 
 def _folder(text: str) -> Path:

@@ -30,7 +30,7 @@ def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path
     """Plot an utterance four times: true frames, corrupted frames, the encoder's reconstruction and the interpolation.
 
     Args:
-        view: One utterance as ``MaskedAcousticModel.reconstruct`` returns it. Reconstructions are shown in the masked frames,
+        view: One utterance as the objective's ``view`` returns it. Reconstructions are shown in the masked frames,
             true frames elsewhere.
         title: Title of the figure.
         path: Path of the PNG.

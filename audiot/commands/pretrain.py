@@ -30,11 +30,11 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import note_data, open_corpus
 from audiot.pretraining import MaskedAcousticModel, build, fit_statistics, open_data, saved_teacher
 from audiot.runs import (
-    ROUNDS,
     Interrupted,
     Resumed,
     check_fresh,
     has_config,
+    has_rounds,
     is_finished,
     is_in_earlier_round,
     newest_checkpoint,
@@ -94,8 +94,11 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         return validation_loss(read_json(run / "summary.json", "summary"))
     elif resumed.checkpoint is not None:
         announce(resumed, resumed.checkpoint)
-    checkpoint = None if resumed is None else resumed.checkpoint
-    teacher = earlier_round(cfg, run) if checkpoint is None else None
+    teacher = None
+    if resumed is None or resumed.checkpoint is None:
+        if resumed is not None:
+            resumed.record()
+        teacher = earlier_round(cfg if resumed is None else resumed.written, run)
     work = prepare(cfg, run, resumed, teacher)
     summary = fit(work, resumed)
     loss = validation_loss(summary)
@@ -130,7 +133,7 @@ def earlier_round(cfg: DictConfig, run: Path) -> str | None:
         raise ValueError(
             f"objective.rounds={number + 1} trains its own teacher: drop objective.teacher, or set objective.rounds=1"
         )
-    if run == whole_run(run) and not has_config(run):
+    if run == whole_run(run) and not has_rounds(run):
         write_config(cfg, run)  # from here on it can be resumed
     folder = round_folder(run, number)
     earlier = cfg.copy()
@@ -138,9 +141,9 @@ def earlier_round(cfg: DictConfig, run: Path) -> str | None:
         earlier.run_dir, earlier.probe, earlier.objective.rounds, earlier.logger = str(folder), False, number, {}
         earlier.resume = None
     say(f"round   {number} of {number + 1}, in {folder}")
-    if any((folder / "checkpoints").glob("step=*.ckpt")) or (folder / ROUNDS).is_dir():
+    if has_rounds(folder) or any((folder / "checkpoints").glob("step=*.ckpt")):
         checkpoint = None if is_in_earlier_round(folder) else newest_checkpoint(folder)
-        main(earlier, Resumed(folder, checkpoint, earlier, earlier, [], []))
+        main(earlier, Resumed(folder, checkpoint, earlier, earlier, [], [], earlier))
     else:
         main(earlier)
     say(f"\nround   {number + 1} of {number + 1}, in {run}")
@@ -151,12 +154,16 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
     """Build all that the run needs, and find what is wrong with it before anything is trained."""
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg)
-    continues = resumed is not None and resumed.checkpoint is not None
-    module = build(cfg, saved_teacher(resumed.checkpoint, cfg.trusted) if resumed and resumed.checkpoint else None)
-    if not continues and (path := teacher or cfg.objective.get("teacher")):
+    checkpoint = None if resumed is None else resumed.checkpoint
+    continues = checkpoint is not None
+    if checkpoint is not None:
+        module = build(cfg, saved_teacher(checkpoint, cfg.trusted) if "teacher" in cfg.objective else None)
+    elif path := teacher or cfg.objective.get("teacher"):
         upstream = open_upstream(kind_of(path), path, cfg.trusted)
         module = build(cfg, upstream.config)
         module.objective.get_submodule("teacher").load_state_dict(upstream.state_dict())
+    else:
+        module = build(cfg)
     corpus = open_corpus(cfg, run if continues else None)
     if not continues:
         note_data(cfg, corpus)
@@ -169,12 +176,16 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
     if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
         warm_up()
     data = open_data(cfg, module, corpus)
-    figures = {}
-    if not continues:
+    if module.objective.mixing is not None:
+        module.objective.mixing.open()
+    noted = run / "targets.json"
+    if continues:
+        figures = read_json(noted, "figures of the targets") if noted.is_file() else {}
+    else:
         figures = fit_statistics(module, data, trainer.strategy.root_device)
         say_targets(figures)
-        if resumed is not None and trainer.is_global_zero:
-            resumed.record()
+        if figures and trainer.is_global_zero:
+            write_json(noted, figures)
     return Pretraining(run, cfg, trainer, module, data, probes, figures)
 
 

@@ -25,6 +25,8 @@ def open_upstream(kind: str, path: str, trusted: Collection[str]) -> Upstream:
 def kind_of(path: str) -> str:
     """The kind of upstream that a path leads to: a file is S3PRL's, a folder audiot's or Hugging Face's, a mere name a hub's."""
     place = Path(path)
+    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):  # a hub's names have one / at most
+        raise FileNotFoundError(f"objective.teacher={path}: there is nothing: expected RUN/encoder, an S3PRL checkpoint, a model")
     if place.is_file():
         return "s3prl"
     files = (place / "model.safetensors", place / "encoder" / "model.safetensors")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class BestRQ(CodePrediction):
         options: Parameters of `CodePrediction`.
     """
 
+    deciding: ClassVar[tuple[str, ...]] = (*CodePrediction.deciding, "num_codebooks", "num_codes", "code_dim", "context")
     projection: Tensor
     vectors: Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from audiot.base.parts import make
 from audiot.checkpoint import AudioEncoder
 from audiot.objectives.best_rq import check_context
 from audiot.objectives.codes import CodePrediction, in_context
-from audiot.objectives.kmeans import kmeans, nearest, normalised_mutual_information
+from audiot.objectives.kmeans import assigned, kmeans, nearest, normalised_mutual_information
 from audiot.objectives.objective import Sample
 
 
@@ -37,6 +37,7 @@ class Clusters(CodePrediction):
         options: Parameters of `CodePrediction`.
     """
 
+    deciding: ClassVar[tuple[str, ...]] = (*CodePrediction.deciding, "num_clusters", "context", "teacher", "layer")
     centres: Tensor
 
     def __init__(
@@ -61,6 +62,8 @@ class Clusters(CodePrediction):
         self.teacher: Any = None
         width = self.target_dim * context
         if teacher is not None:
+            if teacher.keys() & {"path", "upstream", "trusted"}:  # of a file, which must bring the weights itself
+                raise ValueError("objective.teacher: expected the config of a model whose weights stand beside it, found a path")
             self.target_features = None
             self.teacher = make(teacher, inside=False).requires_grad_(False)
             top = self.teacher.num_states - 1
@@ -126,12 +129,13 @@ class Clusters(CodePrediction):
                 halves[len(halves[0]) > len(halves[1])].append(row[:count].float())
         points = torch.cat([*halves[0], *halves[1]])
         if not bool(points.isfinite().all()):
-            raise ValueError("objective.teacher gives values that are not finite: its encoder is damaged, or diverged")
+            whose = "the features" if self.teacher is None else "the teacher's states: its encoder is damaged, or diverged"
+            raise ValueError(f"what is to be clustered is not finite, {whose}")
         centres = kmeans(points, self.num_codes, seed, self.iterations)
         self.centres.copy_(centres)
-        figures = self.set_prior(nearest(points, centres).bincount(minlength=self.num_codes)[None])
+        figures = self.set_prior(assigned(points, centres).bincount(minlength=self.num_codes)[None])
         two = [torch.cat(half) for half in halves if half]
         if len(two) == 2 and min(map(len, two)) >= self.num_codes:
-            labels = [nearest(points, kmeans(half, self.num_codes, seed, self.iterations)) for half in two]
+            labels = [assigned(points, kmeans(half, self.num_codes, seed, self.iterations)) for half in two]
             figures["targets/stability"] = round(normalised_mutual_information(*labels), 3)
         return figures

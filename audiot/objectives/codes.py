@@ -60,6 +60,7 @@ class CodePrediction(Objective):
         "unigram_accuracy": "masked codes that are the most frequent one",
     }
     picture = "codes.png"
+    deciding: ClassVar[tuple[str, ...]] = ("features", "head_dim")
 
     prior: Tensor
 
@@ -159,7 +160,7 @@ class CodePrediction(Objective):
     def loss(
         self, model: AudioEncoder, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor
     ) -> Mean:
-        """Cross-entropy of the codes at masked tokens."""
+        """Cross-entropy of the codes at masked tokens, and at visible ones as far as they count."""
         corrupted, frames = self.corrupt(model.features.embed(tokens, valid), lengths, keys)
         hidden = model.encoder(corrupted, valid)[-1]
         codes = self.codes(source, lengths)

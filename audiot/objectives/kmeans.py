@@ -21,6 +21,11 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
         return _scores(points.to(centres.dtype).flatten(0, -2), centres).argmin(-1).view(points.shape[:-1])
 
 
+def assigned(points: Tensor, centres: Tensor) -> Tensor:
+    """The same in bounded memory: (N, D) and (K, D) → (N)."""
+    return _nearest(points, centres)[1]
+
+
 def _scores(points: Tensor, centres: Tensor) -> Tensor:
     """Squared distances (N, K) without ‖p‖², which is the same for all centres."""
     return torch.addmm(centres.square().sum(1), points, centres.T, alpha=-2)
@@ -47,7 +52,7 @@ def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 20) -
     if len(points) < num_clusters:
         raise ValueError(
             f"objective.num_clusters={num_clusters} needs as many frames to fit on, found {len(points)}: lower it, or raise "
-            "objective.sample_s"
+            "objective.sample_s if there is more audio"
         )
     return lloyd(points, first_centres(points, num_clusters, seed), iterations)
 

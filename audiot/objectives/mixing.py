@@ -22,8 +22,7 @@ class Mixing(nn.Module):
 
     The piece is at most `longest` of the utterance, so the main speaker keeps the greater part. Its place, its source and the
     ratio of the utterance's mean power to that of the whole other utterance, or of the piece of noise, are uniform draws from the
-    utterance's key. The targets
-    are those of the clean utterance, so the model learns to denoise and to tell the main speaker.
+    utterance's key. Targets are those of the clean utterance, so the model learns to denoise and to tell the main speaker.
 
     Args:
         probability: Probability that an utterance is mixed.
@@ -36,10 +35,8 @@ class Mixing(nn.Module):
         sample_rate: Sample rate of the utterances in Hz.
 
     Raises:
-        ValueError: a parameter is out of range, or there is no noise that can be read.
+        ValueError: a parameter is out of range.
     """
-
-    pool: Tensor
 
     def __init__(
         self,
@@ -63,8 +60,17 @@ class Mixing(nn.Module):
         self.probability = probability
         self.noise_probability = noise_probability if noise is not None else 0.0
         self.ratio_db, self.noise_ratio_db, self.longest = tuple(ratio_db), tuple(noise_ratio_db), longest
-        samples = np.zeros(0, np.float32) if noise is None else read_noise(noise, sample_rate)
-        self.register_buffer("pool", torch.from_numpy(samples), persistent=False)
+        self.noise, self.sample_rate = noise, sample_rate
+        self._pool: Tensor | None = None  # no buffer: it is neither trained nor saved
+
+    def open(self) -> None:
+        """Read the noise, which nothing but training needs.
+
+        Raises:
+            ValueError: there is none that can be read.
+        """
+        if self.noise is not None and self._pool is None:
+            self._pool = torch.from_numpy(read_noise(self.noise, self.sample_rate))
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, lengths: Tensor, keys: Tensor) -> Tensor:
@@ -94,9 +100,12 @@ class Mixing(nn.Module):
         second = first[other]
         low, high = self.ratio_db
         ratio = low + draws[6] * (high - low)
-        if len(self.pool):
-            start = (draws[5] * len(self.pool)).long()[:, None]
-            noise = self.pool[(start + into) % len(self.pool)].to(waveforms.dtype)
+        if self.noise is not None:
+            self.open()
+            assert self._pool is not None
+            self._pool = pool = self._pool.to(waveforms.device)
+            start = (draws[5] * len(pool)).long()[:, None]
+            noise = pool[(start + into) % len(pool)].to(waveforms.dtype)
             source = torch.where(noisy[:, None], noise, source)
             second = torch.where(noisy, _power(noise, inside), second)
             low, high = self.noise_ratio_db

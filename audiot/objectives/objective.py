@@ -53,6 +53,9 @@ class Objective(nn.Module, ABC):
     extras: ClassVar[Mapping[str, str]] = {}
     """Other validation metrics → what they are, in words."""
 
+    deciding: ClassVar[tuple[str, ...]] = ()
+    """Parameters that decide on targets and head. What was learned for other values of these is of no use."""
+
     picture: ClassVar[str]
     """Name of the file that `draw` makes."""
 
@@ -128,6 +131,9 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def draw(self, view: View, title: str, path: Path) -> None:
         """Draw a view of one utterance."""
+
+    def begin(self) -> None:
+        """Begin a new training with the state of an earlier one."""
 
     def after_step(self, model: AudioEncoder) -> None:
         """Update what learns without gradients. Called on every process after each step of the optimiser."""

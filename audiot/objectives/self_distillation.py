@@ -74,6 +74,7 @@ class SelfDistillation(CodePrediction):
         options: Parameters of `CodePrediction`.
     """
 
+    deciding: ClassVar[tuple[str, ...]] = (*CodePrediction.deciding, "num_layers", "num_codes")
     extras: ClassVar[Mapping[str, str]] = {
         **CodePrediction.extras,
         "teacher_perplexity": "perplexity of the codes in the latest steps, mean of the layers",
@@ -115,7 +116,10 @@ class SelfDistillation(CodePrediction):
         for name, value in {"min_perplexity": min_perplexity, "min_variance": min_variance}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"objective.{name} must be in [0, 1), found {value}")
+        if options.get("features") is not None:
+            raise ValueError("objective.features: targets of self_distillation are of what its teacher hears; drop it")
         super().__init__(model, num_codebooks=layers, num_codes=num_codes, **options)
+        self.target_features = None
         self.decay, self.final_decay, self.ramp, self.freeze, self.steps = decay, final_decay, ramp, freeze, steps
         self.codebook_decay, self.min_perplexity, self.min_variance = codebook_decay, min_perplexity, min_variance
         self.teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
@@ -142,6 +146,10 @@ class SelfDistillation(CodePrediction):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def begin(self) -> None:
+        """Begin the ramp of the decays anew."""
+        self.step.zero_()
 
     def codes(self, source: Tensor, lengths: Tensor) -> Tensor:
         """The codes (B, T, G), which `loss` and `view` hand on as the source."""

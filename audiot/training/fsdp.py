@@ -5,7 +5,7 @@ Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Paral
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,12 +28,12 @@ class ShardedStrategy(AllProcessesShareData):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
 
 
-def shard(encoder: Encoder, others: Mapping[str, nn.Module], mesh: DeviceMesh) -> None:
+def shard(encoder: Encoder, others: Iterable[tuple[nn.Module, Iterable[str]]], mesh: DeviceMesh) -> None:
     """Shard the parameters over a mesh, in place: layer by layer, or the encoder as one if layers share parameters.
 
     Args:
         encoder: The encoder.
-        others: Other modules by the method that computes with their parameters.
+        others: Other modules, and the methods that compute with their parameters.
         mesh: The mesh.
     """
     owners = [*encoder.layers, encoder.positions]
@@ -42,9 +42,10 @@ def shard(encoder: Encoder, others: Mapping[str, nn.Module], mesh: DeviceMesh) -
         for layer in encoder.layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(encoder, mesh=mesh)
-    for method, module in others.items():
+    for module, methods in others:
         fully_shard(module, mesh=mesh)
-        register_fsdp_forward_method(module, method)
+        for method in methods:
+            register_fsdp_forward_method(module, method)
 
 
 def is_sharded(module: nn.Module) -> bool:
