@@ -26,6 +26,7 @@ CONFIGS = {
 }
 KINDS = {"Waveform": Waveform, "LogMel": LogMel, "KaldiFbank": KaldiFbank}
 CODES = {"_target_": "audiot.objectives.best_rq.BestRQ", "num_codebooks": 2, "num_codes": 16, "span": 3}
+TEACHING = {"_target_": "audiot.objectives.self_distillation.SelfDistillation", "num_codes": 8, "span": 3, "steps": 9}
 CLUSTERS = {"_target_": "audiot.objectives.clusters.Clusters", "num_clusters": 8, "span": 3, "sample_s": 20.0}
 
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -207,7 +208,7 @@ def trained(pretraining, configs, folder, checkpoint=None):
 
 
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
-@pytest.mark.parametrize("objective", [CODES, CLUSTERS], ids=["best_rq", "clusters"])
+@pytest.mark.parametrize("objective", [CODES, CLUSTERS, TEACHING], ids=["best_rq", "clusters", "self_distillation"])
 @pytest.mark.parametrize("name", ["subsample 4", "waveform"])
 def test_a_run_trains_the_front_end_and_resumes_to_the_byte(pretraining, tiny, tmp_path, name, objective):
     configs = tiny | {"features": CONFIGS[name], "objective": objective}
