@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lhotse.cut import Cut
 
-from audiot.data.labels import SILENCE, field_of, tier_of
+from audiot.data.labels import SILENCE, field_of, tier_of, values_of
 from audiot.data.text import lines
 from audiot.measures.abx import Unit
 
+ONE = "the only one"
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
 
 
@@ -55,16 +56,15 @@ def tier_units(cuts: Iterable[Cut], tier: str, silences: Collection[str]) -> lis
     """Units of an alignment tier with their neighbours. Before the first and after the last one there is a silence.
 
     Args:
-        cuts: Whole recordings with an alignment and a speaker.
+        cuts: Whole recordings with an alignment, and a speaker unless all are of one.
         tier: Name of the tier: ``phone``, ``word``, …
         silences: Symbols of silences. All of them are one neighbour, and in no triple.
 
     Raises:
-        ValueError: a cut has no such tier, or not one speaker.
+        ValueError: a cut has no such tier, or not one speaker where others have one.
     """
     found = []
-    for cut in cuts:
-        speaker = field_of(cut, "speaker")
+    for cut, speaker in with_speakers(cuts):
         intervals = tier_of(cut, tier)
         names = [SILENCE if symbol in silences else symbol for _, _, symbol in intervals]
         around = [SILENCE, *names, SILENCE]
@@ -79,6 +79,18 @@ def recording_units(cuts: Iterable[Cut], field: str) -> list[Unit]:
     """Whole recordings as units, by a label that each has: the word of a keyword, the digit. They have no context.
 
     Raises:
-        ValueError: a cut has no such label, or not one speaker.
+        ValueError: a cut has no such label, or not one speaker where others have one.
     """
-    return [Unit(cut.id, 0.0, cut.duration, field_of(cut, field), "", "", field_of(cut, "speaker")) for cut in cuts]
+    return [Unit(cut.id, 0.0, cut.duration, field_of(cut, field), "", "", speaker) for cut, speaker in with_speakers(cuts)]
+
+
+def with_speakers(cuts: Iterable[Cut]) -> list[tuple[Cut, str]]:
+    """Cuts with their speakers. A corpus that names none is one of a single speaker, such as a voice of Festival's.
+
+    Raises:
+        ValueError: some cuts have a speaker and others have not, or a cut has several.
+    """
+    cuts = list(cuts)
+    if not any(values_of(cut, "speaker") for cut in cuts):
+        return [(cut, ONE) for cut in cuts]
+    return [(cut, field_of(cut, "speaker")) for cut in cuts]

@@ -40,6 +40,16 @@ def test_recordings_are_units():
         recording_units([cut()], "keyword")
 
 
+def test_a_corpus_that_names_no_speaker_is_one_of_a_single_speaker():
+    nameless = [cut(name, keyword="seven") for name in "uv"]
+    for each in nameless:
+        each.supervisions[0].speaker = None
+    assert {unit.speaker for unit in tier_units(nameless, "phone", ())} == {"the only one"}
+    assert {unit.speaker for unit in recording_units(nameless, "keyword")} == {"the only one"}
+    with pytest.raises(ValueError, match="v has no label 'speaker'"):
+        tier_units([cut("u"), nameless[1]], "phone", ())
+
+
 def test_an_item_file_is_read(tmp_path):
     (tmp_path / "x.item").write_text(HEADER + "a/b 0.10 0.2 AH SIL B ann\n\na/b 0.2 0.3 SIL AH B ann\n")
     assert item_units(tmp_path / "x.item", {"SIL"}) == [
