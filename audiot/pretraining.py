@@ -269,7 +269,7 @@ def _same_targets(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
         return False
     known = parameters(get_object(ours["_target_"])) or {}
     defaults = {name: each.default for name, each in known.items()}
-    deciding = get_object(ours["_target_"]).deciding
+    deciding = getattr(get_object(ours["_target_"]), "deciding", ())
     return all(ours.get(name, defaults.get(name)) == saved.get(name, defaults.get(name)) for name in deciding)
 
 

@@ -253,7 +253,7 @@ def check_fresh(run: Path) -> None:
     Raises:
         ValueError: there are checkpoints.
     """
-    if any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID")):
+    if any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID")):
         return  # the first process of the run has looked, and may have begun
     if any((run / "checkpoints").glob("step=*.ckpt")) or has_rounds(run):
         how = argument("resume", run)

@@ -155,7 +155,7 @@ REFUSED = {
     "model.num_layers=3": f"model.num_layers=3 can't change on resume: the run has 2; {NEW}",
     "attention.window=3": None,
     "features.n_mels=40": f"features.n_mels=40 can't change on resume: the run has 80; {NEW}",
-    "data.batch_s=20": f"data.batch_s=20 can't change on resume: the run has 50.0; {ENCODER}",
+    "data.batch_s=20": f"data.batch_s=20 can't change on resume: the run has 25.0; {ENCODER}",
     "data.crop_s=1": f"data.crop_s=1 can't change on resume: the run has 4.0; {ENCODER}",
     "objective.span=5": f"objective.span=5 can't change on resume: the run has 3; {ENCODER}",
     "seed=1": f"seed=1 can't change on resume: the run has 0; {ENCODER}",
@@ -498,7 +498,7 @@ def test_a_longer_run_that_is_interrupted_goes_on_to_its_new_end_by_the_printed_
     assert stopped.code == 130
     assert f"resume  {folder}/checkpoints/step=4.ckpt, with trainer.max_steps=9 optimizer.lr=0.5 " in stopped.out
     goes = "linearly up to step 1, then linearly to 0 after step 9"
-    assert f"rates   the learning rate goes {goes}: step 4 had 0.00025, step 5 has 0.312\n" in stopped.out
+    assert f"rates   the learning rate goes {goes}: step 4 had 0.00075, step 5 has 0.312\n" in stopped.out
     command = stopped.err.splitlines()[-1].removeprefix("resume:  audiot ")
     succeed(*shlex.split(command))
     assert read(folder / "summary.json")["steps"] == 9

@@ -52,7 +52,7 @@ def test_it_trains_and_is_probed_and_the_picture_of_attention_is_left_out(strang
     assert PROBE in json.loads((run / "summary.json").read_text())
     assert {path.name for path in (run / "plots").iterdir() if "step" not in path.name} == {
         "training.png",
-        "reconstruction.png",
+        "codes.png",
         "probes.png",
     }
     assert "\nplots   no picture of attention: SummaryMixing has no weights\n" in stranger.out

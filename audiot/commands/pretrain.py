@@ -93,7 +93,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         say(f"{run} is finished: nothing to resume\n{report(run)}")
         return validation_loss(read_json(run / "summary.json", "summary"))
     elif resumed.checkpoint is not None:
-        announce(resumed, resumed.checkpoint)
+        announce(resumed)
     teacher = None
     if resumed is None or resumed.checkpoint is None:
         if resumed is not None:
@@ -219,7 +219,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     if resumed is None or resumed.checkpoint is None:
         trainer.fit(module, work.data)
     else:
-        go_on(trainer, module, work.data, resumed, resumed.checkpoint)
+        go_on(trainer, module, work.data, resumed)
     last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
     if not trainer.fast_dev_run and not trainer.strategy.broadcast(last.exists()):  # type: ignore[attr-defined]
         trainer.save_checkpoint(last)
@@ -282,13 +282,15 @@ def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict
     return figures, failed
 
 
-def announce(resumed: Resumed, checkpoint: Path) -> None:
+def announce(resumed: Resumed) -> None:
     """Say where a run goes on, with what changes, and its learning rates where they aren't what they would have been.
 
     Raises:
         ValueError: the rates can't be changed.
     """
     changes = f", with {' '.join(resumed.changes)}" if resumed.changes else ""
+    checkpoint = resumed.checkpoint
+    assert checkpoint is not None
     say(f"resume  {checkpoint}{changes}")
     before, after = (schedule(cfg) for cfg in (resumed.before, resumed.config))
     step = step_of(checkpoint)
@@ -305,13 +307,14 @@ def announce(resumed: Resumed, checkpoint: Path) -> None:
             raise ValueError(f"{change} can't change on resume: {kind} keeps its rates in the checkpoint; a new run can have it")
 
 
-def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed, checkpoint: Path) -> None:
+def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed) -> None:
     """Train on from a checkpoint. Once it is loaded, the run's changes are its own, and probes of the encoder as it was go away.
 
     Raises:
         ValueError: the checkpoint can't be loaded.
     """
-    accepted = False
+    accepted, checkpoint = False, resumed.checkpoint
+    assert checkpoint is not None
 
     def accept(*_: Any) -> None:
         nonlocal accepted

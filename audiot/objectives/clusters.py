@@ -16,6 +16,9 @@ from audiot.objectives.codes import CodePrediction, in_context
 from audiot.objectives.kmeans import assigned, kmeans, nearest, normalised_mutual_information
 from audiot.objectives.objective import Sample
 
+FRAMES_EACH = 10  # fewest frames per cluster
+FAR = 1e4  # value of centres that no frame has
+
 
 class Clusters(CodePrediction):
     """Predict the k-means cluster of what is masked.
@@ -26,7 +29,7 @@ class Clusters(CodePrediction):
 
     Args:
         model: The model to train, for its sizes.
-        num_clusters: Number of clusters.
+        num_clusters: Most clusters. With fewer than 10 frames of audio for each there are fewer of them.
         context: Odd number of tokens that are clustered together, without a teacher.
         sample_s: Seconds of audio to fit on.
         iterations: Most iterations of k-means.
@@ -131,11 +134,14 @@ class Clusters(CodePrediction):
         if not bool(points.isfinite().all()):
             whose = "the features" if self.teacher is None else "the teacher's states: its encoder is damaged, or diverged"
             raise ValueError(f"what is to be clustered is not finite, {whose}")
-        centres = kmeans(points, self.num_codes, seed, self.iterations)
+        # What is left of the codes where there is little audio stands far from everything.
+        num_clusters = min(self.num_codes, max(1, len(points) // FRAMES_EACH))
+        centres = points.new_full((self.num_codes, points.shape[1]), FAR)
+        centres[:num_clusters] = kmeans(points, num_clusters, seed, self.iterations)
         self.centres.copy_(centres)
         figures = self.set_prior(assigned(points, centres).bincount(minlength=self.num_codes)[None])
         two = [torch.cat(half) for half in halves if half]
-        if len(two) == 2 and min(map(len, two)) >= self.num_codes:
-            labels = [assigned(points, kmeans(half, self.num_codes, seed, self.iterations)) for half in two]
+        if len(two) == 2 and min(map(len, two)) >= num_clusters:
+            labels = [assigned(points, kmeans(half, num_clusters, seed, self.iterations)) for half in two]
             figures["targets/stability"] = round(normalised_mutual_information(*labels), 3)
         return figures

@@ -42,7 +42,7 @@ class CodePrediction(Objective):
             (BEST-RQ); or ``zero``.
         visible_weight: Weight of a visible token's cross-entropy in the loss, beside 1 for a masked one's.
         head_dim: Width of the cosine head; None for a linear one. See `CodeHead`.
-        mix: See `Objective`.
+        mix: Parameters of `Mixing`, see `Objective`.
         features: Config of the fixed front end that the targets are made of; a token's target is made of what is nearest in
             time. None: the model's own fixed tokens, or, where these are samples, log-mel frames of 25 ms every 10 ms.
 
@@ -60,7 +60,7 @@ class CodePrediction(Objective):
         "unigram_accuracy": "masked codes that are the most frequent one",
     }
     picture = "codes.png"
-    deciding: ClassVar[tuple[str, ...]] = ("features", "head_dim")
+    deciding: ClassVar[tuple[str, ...]] = ("features", "head_dim", "fill")
 
     prior: Tensor
 

@@ -26,8 +26,10 @@ class Reconstruction(Objective):
 
     Args:
         model: The model to train, for its sizes.
-        mask_proportion, span, zero_probability, replace_probability, band_width, noise_std, noise_probability: See `Corruption`.
-        mix: See `Objective`.
+        mask_proportion, span: Share and length of masked spans; `Corruption` says more of all these.
+        zero_probability, replace_probability: Probabilities of what stands in them.
+        band_width, noise_std, noise_probability: Size and probability of what TERA adds.
+        mix: Parameters of `Mixing`, see `Objective`.
 
     Raises:
         ValueError: a band of channels is to be masked in the output of a trained front end, which has no such channels; or the

@@ -171,6 +171,7 @@ def test_the_presets_compose_the_training_that_they_name(hydra_started, option, 
 def test_a_step_has_the_head_on_the_frames_that_it_may_have_to_predict(hydra_started):
     what = made(overrides=["features.stack=1"])
     chosen = ["model=small", "attention=query_key", "features.stack=1", "data.crop_s=0.4", "run_dir=run", "data_dir=data"]
+    chosen += ["objective=mockingjay"]
     module = build(compose("pretrain", chosen))
     place = SimpleNamespace(batch=3, frames=38)
     assert module.objective.predicted(38) == 6  # two spans of three frames

@@ -92,8 +92,8 @@ def test_a_round_goes_on_with_the_schedule_that_it_began_with(made, tmp_path, mo
 
 
 def test_a_start_that_failed_leaves_no_folder(made, tmp_path):  # noqa: F811
-    result = run("pretrain", *CLUSTERS, "objective.rounds=2", "objective.num_clusters=100000", "hydra.run.dir=run")
-    assert "objective.num_clusters=100000 needs as many frames to fit on" in result.err
+    result = run("pretrain", *CLUSTERS, "objective.rounds=2", "objective.span=0", "hydra.run.dir=run")
+    assert "objective.span must be at least 1 frame, found 0" in result.err
     assert not (tmp_path / "run").exists()
 
 

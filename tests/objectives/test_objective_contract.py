@@ -194,13 +194,14 @@ def nats_by_hand(scores, code):
 
 
 def slow_codes(module, tokens, key):
-    """Cross-entropy of each masked frame of an utterance, mean of its codebooks."""
+    """Cross-entropy of each frame of an utterance that counts, mean of its codebooks."""
     objective = module.objective
+    assert objective.visible_weight in (0, 1)
     codes = CODES[type(objective).__name__](module, tokens)
     frames = objective.spans.mask(key, torch.tensor([len(tokens)]), len(tokens))[0]
     hidden = module.model.encoder(masked_by_hand(objective, tokens, frames, key)[None])[-1][0]
     for t in range(len(tokens)):
-        if frames[t]:
+        if frames[t] or objective.visible_weight:
             flat = objective.head.linear.weight @ hidden[t] + objective.head.linear.bias
             books = flat.view(objective.num_codebooks, objective.num_codes)
             yield sum(nats_by_hand(books[book], codes[t, book]) for book in range(len(books))) / len(books)

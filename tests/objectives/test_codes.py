@@ -1,4 +1,4 @@
-"""Objectives that predict codes, on a GPU: steps that wait for nothing, and the codes and clusters of the CPU."""
+"""Objectives that predict codes: what counts, little audio, and steps on a GPU that wait for nothing."""
 
 from __future__ import annotations
 
@@ -94,3 +94,29 @@ def test_a_step_on_the_cpu_has_a_finite_loss_and_gradients(name):
     assert loss.isfinite()
     idle = [each for each, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not idle
+
+
+def test_visible_tokens_count_as_much_as_they_are_to():
+    model, given = module("clusters"), None
+    means = {}
+    for weight in (0.0, 0.5, 1.0):
+        model.objective.visible_weight = weight
+        given = model.eval().inputs(batch(model, 40, "cpu")) if given is None else given
+        means[weight] = model.loss(*given)
+    masked, all_of_them = means[0.0], means[1.0]
+    visible = all_of_them.value * all_of_them.scored - masked.value * masked.scored
+    count = masked.scored + 0.5 * (all_of_them.scored - masked.scored)
+    assert means[0.5].scored == count
+    torch.testing.assert_close(means[0.5].value, (masked.value * masked.scored + 0.5 * visible) / count)
+
+
+def test_little_audio_gets_fewer_clusters():
+    model = module("clusters")
+    figures = model.eval().objective.fit(
+        model.model, lambda seconds: [(0.1 * torch.randn(2, 16000), torch.tensor([16000, 9000]))], 0
+    )
+    tokens = sum(model.model.features.num_tokens(count) for count in (16000, 9000))
+    assert figures["targets/codes"] == 16
+    assert figures["targets/used"] == tokens // 10 < 16
+    loss = model.train().loss(*model.inputs(batch(model, 24, "cpu")))
+    assert loss.value.isfinite()
