@@ -104,7 +104,8 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         return [command, *rest, *DEMO]
     if command == "abx":
         place = len(list(folder.glob("abx*")))
-        demo = [] if any(argument.startswith("item=") for argument in rest) else [*DEMO, "data.corpus.num_test_speakers=2"]
+        two = [*DEMO, "data.corpus.num_test_speakers=2", f"data_dir={folder / 'two-speakers'}"]  # across speakers
+        demo = [] if any(argument.startswith("item=") for argument in rest) else two
         return [command, *rest, *demo, "codes=10", "resamples=10", f"hydra.run.dir={folder / 'abx'}{place}"]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]

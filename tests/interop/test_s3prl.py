@@ -598,7 +598,9 @@ def test_the_import_command_writes_an_encoder_that_pretraining_goes_on_from(pre,
     expected = plain_states(content, speech(6000))
     torch.testing.assert_close(states(load_encoder(tmp_path / "encoder"), speech(6000)), expected, atol=1e-4, rtol=0)
     with initialize_config_module("audiot.conf", version_base="1.3"):
-        module = build(compose("pretrain", [f"init={tmp_path / 'encoder'}", "run_dir=run", "data_dir=data"]))
+        module = build(
+            compose("pretrain", [f"init={tmp_path / 'encoder'}", "objective=mockingjay", "run_dir=run", "data_dir=data"])
+        )
     assert module.objective.head.output.weight.equal(content["SpecHead"]["output.weight"])
     module.log = lambda *arguments, **options: None  # there is no trainer
     lengths = torch.tensor([16000, 12000])
