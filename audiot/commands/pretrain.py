@@ -140,6 +140,8 @@ def earlier_round(cfg: DictConfig, run: Path) -> str | None:
     with open_dict(earlier):
         earlier.run_dir, earlier.probe, earlier.objective.rounds, earlier.logger = str(folder), False, number, {}
         earlier.resume = None
+        if number == 1:
+            earlier.objective.layer = None  # of the teacher, which the first round has not
     say(f"round   {number} of {number + 1}, in {folder}")
     if has_rounds(folder) or any((folder / "checkpoints").glob("step=*.ckpt")):
         checkpoint = None if is_in_earlier_round(folder) else newest_checkpoint(folder)

@@ -61,6 +61,10 @@ class Clusters(CodePrediction):
             raise ValueError(f"objective.sample_s must be a positive number of seconds, found {sample_s}")
         if iterations < 1 or rounds < 1:
             raise ValueError(f"objective.iterations and objective.rounds must be at least 1, found {iterations} and {rounds}")
+        if teacher is None and rounds == 1 and layer is not None:
+            raise ValueError(f"objective.layer={layer} has no effect without objective.teacher or objective.rounds: drop it")
+        if teacher is not None and rounds == 1 and options.get("features") is not None:
+            raise ValueError("objective.features has no effect beside objective.teacher: drop one of them")
         self.context, self.sample_s, self.iterations = context, sample_s, iterations
         self.teacher: Any = None
         width = self.target_dim * context

@@ -141,7 +141,7 @@ def test_a_model_of_hugging_face_can_be_the_teacher(made, tmp_path):  # noqa: F8
     again = succeed("pretrain", *given, *where, "hydra.run.dir=again")
     assert "init    student/encoder, with its features, model and objective" in again
     assert "targets" not in again
-    for number, other in enumerate(("objective.num_clusters=9", "objective.layer=0", "objective.teacher=hubert")):
+    for number, other in enumerate(("objective.num_clusters=9", "objective.teacher=hubert")):
         anew = succeed("pretrain", *given, *where, other, f"hydra.run.dir=anew{number}")
         assert "init    student/encoder, with its features and model; the objective starts anew" in anew
         assert f"targets {9 if number == 0 else 8} codes" in anew
@@ -164,6 +164,11 @@ def test_rounds_and_a_teacher_exclude_each_other(made):  # noqa: F811
     assert result.err.splitlines()[-1] == (
         "audiot: error: objective.rounds=2 trains its own teacher: drop objective.teacher, or set objective.rounds=1"
     )
+
+
+def test_a_layer_without_a_teacher_is_refused(made):  # noqa: F811
+    result = run("pretrain", *CLUSTERS, "objective.layer=1", "hydra.run.dir=run")
+    assert "objective.layer=1 has no effect without objective.teacher or objective.rounds" in result.err
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused(made):  # noqa: F811
