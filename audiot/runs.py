@@ -233,9 +233,14 @@ def has_rounds(run: Path) -> bool:
     return any((run / ROUNDS).glob("**/checkpoints/step=*.ckpt"))
 
 
+def has_checkpoints(run: Path) -> bool:
+    """Whether the last round of a run has a checkpoint."""
+    return any((run / "checkpoints").glob("step=*.ckpt"))
+
+
 def is_in_earlier_round(run: Path) -> bool:
     """Whether a run was stopped before its last round had a checkpoint."""
-    return has_rounds(run) and not any((run / "checkpoints").glob("step=*.ckpt"))
+    return has_rounds(run) and not has_checkpoints(run)
 
 
 def check_archive(path: Path) -> Path:
@@ -255,7 +260,7 @@ def check_fresh(run: Path) -> None:
     """
     if any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID")):
         return  # the first process of the run has looked, and may have begun
-    if any((run / "checkpoints").glob("step=*.ckpt")) or has_rounds(run):
+    if has_checkpoints(run) or has_rounds(run):
         how = argument("resume", run)
         raise ValueError(f"{run} holds a run already: {how} goes on with it, another hydra.run.dir starts anew")
 

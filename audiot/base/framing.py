@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,11 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> tuple[int
     """
     steps = [math.prod(strides[:index]) for index in range(len(strides) + 1)]
     return 1 + sum((kernel - 1) * step for kernel, step in zip(kernels, steps, strict=False)), steps[-1]
+
+
+def middles(front_end: Any, stack: int, count: int) -> Tensor:
+    """Middle in time of each of ``count`` tokens or states of ``stack`` frames: (count,), float64, in samples."""
+    return front_end.frame_centers(count * stack).double().view(count, stack).mean(1)
 
 
 def samples_in(duration_ms: float, sample_rate: int) -> int:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from audiot.base.devices import find_device
 from audiot.base.files import name_text, printable
+from audiot.base.framing import middles
 from audiot.base.private import compile_error
 from audiot.checkpoint import DTYPES
 from audiot.commands.upstreams import open_upstream
@@ -219,7 +220,7 @@ def frame_times(upstream: Upstream) -> dict[str, float]:
     features, per_ms = upstream.features, upstream.features.sample_rate / 1000
     return {
         "frame_shift_ms": features.hop_length * upstream.stack / per_ms,
-        "first_frame_ms": features.frame_centers(upstream.stack).double().mean().item() / per_ms,
+        "first_frame_ms": middles(features, upstream.stack, 1).item() / per_ms,
     }
 
 

@@ -33,6 +33,7 @@ from audiot.runs import (
     Interrupted,
     Resumed,
     check_fresh,
+    has_checkpoints,
     has_config,
     has_rounds,
     is_finished,
@@ -143,7 +144,7 @@ def earlier_round(cfg: DictConfig, run: Path) -> str | None:
         if number == 1:
             earlier.objective.layer = None  # of the teacher, which the first round has not
     say(f"round   {number} of {number + 1}, in {folder}")
-    if has_rounds(folder) or any((folder / "checkpoints").glob("step=*.ckpt")):
+    if has_rounds(folder) or has_checkpoints(folder):
         checkpoint = None if is_in_earlier_round(folder) else newest_checkpoint(folder)
         main(earlier, Resumed(folder, checkpoint, earlier, earlier, [], [], earlier))
     else:

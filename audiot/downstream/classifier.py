@@ -19,7 +19,7 @@ from audiot.data.labels import Framing
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.objectives import Row
 from audiot.following import finetune_command
-from audiot.runs import check_archive
+from audiot.runs import check_archive, has_checkpoints
 
 WINDOW = 256  # files among which similar lengths are batched
 Item: TypeAlias = "str | Path | tuple[np.ndarray | Tensor | Sequence[float], int]"
@@ -222,7 +222,7 @@ def _best_checkpoint(run: Path) -> Path:
         return check_archive(path)
     found = sorted(str(path.parent.parent) for depth in ("*", "*/*") for path in run.glob(f"{depth}/checkpoints/best.ckpt"))
     below = f"; fine-tuned models below it: {', '.join(found)}" if found else ""
-    if (run / "encoder").is_dir() or any((run / "checkpoints").glob("step=*.ckpt")):
+    if (run / "encoder").is_dir() or has_checkpoints(run):
         raise ValueError(
             f"{run} is a pre-training run, whose encoder is not a classifier: fine-tune it with {finetune_command(run)}{below}"
         )

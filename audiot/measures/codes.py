@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiot.objectives.kmeans import kmeans, nearest
+from audiot.objectives.kmeans import assigned, kmeans
 
 
 class CodeQuality(NamedTuple):
@@ -64,5 +64,5 @@ def code_quality(frames: Tensor, phones: np.ndarray, num_codes: int, seed: int) 
     if len(frames) < num_codes:
         raise ValueError(f"codes={num_codes} need as many labelled frames, found {len(frames)}: lower codes, or set codes=null")
     with torch.inference_mode():
-        centres = kmeans(frames.float(), num_codes, seed)
-        return quality(phones, nearest(frames, centres).cpu().numpy())
+        frames = frames.float()
+        return quality(phones, assigned(frames, kmeans(frames, num_codes, seed)).cpu().numpy())

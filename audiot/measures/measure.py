@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from audiot.base.console import say
 from audiot.base.devices import attention_of_any_shape
+from audiot.base.framing import middles
 from audiot.data.audio import BadAudioError
 from audiot.downstream.classifier import by_length, collate
 from audiot.downstream.upstream import FeaturesUpstream, Upstream
@@ -190,8 +191,7 @@ def find_spans(upstream: Upstream, utterances: Sequence[Utterance], units: Seque
         lengths: Hidden states of each utterance.
     """
     features = upstream.features
-    middle = features.frame_centers(max(lengths) * upstream.stack).double().view(-1, upstream.stack).mean(1).numpy()
-    centres = middle / features.sample_rate
+    centres = middles(features, upstream.stack, max(lengths)).numpy() / features.sample_rate
     firsts, counts = np.zeros(len(units), dtype=np.int64), np.zeros(len(units), dtype=np.int64)
     labels = np.full(sum(lengths), -1, dtype=np.int64)
     classes = {phone: number for number, phone in enumerate(sorted({unit.phone for unit in units}))}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from audiot.analysis.plots import plot_codes
 from audiot.base import streams
 from audiot.base.devices import at_least_float32
+from audiot.base.framing import middles
 from audiot.base.parts import make
 from audiot.checkpoint import AudioEncoder
 from audiot.features import Features
@@ -188,11 +189,10 @@ class CodePrediction(Objective):
     def set_prior(self, counts: Tensor) -> dict[str, Any]:
         """Take the frequencies of the codes from their counts (G, V): the codes used, and their perplexity, as means."""
         self.prior.copy_(counts / counts.sum(1, keepdim=True).clamp(min=1))
-        entropy = -torch.special.xlogy(self.prior.double(), self.prior.double()).sum(1)
         return {
             "targets/codes": self.num_codes,
             "targets/used": round(float((counts > 0).sum(1).double().mean()), 1),
-            "targets/perplexity": round(float(entropy.exp().mean()), 1),
+            "targets/perplexity": round(float(perplexity_of(self.prior.double()).mean()), 1),
         }
 
     def view(
@@ -281,6 +281,11 @@ def masked_cross_entropy(scores: Tensor, codes: Tensor, weight: Tensor) -> Mean:
     return Mean((nats * weight).sum() / count.clamp(min=1), count)
 
 
+def perplexity_of(share: Tensor) -> Tensor:
+    """Perplexity of shares (…, V) that add to 1: (…)."""
+    return (-torch.special.xlogy(share, share).sum(-1)).exp()
+
+
 def nearest_visible(masked: Tensor, lengths: Tensor) -> Tensor:
     """Index of the nearest visible frame, of two equally near the earlier one: (B, T). Without any, the frame itself.
 
@@ -353,9 +358,6 @@ def nearest_in_time(features: Features, others: Any, stack: int, num_tokens: int
         num_tokens: Number of tokens.
         num_values: Number of values there are.
     """
-
-    def middles(front_end: Any, stack: int, count: int) -> Tensor:
-        return front_end.frame_centers(count * stack).double().view(count, stack).mean(1)
 
     own = middles(features, features.stack, num_tokens)
     theirs = middles(others, stack, num_values)

@@ -16,7 +16,7 @@ from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.private import approach
 from audiot.checkpoint import AudioEncoder
 from audiot.model import length_mask
-from audiot.objectives.codes import CodePrediction
+from audiot.objectives.codes import CodePrediction, perplexity_of
 from audiot.objectives.kmeans import kmeans, nearest
 from audiot.objectives.objective import Sample, View
 from audiot.training.accumulation import Mean
@@ -298,8 +298,7 @@ class SelfDistillation(CodePrediction):
 
     def perplexity(self) -> Tensor:
         """Perplexity of the codes of each layer in the latest steps (G,)."""
-        share = self.prior / self.prior.sum(1, keepdim=True)
-        return (-torch.special.xlogy(share, share).sum(1)).exp()
+        return perplexity_of(self.prior / self.prior.sum(1, keepdim=True))
 
     def _figures(self) -> Tensor:
         return torch.cat([self.step[None].to(self.prior.dtype), self.perplexity(), self.variance])
