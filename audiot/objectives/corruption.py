@@ -58,9 +58,9 @@ def cover(starts: Tensor, lengths: Tensor, span: int) -> Tensor:
 def _latest(starts: Tensor, span: int) -> Tensor:
     """``starts`` at each frame and at the ``span`` - 1 frames before it, latest first: bool (B, T, span).
 
-    Inductor compiles this window to a plain reduction. For a running sum or maximum it would write a scan.
+    Inductor compiles this window to a plain reduction. For a running sum or maximum it would write a scan. Its size is that of
+    ``starts`` whatever the span, since Inductor's code for any length fails on sizes such as ``T + min(T, span) - span``.
     """
-    span = min(span, starts.shape[1])
     return torch.nn.functional.pad(starts, (span - 1, 0)).unfold(1, span, 1).flip(-1)
 
 

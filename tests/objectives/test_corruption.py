@@ -279,6 +279,23 @@ def test_impossible_settings_are_refused(options, message):
         Corruption(**options)
 
 
+def test_masks_of_any_length_have_sizes_that_inductor_can_compare():
+    torch._dynamo.reset()
+    sizes = []
+
+    def backend(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if "example_value" in node.meta]
+        sizes.extend(str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+        return graph
+
+    compiled = torch.compile(cover, backend=backend, fullgraph=True, dynamic=True)
+    for num_frames in (6, 24):
+        starts = torch.rand(3, num_frames) < 0.1
+        compiled(starts, torch.tensor([num_frames] * 3), 10)
+    assert any(size.isidentifier() for size in sizes)
+    assert not [size for size in sizes if "Min" in size or "Max" in size]
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
