@@ -383,7 +383,7 @@ def plot_step_parts(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str
         path: Path of the PNG.
     """
     drawn = [part for part in parts if any(bar.get(part) for bar in bars.values())]
-    colours = dict(zip(parts, ("#aa3377", "#66bbdd", "#bbaa22", BLUE, ORANGE, GREEN, GREY), strict=False))
+    colours = dict(zip(parts, ("#aa3377", "#66bbdd", "#bbaa22", "#997700", BLUE, ORANGE, GREEN, GREY), strict=False))
     height = 1.6 + 0.42 * len(bars)
     figure = Figure(figsize=(12, height), layout="constrained")
     axis = figure.subplots()

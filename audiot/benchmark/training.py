@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -51,7 +51,7 @@ class Running:
         watch: Stopwatch that the call tells of its parts.
         frames: Spectrogram frames per step.
         work: Matrix products of a forward pass, or why they are not counted.
-        masking_s: Seconds of masking per step.
+        inside_s: Seconds of ``masking`` and ``targets`` per step.
         peak_mib: Peak memory.
         compile_s: Seconds of the first call.
     """
@@ -61,7 +61,7 @@ class Running:
     watch: Stopwatch
     frames: int
     work: Work | Failed
-    masking_s: float = 0.0
+    inside_s: Mapping[str, float] = field(default_factory=dict)
     peak_mib: int | None = None
     compile_s: float | None = None
 
@@ -157,7 +157,7 @@ class TrainingBenchmark:
         )
         self.steps = steps
         self.rounds = rounds
-        self._masking: dict[tuple[Any, ...], float] = {}  # seconds
+        self._inside: dict[tuple[Any, ...], dict[str, float]] = {}  # seconds
 
     def report(self, run: Path, machine: dict[str, Any]) -> None:
         """Measure. Write ``results.csv``, ``table.md`` and pictures, and print the table.
@@ -246,7 +246,7 @@ class TrainingBenchmark:
             synchronise(self.device)
             running.peak_mib = round((torch.cuda.max_memory_allocated(self.device) - before) / 2**20)
         if scope == "step":
-            running.masking_s = self._masking_s(module, place)
+            running.inside_s = self._inside_s(module, place)
         return running
 
     def _round(self, running: Running) -> None:
@@ -263,7 +263,7 @@ class TrainingBenchmark:
             raise MismatchError(f"its loss is {loss}")
         row = replace(running.row, peak_mib=running.peak_mib, compile_s=running.compile_s)
         row = self._with_times(row, steps, running.frames, running.work)
-        return replace(row, **shares_of(steps, running.masking_s)) if row.scope == "step" else row
+        return replace(row, **shares_of(steps, running.inside_s)) if row.scope == "step" else row
 
     # The program
 
@@ -288,14 +288,14 @@ class TrainingBenchmark:
             clock = ProgramClock(meter(trainer), self.recipe.warmup_steps, self.recipe.program_steps, self.device)
             run_program(module, trainer, cfg, place.frames, self.calls.compiled, clock)
         steps = clock.watch.steps()
-        masking_s = self._masking_s(module.to(self.device), place)
+        inside_s = self._inside_s(module.to(self.device), place)
         row = replace(
             self._row(entry, place, "program", positions),
             wall_frames_per_s=round(clock.frames / clock.wall_s),
             peak_mib=round(clock.peak_bytes / 2**20) if self.device.type == "cuda" else None,
             compile_s=clock.compile_s,
             validation_s=clock.validation_s,
-            **shares_of(steps, masking_s, clock.throughput.data_wait),
+            **shares_of(steps, inside_s, clock.throughput.data_wait),
         )
         return self._with_times(row, steps, _frames(module, place), work)
 
@@ -332,14 +332,15 @@ class TrainingBenchmark:
         objective: Any = module.objective
         return work + products(objective.head, place.batch, objective.predicted(place.frames), module.model.encoder.embed_dim)
 
-    def _masking_s(self, module: MaskedAcousticModel, place: Place) -> float:
-        """Seconds of masking per step, measured once per model and shape."""
+    def _inside_s(self, module: MaskedAcousticModel, place: Place) -> dict[str, float]:
+        """Seconds of masking and of targets per step, measured once per model and shape."""
         where = (place.model.name, place.model.overrides, place.frames, place.batch)
-        if where not in self._masking:
-            call = self.calls.masking(module, place)
-            time_of(call, 1 + WARM_UP, self.device)
-            self._masking[where] = median(time_of(call, self.steps, self.device) for _ in range(self.rounds))
-        return self._masking[where]
+        if where not in self._inside:
+            self._inside[where] = {}
+            for part, call in (("masking", self.calls.masking(module, place)), ("targets", self.calls.targets(module, place))):
+                time_of(call, 1 + WARM_UP, self.device)
+                self._inside[where][part] = median(time_of(call, self.steps, self.device) for _ in range(self.rounds))
+        return self._inside[where]
 
     # What is told of it
 

@@ -1,4 +1,4 @@
-"""Calls that the training benchmark times: hidden states, the encoder, a whole step, and the masking alone."""
+"""Calls that the training benchmark times: hidden states, the encoder, a whole step, and masking and targets alone."""
 
 from __future__ import annotations
 
@@ -112,6 +112,18 @@ class Calls:
         def call() -> object:
             with torch.no_grad(), self._autocast():
                 return corrupt(tokens, lengths, batch["keys"])
+
+        return call
+
+    def targets(self, module: MaskedAcousticModel, place: Place) -> Callable[[], object]:
+        """The targets alone, from the tokens or from what a teacher heard. They are compiled as inside the loss of a step."""
+        tokens, lengths, _, valid, source = module.inputs(self._batch(module.model.features, place))
+        given = tokens if source is None else source
+        make = torch.compile(module.objective.targets) if self.compiled else module.objective.targets
+
+        def call() -> object:
+            with torch.no_grad(), self._autocast():
+                return make(module.model, given, lengths, valid)
 
         return call
 

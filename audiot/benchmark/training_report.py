@@ -19,7 +19,7 @@ attention weights. frames/s count real spectrogram frames, of which `features.st
 - inference: waveforms that lie on the device become the hidden states of all layers, by the encoder that \
 `audiot.load_encoder` gives, with weights in the precision of the run. There are no masks and no head.
 - encoder: forward and backward of the encoder on features that lie on the device. The loss is the mean magnitude of its output.
-- step: features, masking, encoder, head, L1, backward, clipping and optimiser, on waveforms that lie on the device.
+- step: features, masking, targets, encoder, head, loss, backward, clipping and optimiser, on waveforms that lie on the device.
 - program: prepared audio through the Trainer, with callbacks, loggers, a validation and a checkpoint. frames/s leave out the \
 validation, as the program's own figure does. wall includes both the validation and the checkpoint, which come far more often \
 here than in a recipe.
@@ -28,9 +28,10 @@ ms: the median step. A GPU is timed by its own events, without waiting for it in
 tensors in a step. It includes parameters and optimiser, and leaves out the validation. first call: the first step, with its \
 compilation.
 
-Where the step goes: the time between the device's own marks. Masking is computed inside the loss. So it is timed alone and \
-subtracted from forward, and fused masking shows as too much masking and too little forward. data: the device waits for a \
-batch. other: everything else between two steps.
+Where the step goes: the time between the device's own marks. Masking and targets are computed inside the loss. So they are \
+timed alone and subtracted from forward, and what is fused there shows as too much masking or targets and too little forward. \
+A teacher that hears the audio before the loss counts as features, and the moving average of self-distillation as targets. \
+data: the device waits for a batch. other: everything else between two steps.
 
 FLOPs: three times those of the matrix products in a forward pass, since a backward pass has two products for each. Inference \
 has no backward pass. Counted by shape are the products of the encoder, with fused attention as QKᵀ and AV, and in step and \

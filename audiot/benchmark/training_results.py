@@ -10,7 +10,7 @@ from typing import Any
 from audiot.benchmark.entries import BASELINE
 
 SCOPES = ("inference", "encoder", "step", "program")
-PARTS = ("data", "features", "masking", "forward", "backward", "optimiser", "other")
+PARTS = ("data", "features", "masking", "targets", "forward", "backward", "optimiser", "other")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Row:
     share_data: float | None = None
     share_features: float | None = None
     share_masking: float | None = None
+    share_targets: float | None = None
     share_forward: float | None = None
     share_backward: float | None = None
     share_optimiser: float | None = None
@@ -67,20 +68,23 @@ class Row:
         return {part: share for part, share in found.items() if share is not None}
 
 
-def shares_of(steps: Sequence[Mapping[str, float]], masking_s: float, data_wait: float | None = None) -> dict[str, Any]:
+def shares_of(
+    steps: Sequence[Mapping[str, float]], inside: Mapping[str, float], data_wait: float | None = None
+) -> dict[str, Any]:
     """Fields of a row: the share of the steps' time that each part takes.
 
     Args:
         steps: Seconds of ``features``, ``forward``, ``backward`` and ``optimiser`` in each step, in the program of ``between``
             too.
-        masking_s: Seconds of masking per step, a part of ``forward``.
+        inside: Seconds of ``masking`` and ``targets`` per step, parts of ``forward``.
         data_wait: Share of the time in which the device waits for data, a part of ``between``.
     """
     seconds = {part: fmean(step.get(part, 0.0) for step in steps) for part in {part for step in steps for part in step}}
     total = sum(seconds.values())
-    masking_s = min(masking_s, seconds["forward"])
     shares = {part: seconds[part] / total for part in ("features", "backward", "optimiser")}
-    shares |= {"masking": masking_s / total, "forward": (seconds["forward"] - masking_s) / total}
+    known = min(sum(inside.values()), seconds["forward"])
+    shares |= {part: known * taken / sum(inside.values()) / total for part, taken in inside.items() if taken}
+    shares["forward"] = (seconds["forward"] - known) / total
     if data_wait is not None:
         between = seconds.get("between", 0.0) / total
         shares |= {"data": min(data_wait, between), "other": max(0.0, between - data_wait)}

@@ -142,6 +142,10 @@ class CodePrediction(Objective):
     def codes(self, source: Tensor, lengths: Tensor) -> Tensor:
         """Codes (B, T, G), int64, of what `source` gave; those of padding are meaningless."""
 
+    def targets(self, model: AudioEncoder, source: Tensor, lengths: Tensor, valid: Tensor | None) -> Tensor:
+        """Codes (B, T, G)."""
+        return self.codes(source, lengths)
+
     def predicted(self, num_frames: int) -> int:
         """Tokens that spans can cover, or all where visible ones count too."""
         return num_frames if self.visible_weight else self.spans.max_masked(num_frames)

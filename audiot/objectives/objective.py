@@ -95,6 +95,10 @@ class Objective(nn.Module, ABC):
         """
         return None if tokens is not None else model.features(waveforms, lengths)[0].contiguous()
 
+    def targets(self, model: AudioEncoder, source: Tensor, lengths: Tensor, valid: Tensor | None) -> Tensor:
+        """Of each token, what is to be predicted (B, T, …). Arguments are those of `loss`."""
+        return source
+
     @abstractmethod
     def predicted(self, num_frames: int) -> int:
         """Tokens of an utterance of ``num_frames`` tokens that the head predicts, at most."""

@@ -155,6 +155,10 @@ class SelfDistillation(CodePrediction):
         """The codes (B, T, G), which `loss` and `view` hand on as the source."""
         return source
 
+    def targets(self, model: AudioEncoder, source: Tensor, lengths: Tensor, valid: Tensor | None) -> Tensor:
+        """Codes (B, T, G) of the teacher's states."""
+        return self._nearest(self._states(model, source, valid)[0])
+
     def loss(
         self, model: AudioEncoder, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor
     ) -> Mean:

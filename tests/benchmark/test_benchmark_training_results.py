@@ -13,13 +13,13 @@ def row(attention, frames=128, scope="step", **changes):
     return Row("base", attention, "own", frames, 4, 0.1, 0.0, scope, True, "bf16-mixed", **(what | changes))
 
 
-def test_shares_add_up_and_masking_is_a_part_of_forward():
+def test_shares_add_up_and_masking_and_targets_are_parts_of_forward():
     steps = [{"features": 1.0, "forward": 4.0, "backward": 3.0, "optimiser": 1.0, "between": 1.0}, {"forward": 10.0}]
-    found = shares_of(steps, 2.0, data_wait=0.02)
-    expected = {"features": 1, "masking": 4, "forward": 10, "backward": 3, "optimiser": 1, "data": 0.4, "other": 0.6}
+    found = shares_of(steps, {"masking": 2.0, "targets": 1.0}, data_wait=0.02)
+    expected = {"features": 1, "masking": 4, "targets": 2, "forward": 8, "backward": 3, "optimiser": 1, "data": 0.4, "other": 0.6}
     assert found == pytest.approx({f"share_{part}": value / 20 for part, value in expected.items()})
-    assert "share_data" not in shares_of(steps, 2.0)
-    assert shares_of(steps, 99.0)["share_forward"] == 0
+    assert "share_data" not in shares_of(steps, {"masking": 2.0})
+    assert shares_of(steps, {"masking": 99.0})["share_forward"] == 0
 
 
 def test_speedups_are_over_query_key_at_the_same_place():
