@@ -121,7 +121,7 @@ def save_objective(path: str | Path, config: Mapping[str, Any], objective: nn.Mo
 
 
 def _save(path: Path, state: Mapping[str, Tensor]) -> None:
-    with replacing(path) as temporary:
+    with replacing(path, durable=True) as temporary:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
 
 

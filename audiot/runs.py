@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -205,17 +206,53 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("=")[1])
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of pre-training in a folder, those of later steps first."""
+    return sorted(folder.glob("step=*.ckpt"), key=step_of, reverse=True)
+
+
 def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint of a pre-training run's latest step.
+    """The checkpoint of a pre-training run's latest step that is whole. Damaged ones of later steps are told of.
 
     Raises:
         FileNotFoundError: it has none.
-        ValueError: it is truncated.
+        ValueError: all are damaged.
     """
-    found = list((run / "checkpoints").glob("step=*.ckpt"))
+    found = checkpoints(run / "checkpoints")
     if not found:
         raise FileNotFoundError(f"{run}: no checkpoint of a pre-training run in {run / 'checkpoints'}")
-    return check_archive(max(found, key=step_of))
+    for number, path in enumerate(found):
+        if damage(path) is None:
+            for later in found[:number]:
+                _tell_once(f"damaged {later}: {damage(later)}; {path.name} stands in for it")
+            return path
+    rest = f", and so are {len(found) - 1} earlier ones" if len(found) > 1 else ""
+    raise ValueError(f"{found[0]} is damaged: {damage(found[0])}{rest}")
+
+
+@cache
+def _tell_once(line: str) -> None:
+    from audiot.base.console import say  # imports Lightning, which few commands that ask for a run need
+
+    say(line)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file; None where nothing is. Each of its parts has a CRC-32, which is computed again."""
+    status = path.stat()
+    return _damage(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _damage(path: Path, size: int, changed: int) -> str | None:
+    if not zipfile.is_zipfile(path):  # its index stands at the end of the file
+        return "it is truncated or not a checkpoint"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None if part is None else f"{part} has another checksum than when it was written"
 
 
 def round_folder(run: Path, number: int) -> Path:
@@ -235,7 +272,7 @@ def has_rounds(run: Path) -> bool:
 
 def has_checkpoints(run: Path) -> bool:
     """Whether the last round of a run has a checkpoint."""
-    return any((run / "checkpoints").glob("step=*.ckpt"))
+    return bool(checkpoints(run / "checkpoints"))
 
 
 def is_in_earlier_round(run: Path) -> bool:
@@ -244,11 +281,11 @@ def is_in_earlier_round(run: Path) -> bool:
 
 
 def check_archive(path: Path) -> Path:
-    """A checkpoint's path, if it is whole: its index stands at the end of the file."""
+    """A checkpoint's path, if it is whole."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated or not a checkpoint")
+    if wrong := damage(path):
+        raise ValueError(f"{path} is damaged: {wrong}")
     return path
 
 

@@ -413,7 +413,8 @@ def test_a_probe_that_is_killed_fails_and_says_how_to_do_without(monkeypatch):
 
 
 @blank
-def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path, number):
     folder = tmp_path / "run"
     endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", "checkpoint.every_n_steps=2"]
     program = [sys.executable, "-m", "audiot.cli", "pretrain", *TINY, "probe=false", "data.num_workers=1"]
@@ -428,7 +429,7 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp
         while not list(folder.glob("checkpoints/*.ckpt")):
             assert process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's workers as well
+        os.killpg(process.pid, number)  # as a terminal, SLURM and systemd do: to the loader's workers as well
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()

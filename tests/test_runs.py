@@ -344,7 +344,7 @@ def test_no_folder(tmp_path, started):
 def test_no_checkpoint_and_a_truncated_one(folder):
     newest = folder / "checkpoints" / "step=6.ckpt"
     newest.write_bytes(newest.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=re.escape(f"{newest} is truncated or not a checkpoint")):
+    with pytest.raises(ValueError, match=re.escape(f"{newest} is damaged: it is truncated or not a checkpoint")):
         resume(str(folder), [])
     shutil.rmtree(folder / "checkpoints")
     check_fresh(folder)

@@ -37,16 +37,34 @@ def name_bytes(path: str | Path) -> bytes:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to. It becomes ``path`` when the block ends and is deleted if the block fails."""
+def replacing(path: str | Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to. It becomes ``path`` when the block ends and is deleted if the block fails.
+
+    Args:
+        path: The file.
+        durable: Whether to wait until its content and its name are on the disk, so that a power cut leaves the old file or the
+            new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -151,6 +151,28 @@ def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def worker_processes(batches: Iterator[Any]) -> list[Any]:
+    """Processes of a DataLoader's iterator. None if PyTorch keeps them elsewhere: a fault is then told without its process."""
+    return list(getattr(batches, "_workers", []))
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Validate amid training, as Lightning does where a validation is due.
+
+    Raises:
+        RuntimeError: Lightning's loops have other names. The validation that was due is then left out.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, getattr(trainer, "_logger_connector", None)
+    if not hasattr(loop, "val_loop"):
+        raise RuntimeError("this Lightning has no loop of validation in that of training")
+    first = getattr(connector, "_first_loop_iter", None)
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+    if connector is not None:
+        connector._first_loop_iter = first
+
+
 def has_opened_file(logger: CSVLogger) -> bool:
     """Whether a logger has opened its file, which deletes an earlier one. True if Lightning does not tell."""
     return getattr(logger, "_experiment", logger) is not None

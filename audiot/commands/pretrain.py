@@ -33,6 +33,7 @@ from audiot.runs import (
     Interrupted,
     Resumed,
     check_fresh,
+    damage,
     has_checkpoints,
     has_config,
     has_rounds,
@@ -48,6 +49,7 @@ from audiot.runs import (
 from audiot.training.callbacks import ObjectivePictures, Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
+from audiot.training.store import CheckpointStore
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 
 
@@ -219,13 +221,16 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
-    if resumed is None or resumed.checkpoint is None:
-        trainer.fit(module, work.data)
-    else:
-        go_on(trainer, module, work.data, resumed)
-    last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
-    if not trainer.fast_dev_run and not trainer.strategy.broadcast(last.exists()):  # type: ignore[attr-defined]
-        trainer.save_checkpoint(last)
+    try:
+        if resumed is None or resumed.checkpoint is None:
+            trainer.fit(module, work.data)
+        else:
+            go_on(trainer, module, work.data, resumed)
+        save_last(work)
+    except OSError:  # a full disk, or a loader that stopped
+        if trainer.is_global_zero and has_checkpoints(work.run):
+            say(f"\nresume:  {resume_command(whole_run(work.run))}")
+        raise
     (validation,) = trainer.validate(module, work.data, verbose=False)
     loss = validation[module.monitor]
     if not math.isfinite(loss):
@@ -245,6 +250,20 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "resumed_step": module.trained_steps,
         }
     )
+
+
+def save_last(work: Pretraining) -> None:
+    """Save the last step, if that was not due in training."""
+    trainer = work.trainer
+    last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
+    is_there = last.is_file() and damage(last) is None
+    if trainer.fast_dev_run or trainer.strategy.broadcast(is_there):  # type: ignore[attr-defined]
+        return
+    store = next((callback for callback in work.callbacks if isinstance(callback, CheckpointStore)), None)
+    if store is None:  # trainer.enable_checkpointing=false: what the encoder is exported from is saved all the same
+        trainer.save_checkpoint(last)
+    elif store.save(trainer, work.module) is None:
+        raise ValueError(f"training diverged: lower optimizer.lr={work.cfg.optimizer.lr}")
 
 
 def export(work: Pretraining) -> bool:

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audiot.base.files import name_bytes
-from audiot.base.private import shared_storage
+from audiot.base.private import shared_storage, worker_processes
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, speaker_of
@@ -32,6 +33,8 @@ from audiot.features import Features
 
 WINDOW = 20_000  # cuts that are shuffled together when a manifest is streamed from disk
 AHEAD = 4  # batches that a loader process makes in advance
+LOOK_S = 5  # seconds after which a loader looks whether its processes live
+PATIENCE_S = 50  # seconds without a batch after which a loader gives up
 BUCKETED = 10_000  # cuts from whose durations the bucket limits are computed
 SCALE = 2.0**-15  # factor from 16-bit samples to floats, as in soundfile
 
@@ -406,14 +409,84 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch  # PyTorch's default would search every entry for arrays
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Start of a loader worker: ignore Ctrl-C, which the main process handles by ending its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Start of a loader worker: ignore Ctrl-C and SIGTERM, which reach all processes of a job.
+
+    The main process, which needs its workers until it has saved, ends them itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class LoaderStoppedError(OSError):
+    """A loader process was killed, or gives no batches any more."""
+
+
+class WatchedLoader(DataLoader[Batch]):
+    """DataLoader that tells in one line which of its processes died or went silent, after which batch."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches.
+
+        Raises:
+            LoaderStoppedError: a process died, or none has given a batch for 50 seconds.
+        """
+        batches, last, silent = super().__iter__(), "the start", 0
+        _leave_dead_workers_alone()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                workers = worker_processes(batches)
+                late = str(error).startswith("DataLoader timed out")
+                silent += LOOK_S if late else 0
+                if not any(map(_is_dead, workers)) and silent < PATIENCE_S:
+                    if late:
+                        continue
+                    raise  # what a process told of itself
+                raise LoaderStoppedError(f"the loader of data stopped after {last}: {_told(workers, silent)}") from error
+            silent = 0
+            if "position" in batch:
+                last = "batch {1:,} of epoch {0:,}".format(*batch["position"])
+            yield batch
+
+
+def _leave_dead_workers_alone() -> None:
+    """Undo PyTorch's handler of SIGCHLD, which raises an error wherever the main process is, within a step perhaps."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if str(getattr(handler, "__module__", "")).startswith("torch.utils.data") and current_thread() is main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _is_dead(worker: Any) -> bool:
+    worker.join(0.1)  # one that was killed amid a batch breaks its connection first
+    return not worker.is_alive()
+
+
+def _told(workers: Sequence[Any], silent: int) -> str:
+    """What became of a loader's processes, which are ended, as one that is stopped would never end."""
+    dead = [f"{worker.pid} ({_end(worker.exitcode)})" for worker in workers if not worker.is_alive()]
+    alive = [str(worker.pid) for worker in workers if worker.is_alive()]
+    for worker in workers:
+        worker.kill()
+    if dead:
+        return f"process {', '.join(dead)} ended; for want of memory perhaps: lower data.num_workers or data.batch_s"
+    names = f"process {', '.join(alive)}" if alive else "its processes"
+    return f"{names} gave nothing for {silent} seconds: was it stopped, or does the disk of the audio hang?"
+
+
+def _end(code: int | None) -> str:
+    try:
+        return signal.Signals(-(code or 0)).name
+    except ValueError:
+        return f"exit status {code}"
 
 
 def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Loader of whole batches. Workers ignore Ctrl-C, and those of validation are kept for the next validation."""
-    return DataLoader(
+    """Loader of whole batches. Workers ignore signals, and those of validation are kept for the next validation."""
+    return WatchedLoader(
         dataset,
         sampler=stream,
         batch_size=None,
@@ -421,7 +494,8 @@ def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, p
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream.training,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
+        timeout=LOOK_S if num_workers else 0,
         prefetch_factor=AHEAD if num_workers else None,
     )
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.files import write_csv
 from audiot.data.audio import AudioFile, BadAudioError, read_audio, resample, resample_checked
-from audiot.data.batches import ignore_interrupt, shared
+from audiot.data.batches import ignore_signals, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
@@ -286,7 +286,7 @@ class Extractor:
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=ignore_signals,
             prefetch_factor=AHEAD if workers else None,
         )
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from audiot.base.devices import to_host
 from audiot.base.private import skip_sigterm_broadcast
-from audiot.data.batches import Batch
-from audiot.runs import Interrupted
+from audiot.data.batches import Batch, LoaderStoppedError
+from audiot.runs import Interrupted, checkpoints
+from audiot.training.store import CheckpointStore
 
 
 class AnyProcess:
@@ -51,9 +53,11 @@ class AnyProcess:
 
 
 class GracefulInterrupt(Callback):
-    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and stop. A second Ctrl-C stops at once.
+    """On Ctrl-C, SIGTERM or SIGUSR1, finish the step, save a checkpoint and stop. A second Ctrl-C stops at once.
 
-    Several GPUs run one more step, in which they agree to stop.
+    In a validation, one process stops after the batch, with the checkpoint that was saved before the validation. Several
+    processes stop after it, and several GPUs run one more step, in which they agree to stop. Where the loader of data stops,
+    a checkpoint is saved too.
 
     Args:
         folder: Folder for the checkpoint; None saves none.
@@ -62,6 +66,7 @@ class GracefulInterrupt(Callback):
     def __init__(self, folder: str | None) -> None:
         self.folder = folder
         self.requested = False
+        self._stop: Interrupted | None = None  # what is raised once Lightning has logged the step
         self._anywhere = AnyProcess()
         self._previous: dict[int, Any] = {}
 
@@ -73,7 +78,7 @@ class GracefulInterrupt(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers."""
         skip_sigterm_broadcast(trainer)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._request)
 
     def _release(self) -> None:
@@ -84,21 +89,67 @@ class GracefulInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Save and stop if asked to, after the last batch of an optimiser step."""
+        """Save if asked to stop, after the last batch of an optimiser step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not self._anywhere.ask(self.requested, trainer):
             return
-        path = None
-        if self.folder is not None:
-            path = Path(self.folder) / f"step={trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path)
-        raise Interrupted(trainer.global_step, path)
+        self._stop = Interrupted(trainer.global_step, self._save(trainer, pl_module))
+
+    def _end(self) -> None:
+        if self._stop is not None:
+            raise self._stop
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Stop before the next step."""
+        self._end()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation of training."""
+        self._end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop after the last step."""
+        self._end()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop within a validation, if the step before it is saved. It takes place again when the run goes on."""
+        if not self.requested or trainer.world_size > 1 or trainer.state.fn != TrainerFn.FITTING or self.folder is None:
+            return
+        path = self._path(trainer)
+        if path.is_file():
+            raise Interrupted(trainer.global_step, path, "in the validation ")
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        return Path(self.folder or "") / f"step={trainer.global_step}.ckpt"
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
+        """Save the latest step, unless its weights are not finite. The checkpoint from which the run can go on."""
+        if self.folder is None:
+            return None
+        store = next((each for each in trainer.callbacks if isinstance(each, CheckpointStore)), None)  # type: ignore[attr-defined]
+        if store is None:
+            trainer.save_checkpoint(self._path(trainer))
+        elif store.save(trainer, pl_module) is None:
+            return next(iter(checkpoints(Path(self.folder))), None)
+        return self._path(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the signal handlers."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers."""
+        """Restore the signal handlers. Save the latest step where the next batch doesn't come."""
         self._release()
+        whole = (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        alone = trainer.world_size == 1  # others would have to save with it
+        if isinstance(exception, LoaderStoppedError) and trainer.training and whole and alone:
+            self._save(trainer, pl_module)

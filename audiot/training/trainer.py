@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from audiot.base.devices import fast_precision
 from audiot.training.ddp import warn_of_slow_strategy
 from audiot.training.fsdp import ShardedStrategy
+from audiot.training.store import WholeFiles
 
 # Steps of a run from which compiling pays. On a GPU it saves some 8 ms per step (3 layers of 192 or 768) and takes 45 s for the
 # first two shapes.
@@ -54,7 +55,9 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             start_wandb(logger)
-    options = {"precision": known_precision(cfg.trainer.precision, cfg.trainer.accelerator)} | options
+    precision = known_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    plugins = [instantiate(each) if isinstance(each, DictConfig) else each for each in cfg.trainer.get("plugins") or []]
+    options = {"precision": precision, "plugins": [*plugins, WholeFiles()]} | options
     try:
         trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **options)
     except InstantiationException as error:
