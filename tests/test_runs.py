@@ -344,7 +344,11 @@ def test_no_folder(tmp_path, started):
 def test_no_checkpoint_and_a_truncated_one(folder):
     newest = folder / "checkpoints" / "step=6.ckpt"
     newest.write_bytes(newest.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=re.escape(f"{newest} is damaged: it is truncated or not a checkpoint")):
+    assert resume(str(folder), []).checkpoint == folder / "checkpoints" / "step=3.ckpt"
+    (folder / "checkpoints" / "step=3.ckpt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=re.escape(f"{newest} is damaged: it is truncated or not a checkpoint, and so are 1 earl")
+    ):
         resume(str(folder), [])
     shutil.rmtree(folder / "checkpoints")
     check_fresh(folder)

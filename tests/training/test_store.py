@@ -216,11 +216,7 @@ def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number):
     time.sleep(0.3)
     assert worker.is_alive()
     os.kill(worker.pid, number)
-    what = (
-        f"process {worker.pid} (SIGKILL) ended"
-        if number == signal.SIGKILL
-        else f"process {worker.pid} gave nothing for 2 seconds"
-    )
+    what = "(SIGKILL) ended" if number == signal.SIGKILL else "gave nothing for 2 seconds"
     with pytest.raises(LoaderStoppedError) as stop:
         list(stream)
     assert f"process {worker.pid} {what}" in str(stop.value)
