@@ -28,7 +28,7 @@ from audiot.data.prepare import PreparedCorpus
 from audiot.model import length_mask
 from audiot.objectives.objective import Objective, View
 from audiot.training.accumulation import Mean, WeightedSteps
-from audiot.training.fsdp import full_tensor, gather, is_sharded, release, shard
+from audiot.training.fsdp import gather, is_sharded, release, shard
 from audiot.training.optimization import configure_from
 from audiot.training.saved import Saved, read_checkpoint, settings_of
 
@@ -43,6 +43,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     SETTINGS = ("features", "model", "objective")
     COMMAND = "pretrain"
+    SIZES = ("data.batch_s", "data.crop_s")
 
     def __init__(
         self,
@@ -65,6 +66,11 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         self.validation_metrics = torch.nn.ModuleDict(
             {name: MeanMetric(nan_strategy=float("nan")) for name in self.objective.metrics}
         )
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the waveforms."""
+        return self.model.features.sample_rate
 
     @property
     def monitor(self) -> str:
@@ -184,14 +190,15 @@ class MaskedAcousticModel(WeightedSteps, Saved):
             assert isinstance(metric, MeanMetric)
             self.log(f"pretrain/{name}", metric, prog_bar=f"pretrain/{name}" == self.monitor)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip as the trainer says. Log the norm before clipping every ``log_every_n_steps``."""
+    def log_norm(self, norm: Tensor) -> None:
+        """Log the norm of the gradient before clipping every ``log_every_n_steps``."""
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self.log("pretrain/gradient_norm", full_tensor(torch.nn.utils.get_total_norm(gradients)))
-        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+            self.log("pretrain/gradient_norm", norm)
+
+    def discard(self, skipped: Tensor) -> None:
+        """Forget what the batches of a skipped step have left to mechanisms and to the objective."""
+        super().discard(skipped)
+        self.objective.discard(skipped)
 
     def configure_model(self) -> None:
         """Shard the parameters among the processes under `audiot.training.fsdp.ShardedStrategy`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hydra.utils import get_class
-from torch import nn
+from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
 from audiot.attention.patterns import patterns
@@ -23,6 +23,7 @@ __all__ = [
     "build",
     "build_mechanism",
     "command_line",
+    "discard",
     "names",
     "parameters",
     "patterns",
@@ -103,6 +104,18 @@ def after_step(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AttentionMechanism):
             module.after_step()
+
+
+def discard(model: nn.Module, skipped: Tensor) -> None:
+    """Call `discard` of each mechanism in a model: once before each step of the optimiser, on every rank.
+
+    Args:
+        model: The model.
+        skipped: Whether the step is skipped, bool (), on the model's device.
+    """
+    for module in model.modules():
+        if isinstance(module, AttentionMechanism):
+            module.discard(skipped)
 
 
 def _config(group: str, name: str, kind: str) -> tuple[str, dict[str, Any]]:

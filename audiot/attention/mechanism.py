@@ -190,6 +190,15 @@ class AttentionMechanism(nn.Module, ABC):
     def after_step(self) -> None:
         """Update state that isn't trained by gradients. Called once after each step of the optimiser, on every rank."""
 
+    def discard(self, skipped: Tensor) -> None:
+        """Forget what the forwards since the last step have left for `after_step`, where the coming step is skipped.
+
+        Then `after_step` must change nothing. Called before each step of the optimiser, on every rank.
+
+        Args:
+            skipped: Whether the step is skipped, bool (), on the model's device. Don't wait for it.
+        """
+
     @property
     def weight_inputs(self) -> frozenset[str]:
         """What `weights` needs."""

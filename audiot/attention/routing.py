@@ -157,6 +157,11 @@ class Routing(QueryKeyMechanism):
         sums.zero_()
         counts.zero_()
 
+    def discard(self, skipped: Tensor) -> None:
+        """Empty the sums where the step is skipped."""
+        self._sums.masked_fill_(skipped, 0)
+        self._counts.masked_fill_(skipped, 0)
+
     def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """LayerNorm without parameters, in the precision of the input."""
         shape = (self.head_dim,)

@@ -31,6 +31,7 @@ from audiot.following import example_files
 from audiot.runs import write_config
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.trainer import make_trainer
+from audiot.training.watch import batches_that_fit
 
 BEST = Path("checkpoints") / "best.ckpt"
 
@@ -129,7 +130,8 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         device = trainer.strategy.root_device
         with trainer.precision_plugin.forward_context():  # as if they were computed in every step
             source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
-    trainer.fit(module, source)
+    with batches_that_fit(trainer):
+        trainer.fit(module, source)
     keepers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
     best = keepers[0] if keepers and keepers[0].best_model_path else None  # trainer.fast_dev_run keeps none
     score = best.best_model_score if best else trainer.callback_metrics.get(f"valid/{task.monitor}")
@@ -172,7 +174,8 @@ def test(
     trainer: pl.Trainer, module: DownstreamModule, source: pl.LightningDataModule, checkpoint: str | Path | None
 ) -> dict[str, Any]:
     """Test metrics of a checkpoint; None: of the module as it is."""
-    (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    with batches_that_fit(trainer):
+        (metrics,) = trainer.test(module, source, ckpt_path=checkpoint, weights_only=True, verbose=False)
     return dict(metrics)
 
 

@@ -6,7 +6,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -51,6 +52,7 @@ from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.store import CheckpointStore
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
+from audiot.training.watch import batches_that_fit, is_out_of_memory
 
 
 @dataclass
@@ -221,17 +223,13 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
-    try:
+    with how_to_go_on(work), batches_that_fit(trainer):
         if resumed is None or resumed.checkpoint is None:
             trainer.fit(module, work.data)
         else:
             go_on(trainer, module, work.data, resumed)
         save_last(work)
-    except OSError:  # a full disk, or a loader that stopped
-        if trainer.is_global_zero and has_checkpoints(work.run):
-            say(f"\nresume:  {resume_command(whole_run(work.run))}")
-        raise
-    (validation,) = trainer.validate(module, work.data, verbose=False)
+        (validation,) = trainer.validate(module, work.data, verbose=False)
     loss = validation[module.monitor]
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, {module.monitor} is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
@@ -250,6 +248,17 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "resumed_step": module.trained_steps,
         }
     )
+
+
+@contextmanager
+def how_to_go_on(work: Pretraining) -> Iterator[None]:
+    """Say how the run can go on where an error ends it after a checkpoint."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if work.trainer.is_global_zero and work.trainer.global_step and has_checkpoints(work.run):
+            say(f"\nresume:  {resume_command(whole_run(work.run))}")
+        raise
 
 
 def save_last(work: Pretraining) -> None:
@@ -350,7 +359,7 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
-        if accepted or isinstance(error, torch.OutOfMemoryError):
+        if accepted or is_out_of_memory(error):
             raise
         raise ValueError(f"{resumed.run} can't go on from {checkpoint}: {error}") from error
     if not accepted:  # nothing was left to train

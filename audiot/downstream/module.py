@@ -37,6 +37,7 @@ class DownstreamModule(WeightedSteps, Saved):
 
     SETTINGS = ("upstream", "head", "objective", "classes")
     COMMAND = "finetune"
+    SIZES = ("data.batch_s", "data.max_utterances")
 
     def __init__(
         self,
@@ -64,6 +65,11 @@ class DownstreamModule(WeightedSteps, Saved):
         for part in self.trained:
             part.requires_grad_(True)
         self.train()  # Lightning's fit does not call it
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the waveforms."""
+        return int(self.upstream.features.sample_rate)
 
     def _trained(self, train_encoder: bool, top_layers: int | None) -> list[nn.Module]:
         """Parts of the upstream that are fine-tuned."""

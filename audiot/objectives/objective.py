@@ -23,9 +23,9 @@ class Objective(nn.Module, ABC):
     """Base class of the objectives of pre-training. A YAML file of the group ``objective`` names one and its parameters.
 
     The module calls, in this order: `fit` once before training; in each step `source`, outside of the compiled graph, and `loss`
-    inside; `after_step` after each step of the optimiser. For validation and pictures it calls `view`, and hands the result to
-    `measures` and `draw`. An objective keeps all that it fitted or learned in its state dict. So a resumed run continues to the
-    byte, and an exported encoder can be trained on.
+    inside; `discard` before and `after_step` after each step of the optimiser. For validation and pictures it calls `view`, and
+    hands the result to `measures` and `draw`. An objective keeps all that it fitted or learned in its state dict. So a resumed
+    run continues to the byte, and an exported encoder can be trained on.
 
     Randomness of an utterance comes from its key alone (see `audiot.base.streams`).
 
@@ -141,6 +141,15 @@ class Objective(nn.Module, ABC):
 
     def after_step(self, model: AudioEncoder) -> None:
         """Update what learns without gradients. Called on every process after each step of the optimiser."""
+
+    def discard(self, skipped: Tensor) -> None:
+        """Forget what the batches of a step have left for `after_step`, where that step is skipped.
+
+        Then `after_step` must change nothing. Called on every process before each step of the optimiser.
+
+        Args:
+            skipped: Whether the step is skipped, bool (), on the model's device. Don't wait for it.
+        """
 
 
 def masked_first(frames: Tensor, count: int) -> tuple[Tensor, Tensor]:

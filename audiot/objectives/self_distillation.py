@@ -132,6 +132,7 @@ class SelfDistillation(CodePrediction):
         # rank 0's, and a checkpoint, which is made between steps, has no use for them.
         self._moments = torch.zeros(layers, num_codes, width + 1)  # of the states with each code, and their number
         self._spread = torch.zeros(layers + 1)  # variance times tokens, and tokens
+        self._skipped = torch.zeros((), dtype=torch.bool)  # whether the current step changes nothing
         self._since = 0  # steps since the latest look
         self._looked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
@@ -139,6 +140,7 @@ class SelfDistillation(CodePrediction):
         super()._apply(fn, recurse)
         # Emptied, as memory may come without values.
         self._moments, self._spread = torch.zeros_like(fn(self._moments)), torch.zeros_like(fn(self._spread))
+        self._skipped = torch.zeros_like(self._spread[0], dtype=torch.bool)
         return self
 
     def train(self, mode: bool = True) -> SelfDistillation:
@@ -256,8 +258,14 @@ class SelfDistillation(CodePrediction):
         self._moments.zero_()
         self._spread.zero_()
         self._move_teacher(model)
-        self.step.add_(1)
+        self.step.add_(~self._skipped)
         self._look_for_collapse()
+
+    def discard(self, skipped: Tensor) -> None:
+        """Empty the sums where the step is skipped, and let `after_step` leave codes, teacher and step as they are."""
+        self._skipped.copy_(skipped)
+        self._moments.masked_fill_(skipped, 0)
+        self._spread.masked_fill_(skipped, 0)
 
     def _move_codes(self) -> None:
         """Take the step's tokens into the moving averages. ``prior`` is n, and ``codebook`` is s / n."""
@@ -276,7 +284,7 @@ class SelfDistillation(CodePrediction):
         average = 1 / self.num_codes
         order = self.prior.argsort(dim=1, stable=True)
         rare, frequent = order, order.flip(1)
-        revived = (self.prior.gather(1, rare) < DEAD * average) & (self.prior.gather(1, frequent) > average)
+        revived = (self.prior.gather(1, rare) < DEAD * average) & (self.prior.gather(1, frequent) > average) & ~self._skipped
         books = torch.arange(self.num_codebooks, device=order.device)
         noise = streams.normal(self.key + self.step * self.num_codebooks + books, self.codebook.shape[-1])
         beside = self.codebook[books[:, None], frequent] + APART * noise[:, None].to(self.codebook.dtype)
@@ -293,12 +301,12 @@ class SelfDistillation(CodePrediction):
             one.copy_(other)
 
     def teacher_rate(self) -> Tensor:
-        """Share 1 − d of the encoder that goes into the teacher after the current step, a scalar on the device."""
+        """Share 1 − d of the encoder that goes into the teacher after the current step, a scalar on the device; 0 if skipped."""
         done = (self.step % self.steps) / self.steps
         ramped = (done / self.ramp).clamp(max=1) if self.ramp else torch.ones_like(done)
         gap = (1 - self.decay) + ramped * (self.decay - self.final_decay)
         rate = -torch.expm1(torch.log1p(-gap) * (PUBLISHED_STEPS / self.steps))
-        return torch.where(done < self.freeze, rate, torch.zeros_like(rate))
+        return torch.where((done < self.freeze) & ~self._skipped, rate, torch.zeros_like(rate))
 
     def perplexity(self) -> Tensor:
         """Perplexity of the codes of each layer in the latest steps (G,)."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from audiot.attention import discard
 from audiot.base.private import scale
-from audiot.training.fsdp import local_part
+from audiot.training.fsdp import full_tensor, local_part
+from audiot.training.optimization import skip_step
 
 
 class Mean(NamedTuple):
@@ -35,12 +38,24 @@ class WeightedSteps(pl.LightningModule):
     batch by its count / unit. Before clipping, the gradients are divided by the mean count of all kN batches / unit. The unit is
     the mean count of the first batch of each process. It keeps numbers in the range of float16, and with k = 1 no division is
     left. Counts stay on the device, so no process waits for it.
+
+    A step whose loss or gradient is not finite is skipped: it changes no parameter, nothing that the optimiser keeps, and nothing
+    that is learned without gradients. All processes agree, since loss and gradient norm are those of all of them. Steps are
+    counted and the learning rate goes on as if it had been taken. `audiot.training.watch.FiniteSteps` counts such steps.
     """
 
+    SIZES: ClassVar[tuple[str, ...]]  # config keys that make batches smaller
+
     latest_loss: Tensor | None = None  # loss of the latest step, on the device
+    latest_skipped: Tensor | None = None  # whether the latest step was skipped, bool (), on the device
 
     _unit: Tensor
     _sums: Tensor
+
+    @property
+    @abstractmethod
+    def sample_rate(self) -> int:
+        """Samples per second of the waveforms."""
 
     @abstractmethod
     def log_loss(self, loss: Tensor) -> None:
@@ -74,6 +89,35 @@ class WeightedSteps(pl.LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         scale(gradients, self._unit * self._batches_per_step / count)
+
+    def log_norm(self, norm: Tensor) -> None:
+        """Log the norm of a step's gradient before clipping."""
+
+    def discard(self, skipped: Tensor) -> None:
+        """Forget what the batches of a step have left for the time after it, where the step is skipped.
+
+        Args:
+            skipped: Whether the step is skipped, bool (), on the device.
+        """
+        discard(self, skipped)
+
+    @torch.no_grad()
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Skip a step whose loss or gradient is not finite. Clip as the trainer says."""
+        assert self.latest_loss is not None
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = full_tensor(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+        self.log_norm(norm)
+        defined = self.latest_loss.isfinite()
+        skipped = ~(defined & norm.isfinite())
+        self.discard(skipped)
+        skip_step(optimizer, skipped)
+        # With float16, gradients overflow while the scaler looks for the largest scale. It skips these steps itself.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.latest_skipped = ~defined if scaled else skipped
+        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     @property
     def _batches_per_step(self) -> int:

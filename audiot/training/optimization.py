@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from audiot.attention import after_step
@@ -133,6 +134,33 @@ def configure(
     built.register_step_post_hook(lambda *_: after_step(module))
     schedule = scheduler(built, total_steps=int(total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def skip_step(optimizer: Optimizer, skipped: Tensor) -> None:
+    """Let the coming step of an optimiser change neither parameters nor its state, if a flag is set.
+
+    Fused Adam and AdamW read the flag on the device. Any other optimiser makes the host wait for it, and finds no gradients.
+
+    Args:
+        optimizer: The optimiser, before its step.
+        skipped: Whether to skip the step, bool ().
+    """
+    if _reads_flag(optimizer):
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+    elif skipped:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def _reads_flag(optimizer: Optimizer) -> bool:
+    """Whether a step leaves everything as it is where ``found_inf``, the flag of `torch.amp.GradScaler`, is 1.
+
+    Fused SGD reads it too, but a first step that is skipped leaves it momentum of arbitrary numbers.
+    """
+    if type(optimizer) not in (Adam, AdamW) or not all(group["fused"] for group in optimizer.param_groups):
+        return False
+    return not any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def configure_from(module: nn.Module, settings: Mapping[str, Any], total_steps: float) -> dict[str, Any]:
