@@ -9,7 +9,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -158,9 +157,7 @@ def _reads_flag(optimizer: Optimizer) -> bool:
 
     Fused SGD reads it too, but a first step that is skipped leaves it momentum of arbitrary numbers.
     """
-    if type(optimizer) not in (Adam, AdamW) or not all(group["fused"] for group in optimizer.param_groups):
-        return False
-    return not any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+    return type(optimizer) in (Adam, AdamW) and all(group["fused"] for group in optimizer.param_groups)
 
 
 def configure_from(module: nn.Module, settings: Mapping[str, Any], total_steps: float) -> dict[str, Any]:

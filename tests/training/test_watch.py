@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY
 from pytorch_lightning.callbacks import Callback
+from skipping_ranks import OPTIMIZERS, STRATEGIES, batches
 from unequal_batches import objective_config
 
 from audiot.attention import build
@@ -23,7 +24,6 @@ from audiot.data.labels import FrameLabels
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import random_encoder
 from audiot.pretraining import MaskedAcousticModel
-from audiot.training.optimization import skip_step
 from audiot.training.watch import FiniteSteps, batches_that_fit, weights_are_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning", "ignore:the loss or gradient of step")
@@ -131,13 +131,13 @@ def test_one_bad_batch_of_two_leaves_out_the_step_of_both(pretraining, tmp_path,
     found = state_of(module, module.trainer.optimizers[0])
     assert watch.skipped == 1
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+        # Adam enlarges the rounding of tiny gradients. A step moves most weights by 1e-3.
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert torch.load(tmp_path / "nonfinite.pt", weights_only=True)["ids"] == batches[3]["ids"]
 
 
 @pytest.mark.parametrize("spoiled", [[1, 2], [3]])
 def test_codes_and_teacher_stay_as_they_are(pretraining, tmp_path, spoiled):
-    """Once with steps of bad batches, once with the same number of steps of which those before are the last."""
     states = []
 
     class Note(Callback):
@@ -224,7 +224,7 @@ def test_finite_training_writes_and_logs_nothing(pretraining, tmp_path):
 
 
 def test_a_limit_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="callbacks.watch.limit must be at least 1, found 0"):
+    with pytest.raises(ValueError, match=r"callbacks\.watch\.limit must be at least 1, found 0"):
         FiniteSteps(tmp_path, 0)
 
 
@@ -308,3 +308,34 @@ def test_other_errors_stay_what_they_are(pretraining, tmp_path):
     trainer = pretraining.trainer(tmp_path)
     with pytest.raises(RuntimeError, match="something else"), batches_that_fit(trainer):
         raise RuntimeError("something else")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder of two ranks, and the results of each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    program, started = str(Path(__file__).parents[1] / "skipping_ranks.py"), []
+    for rank in range(2):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        started.append(subprocess.Popen([sys.executable, program, str(folder), str(rank)], env=environment))
+    assert [process.wait(300) for process in started] == [0, 0]
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ranks_agree_to_skip_the_step_of_which_one_has_a_bad_batch(ranks, strategy, optimizer):
+    folder, results = ranks
+    for result in results:
+        states, skipped, line = result[strategy, optimizer]
+        for name, (first, second, third, *_) in states.items():
+            assert second.equal(first), name
+            assert not third.equal(second), name
+            assert all(value.isfinite().all() for value in states[name])
+        assert skipped == 3
+        assert "in 2 steps in a row, all skipped, the first step 4 (4 utterances: bad 0, bad 1, bad 2, …)" in line
+    for name, values in results[0][strategy, optimizer][0].items():
+        assert all(map(torch.equal, values, results[1][strategy, optimizer][0][name])), name
+    saved = torch.load(folder / strategy / optimizer / "nonfinite.pt", weights_only=True)
+    assert (saved["step"], saved["ids"]) == (4, batches(1)[3]["ids"])
+    assert saved["tokens"].isnan().any()
