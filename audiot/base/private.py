@@ -11,8 +11,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -159,23 +159,18 @@ def worker_processes(batches: Iterator[Any]) -> list[Any]:
 def validate_now(trainer: pl.Trainer) -> None:
     """Validate amid training, as Lightning does where a validation is due.
 
-    Raises:
-        RuntimeError: Lightning's loops have other names. The validation that was due is then left out.
+    If Lightning's loops have other names, that validation is left out, with a warning.
     """
-    loop, connector = trainer.fit_loop.epoch_loop, getattr(trainer, "_logger_connector", None)
-    if not hasattr(loop, "val_loop"):
-        raise RuntimeError("this Lightning has no loop of validation in that of training")
+    loop, connector = getattr(trainer.fit_loop.epoch_loop, "val_loop", None), getattr(trainer, "_logger_connector", None)
+    if loop is None:
+        rank_zero_warn("this Lightning has no loop of validation in that of training: the validation that was due is left out")
+        return
     first = getattr(connector, "_first_loop_iter", None)
     trainer.validating = True
-    loop.val_loop.run()
+    loop.run()
     trainer.training = True
     if connector is not None:
         connector._first_loop_iter = first
-
-
-def has_opened_file(logger: CSVLogger) -> bool:
-    """Whether a logger has opened its file, which deletes an earlier one. True if Lightning does not tell."""
-    return getattr(logger, "_experiment", logger) is not None
 
 
 def _set_dynamo(name: str, value: Any) -> None:

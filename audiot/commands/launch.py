@@ -378,7 +378,6 @@ def quieten_libraries() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*This DataLoader will create .* worker processes.*",  # `audiot.data.datamodule.warn_of_many` says it once
-        ".*Experiment logs directory.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*Consider setting `persistent_workers=True`.*",

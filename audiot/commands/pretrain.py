@@ -48,6 +48,7 @@ from audiot.runs import (
     write_config,
 )
 from audiot.training.callbacks import ObjectivePictures, Throughput
+from audiot.training.csv_logger import RunCSVLogger
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.store import CheckpointStore
@@ -350,6 +351,9 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
     def accept(*_: Any) -> None:
         nonlocal accepted
         accepted = True
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.go_on(step_of(checkpoint))
         if trainer.is_global_zero:
             resumed.record()
             if step_of(checkpoint) < resumed.config.trainer.max_steps:

@@ -118,8 +118,3 @@ def test_a_loop_that_asks_in_another_way_is_left_alone():
     trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))
     private.skip_sigterm_broadcast(trainer)
     assert not vars(trainer.fit_loop.epoch_loop)
-
-
-def test_a_logger_that_can_not_be_asked_is_taken_to_have_begun():
-    assert private.has_opened_file(SimpleNamespace())
-    assert not private.has_opened_file(SimpleNamespace(_experiment=None))

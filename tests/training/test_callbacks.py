@@ -20,10 +20,7 @@ from audiot.training.callbacks import (
 from audiot.training.csv_logger import RunCSVLogger
 from audiot.training.interrupt import AnyProcess, GracefulInterrupt
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:::pytorch_lightning"),
-    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists"),  # a run goes on in its folder
-]
+pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -149,19 +146,6 @@ def test_metrics_of_a_resumed_run_are_those_of_an_unbroken_one(pretraining, unbr
     assert len(rows(tmp_path)) > 0
     trainer().fit(pretraining.module(), pretraining.data(), ckpt_path=tmp_path / f"step={saved}.ckpt", weights_only=False)
     assert rows(tmp_path) == rows(unbroken[1])
-
-
-def test_a_resumed_run_that_stops_before_its_first_row_keeps_the_earlier_rows(tmp_path):
-    first = RunCSVLogger(str(tmp_path))
-    first.log_metrics({"pretrain/train_l1": 0.5}, 9)
-    first.log_metrics({"pretrain/val_l1": 0.25}, 9)
-    first.finalize("success")
-    kept = rows(tmp_path)
-    assert kept == [{"step": "9", "pretrain/train_l1": "0.5"}, {"step": "9", "pretrain/val_l1": "0.25"}]
-    second = RunCSVLogger(str(tmp_path))
-    second.log_hyperparams({})
-    second.finalize("failed")
-    assert rows(tmp_path) == kept
 
 
 def test_throughput_counts_the_real_frames_of_every_step_but_the_first(pretraining, tmp_path):
