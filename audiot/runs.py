@@ -7,7 +7,6 @@ whoever made them: they name parts by the config groups, and nothing in them is 
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Collection
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from audiot.base.config import check_type, flat, parse
 from audiot.base.files import read_json, read_yaml, replacing_text
 from audiot.base.groups import groups, key_of, nearest
+from audiot.base.lock import is_first_process
 from audiot.base.parts import FORMAT_VERSION, check_version, foreign, is_plain, named, resolved
 from audiot.base.quoting import argument
 
@@ -295,7 +295,7 @@ def check_fresh(run: Path) -> None:
     Raises:
         ValueError: there are checkpoints.
     """
-    if any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID")):
+    if not is_first_process():
         return  # the first process of the run has looked, and may have begun
     if has_checkpoints(run) or has_rounds(run):
         how = argument("resume", run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -39,6 +41,16 @@ def frames(duration_s: float | None, features: DictConfig) -> int:
     return max(1, count // max(1, features.stack, features.get("subsample") or 1))
 
 
+def launch_name() -> str:
+    """Name of the folder of what starts now: date and time to the microsecond.
+
+    The tasks that ``srun`` starts together begin at different times. They get the name of their job's step instead.
+    """
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
 class _ConfigPackages(SearchPathPlugin):
     """Adds the config files of installed packages to those where Hydra looks for options."""
 
@@ -50,6 +62,7 @@ class _ConfigPackages(SearchPathPlugin):
 if packages()[1:]:
     Plugins.instance().register(_ConfigPackages)
 OmegaConf.register_new_resolver("frames", frames, replace=True)
+OmegaConf.register_new_resolver("launch_name", launch_name, use_cache=True, replace=True)  # one name per launch
 
 
 def parse(overrides: list[str]) -> list[Override]:

@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -32,6 +32,7 @@ from audiot.base import quoting
 from audiot.base.config import check_type, flat, parse
 from audiot.base.former import instead
 from audiot.base.groups import groups, key_of, nearest, options
+from audiot.base.lock import LOCK, owned
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
 from audiot.runs import ROUNDS, Interrupted, check_fresh, has_rounds, resume, resume_command, whole_run
@@ -64,10 +65,7 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         if folder.lower() != "null":
             if command != "pretrain":
                 raise ValueError(f"resume={folder}: only pretrain resumes a run; {command} starts anew")
-            resumed = resume(folder, [*sweep, *(override for override in overrides if not override.startswith("resume="))])
-            log_to(resumed.run)
-            with one_line_errors(debug or resumed.config.debug):
-                _main(module)(resumed.config, resumed)
+            _go_on(module, folder, [*sweep, *(each for each in overrides if not each.startswith("resume="))], debug)
             return
         if "--help" in overrides or "-h" in overrides:
             _, overrides, mine = _parted(overrides)
@@ -76,12 +74,6 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         places = {name: quoting.parsed(override) for override in overrides for name in PLACES if override.startswith(f"{name}=")}
         given = places.get("hydra.run.dir")
         is_new = given is None or not Path(str(given)).exists()
-        if command == "pretrain":  # here, before Hydra writes its config there
-            if given is not None:
-                check_fresh(Path(str(given)))
-            if sweep and places.get("hydra.sweep.dir") is not None:
-                for one in Path(str(places["hydra.sweep.dir"])).glob("*"):
-                    check_fresh(one)
         if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
             flags, overrides, mine = _parted(overrides)
             overrides = _check_overrides(command, overrides, bool(sweep), folder=mine)
@@ -90,12 +82,33 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     def guarded(cfg: DictConfig) -> object:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         folder = Path(HydraConfig.get().runtime.output_dir)
-        noted = failure_noted() if in_sweep else no_failed_start(folder, command) if is_new else nullcontext()
-        with noted, one_line_errors(debug), finished_wandb():
+        noted = failure_noted() if in_sweep else nullcontext()
+        begun = no_failed_start(folder, command) if is_new and not in_sweep else nullcontext()
+        with noted, one_line_errors(debug), _owned(command, folder), begun, finished_wandb():
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
 
-    hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
+    place = places.get("hydra.sweep.dir" if sweep else "hydra.run.dir")
+    known = None if place is None or "${" in str(place) else Path(str(place))  # an interpolation is for Hydra to resolve
+    with one_line_errors(debug), nullcontext() if known is None else _owned(command, known):
+        if command == "pretrain" and known is not None:  # here, before Hydra writes its config there
+            for one in known.glob("*") if sweep else [known]:
+                check_fresh(one)
+        hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
+
+
+def _go_on(module: str, folder: str, arguments: list[str], debug: bool) -> None:
+    """Go on with the run in a folder; arguments are those of `audiot.runs.resume`."""
+    with _owned("pretrain", resume(folder, arguments).run):
+        resumed = resume(folder, arguments)  # again, since its owner may just have gone further
+        log_to(resumed.run)
+        with one_line_errors(debug or resumed.config.debug):
+            _main(module)(resumed.config, resumed)
+
+
+def _owned(command: str, folder: Path) -> AbstractContextManager[None]:
+    """A run's folder, with all its rounds, as this process's own where the command writes a run."""
+    return owned(whole_run(Path(os.path.realpath(folder)))) if command in ("pretrain", "finetune") else nullcontext()
 
 
 def _parted(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
@@ -153,7 +166,7 @@ def no_failed_start(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json"}
+        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json", LOCK}
         if not has_rounds(folder):
             shutil.rmtree(folder / ROUNDS, ignore_errors=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:

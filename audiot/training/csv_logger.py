@@ -183,7 +183,8 @@ class RunCSVLogger(Logger):
         except OSError as error:
             disk = next(folder for folder in self.path.absolute().parents if os.path.ismount(folder))
             raise OSError(
-                f"can't write {self.path} on the disk at {disk}: {error.strerror}; its earlier rows are kept: make room, then resume"
+                f"can't write {self.path} on the disk at {disk}: {error.strerror}; its earlier rows are kept: "
+                "make room, then resume"
             ) from error
 
 
