@@ -17,7 +17,7 @@ from audiot.base.files import replacing
 from audiot.base.private import validate_now
 from audiot.data.batches import Batch
 from audiot.runs import checkpoints, step_of
-from audiot.training.fsdp import local_part
+from audiot.training.watch import weights_are_finite
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -108,7 +108,7 @@ class CheckpointStore(Checkpoint):
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
         """Save a checkpoint of the weights as they are, unless they are not finite; its path. All processes must call it."""
-        if not weights_are_finite(trainer, pl_module):
+        if not weights_are_finite(pl_module):
             if not self._refused and trainer.is_global_zero:
                 kept = checkpoints(self.folder)
                 stays = f": {kept[0]} stays" if kept else ""
@@ -130,13 +130,6 @@ class CheckpointStore(Checkpoint):
         for path in known[self.keep_last :]:
             if step_of(path) != self.best_step:
                 path.unlink(missing_ok=True)
-
-
-def weights_are_finite(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether all parameters are finite in every process. It waits for the device."""
-    parts = [local_part(parameter.detach()) for parameter in module.parameters()]
-    here = bool(torch.stack([part.isfinite().all() for part in parts]).all())
-    return trainer.strategy.reduce_boolean_decision(here, all=True)
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:
