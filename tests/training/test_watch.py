@@ -163,6 +163,20 @@ def test_codes_and_teacher_stay_as_they_are(pretraining, tmp_path, spoiled):
     assert all(value.isfinite().all() for value in states[-1].values())
 
 
+@torch.no_grad()
+def test_a_skipped_step_revives_no_dead_code():
+    objective = made(objective=objective_config("self_distillation") | {"steps": 9}).objective
+    objective.prior.fill_(1 / objective.num_codes)
+    objective.prior[:, 0], objective.prior[:, 1] = 1e-6, 0.5
+    before = copy.deepcopy(objective.state_dict())
+    model = made().model
+    for skipped in (True, False):
+        objective.discard(torch.tensor(skipped))
+        objective.after_step(model)
+        same = {name: value.equal(before[name]) for name, value in objective.state_dict().items()}
+        assert all(same.values()) if skipped else not (same["prior"] or same["step"])
+
+
 def test_centroids_stay_as_they_are_and_forget_the_skipped_frames():
     torch.manual_seed(0)
     layer = build("routing", embed_dim=16, num_heads=2, max_frames=16, num_clusters=2)
@@ -339,3 +353,33 @@ def test_ranks_agree_to_skip_the_step_of_which_one_has_a_bad_batch(ranks, strate
     saved = torch.load(folder / strategy / optimizer / "nonfinite.pt", weights_only=True)
     assert (saved["step"], saved["ids"]) == (4, batches(1)[3]["ids"])
     assert saved["tokens"].isnan().any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_skipping_a_compiled_step_on_the_gpu_waits_for_nothing(pretraining):
+    torch._dynamo.reset()
+    module = made(**FUSED).cuda()
+    module.log_loss = lambda loss: None
+    module.log_norm = lambda norm: None
+    module.clip_gradients = lambda *_, **__: None
+    module.compile_step(graphs=True)
+    module._trainer = SimpleNamespace(
+        accumulate_grad_batches=1, world_size=1, estimated_stepping_batches=9, precision_plugin=SimpleNamespace()
+    )
+    optimizer = module.configure_optimizers()["optimizer"]
+    batch = to_device(next(iter(pretraining.data().train_dataloader())), torch.device("cuda"))
+    tokens, *others = module.inputs(batch)
+    before = None
+    for step in range(7):
+        bad = step in (5, 6)
+        given = tokens.clone().fill_(torch.nan) if bad else tokens
+        torch.cuda.set_sync_debug_mode("error" if bad else "default")
+        optimizer.zero_grad()
+        module.weighted(module.step_loss(given, *others), step).backward()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert bool(module.latest_skipped) == bad
+        after = state_of(module, optimizer)
+        assert before is None or all(value.equal(before[name]) for name, value in after.items()) == bad
+        before = after
