@@ -82,8 +82,7 @@ def rows(folder):
 
 
 def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start):
-    process = start("pretrain", *TINY, "hydra.run.dir=unbroken")
-    assert process.wait(300) == 0
+    unbroken = start("pretrain", *TINY, "hydra.run.dir=unbroken")
     folder = where / "killed"
     process = start("pretrain", *TINY, "hydra.run.dir=killed")
     until(
@@ -106,6 +105,7 @@ def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start)
     assert process.returncode == 0
     assert "had 1 damaged line, which is left out now" in out
     assert not (folder / LOCK).exists()
+    assert unbroken.wait(300) == 0
 
     def steady(run):  # all but how fast it was
         return [{name: value for name, value in row.items() if "per_s" not in name and "wait" not in name} for row in rows(run)]

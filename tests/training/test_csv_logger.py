@@ -55,7 +55,7 @@ def test_a_resumed_run_that_stops_before_its_first_row_keeps_the_earlier_bytes(t
 
 @pytest.mark.parametrize("told", [True, False])
 def test_rows_after_the_checkpoint_go_with_the_first_row_and_those_of_its_step_stay(tmp_path, told):
-    before = fill(tmp_path, 1, 3, 4, 6)
+    before = fill(tmp_path, 1, 3, 4, 5, 6)
     logger = RunCSVLogger(tmp_path)
     if told:
         logger.go_on(4)
@@ -82,7 +82,7 @@ def test_a_figure_that_is_logged_again_replaces_the_one_from_before_the_resume(t
         (b"3,0.", "1 damaged line, which is"),  # as if it were 0.5
         (b"3,0.5,7\r\n4,0.\xff5\r\n5\r\n", "3 damaged lines, which are"),
         (b"\0" * 5_000_000, "5 damaged lines, which are"),
-        (b"many,0.5\r\n\r\n\0\r\n", "3 damaged lines, which are"),
+        (b"many,0.5\r\n\r\n3,0.\x005\r\n", "3 damaged lines, which are"),
     ],
 )
 def test_damaged_lines_are_left_out_and_told(tmp_path, caplog, torn, lines):
