@@ -426,13 +426,18 @@ class WatchedLoader(DataLoader[Batch]):
     """DataLoader that tells in one line which of its processes died or went silent, after which batch."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yield the batches.
+        """The batches. Its processes start at once.
 
         Raises:
             LoaderStoppedError: a process died, or none has given a batch for 50 seconds.
         """
-        batches, last, silent = super().__iter__(), "the start", 0
+        batches = super().__iter__()
         _leave_dead_workers_alone()
+        return self._watched(batches)
+
+    @staticmethod
+    def _watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+        last, silent = "the start", 0
         while True:
             try:
                 batch = next(batches)

@@ -91,7 +91,7 @@ class CheckpointStore(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Save after the last batch of a step, if it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.global_step % self.every_n_steps == 0 or is_validation_due(trainer):
             self.save(trainer, pl_module)
