@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,11 @@ def replacing(path: str | Path, durable: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def room(folder: Path) -> str:
+    """What is free on a folder's disk, in words for an error of writing there."""
+    return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free on the disk of {folder}"
 
 
 def _sync(path: Path) -> None:

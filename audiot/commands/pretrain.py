@@ -49,6 +49,7 @@ from audiot.runs import (
 )
 from audiot.training.callbacks import ObjectivePictures, Throughput
 from audiot.training.csv_logger import RunCSVLogger
+from audiot.training.ddp import lost_a_process
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.store import CheckpointStore
@@ -256,10 +257,17 @@ def how_to_go_on(work: Pretraining) -> Iterator[None]:
     """Say how the run can go on where an error ends it after a checkpoint."""
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = lost_a_process(error)
+        if isinstance(error, RuntimeError) and not lost:
+            raise
         if work.trainer.is_global_zero and work.trainer.global_step and has_checkpoints(work.run):
             say(f"\nresume:  {resume_command(whole_run(work.run))}")
-        raise
+        if not lost:
+            raise
+        where = f"rank {work.trainer.global_rank} lost another process of the run after step {work.trainer.global_step}"
+        words = " ".join(str(error).split())[-100:]
+        raise ConnectionError(f"{where}, which was killed perhaps: {words}") from error
 
 
 def save_last(work: Pretraining) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from audiot.base.files import name_text, printable, read_json, replacing_gzip, replacing_text, write_json
+from audiot.base.files import name_text, printable, read_json, replacing_gzip, replacing_text, room, write_json
 from audiot.data.audio import (
     MIN_DURATION_S,
     SHORTFALL_S,
@@ -226,7 +226,13 @@ def _process(job: _Job, options: _Options) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary name is always the same, so the next run overwrites what an interrupted run leaves.
     temporary = path.with_name(f".{path.name}")
-    soundfile.write(temporary, samples_16, options.sample_rate, subtype="PCM_16", format="WAV")
+    try:
+        soundfile.write(temporary, samples_16, options.sample_rate, subtype="PCM_16", format="WAV")
+    except soundfile.LibsndfileError as error:  # its words for a full disk are "System error."
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written, {room(options.directory)}: make room there, and the same command goes on"
+        ) from error
     os.replace(temporary, path)
     return {"id": job.id, "job": job.digest(), "path": name, "num_samples": len(samples_16), "scaled": scaled}
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_warn
 
 from audiot.base.private import DDPWithoutDevice
+
+LOST = ("Connection reset by peer", "Connection closed by peer", "gloo/transport")  # in RuntimeErrors of gloo
 
 
 class ReplicatedStrategy(DDPWithoutDevice):
@@ -25,6 +28,13 @@ class ReplicatedStrategy(DDPWithoutDevice):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"gradient_as_bucket_view": True, **options})
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether an error says that another process of a training has ended, or can't be reached any more."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistBackendError) or any(words in str(error) for words in LOST)
 
 
 def warn_of_slow_strategy(strategy: Strategy) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
 from audiot.base.console import say
-from audiot.base.files import replacing
+from audiot.base.files import replacing, room
 from audiot.base.private import validate_now
 from audiot.data.batches import Batch
 from audiot.runs import checkpoints, step_of
@@ -35,11 +34,10 @@ class WholeFiles(TorchCheckpointIO):
                 with temporary.open("wb") as stream:
                     torch.save(checkpoint, stream)
             except (OSError, RuntimeError) as error:  # PyTorch's own writer tells of a full disk with a RuntimeError
-                free = shutil.disk_usage(path.parent).free / 2**20
                 kept = ", ".join(each.name for each in checkpoints(path.parent)[:1])
                 raise OSError(
-                    f"{path} could not be written, {free:,.1f} MiB are free on the disk of {path.parent}: make room there, or "
-                    f"lower checkpoint.keep_last" + (f"; {kept} is as it was" if kept else "")
+                    f"{path} could not be written, {room(path.parent)}: make room there, or lower checkpoint.keep_last"
+                    + (f"; {kept} is as it was" if kept else "")
                 ) from error
 
 

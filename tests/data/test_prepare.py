@@ -322,6 +322,29 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     assert len(contents(tmp_path / "1")) == 30 + 4 + 2  # a quarter of the audio stays where it is
 
 
+def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    write, written = soundfile.write, []
+
+    def some(path, *arguments, **options):
+        written.append(path)
+        if len(written) == 5:
+            Path(path).write_bytes(b"RIFF")
+            raise soundfile.LibsndfileError(2)  # "System error.", as on a full disk
+        write(path, *arguments, **options)
+
+    corpus = some_corpus(tmp_path / "in")
+    monkeypatch.setattr(soundfile, "write", some)
+    with pytest.raises(OSError, match=r"\.wav could not be written, [\d,.]+ MiB are free on the disk of .*: make room there"):
+        run(corpus, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(".*.wav"))
+    run(corpus, tmp_path / "out")
+    run(corpus, tmp_path / "unbroken")
+    one, other = (
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.wav")} for name in ("out", "unbroken")
+    )
+    assert one == other != set()
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(tmp_path):
     run(some_corpus(tmp_path / "in"), tmp_path / "unbroken")
     script = f"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -99,3 +100,27 @@ def test_batches_of_a_replicated_model_stay_where_they_lie(pretraining, tmp_path
         assert seen == ["cuda", "cpu"]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_process_that_ends_is_known_by_the_error_of_the_other(tmp_path):
+    script = """
+        import os, sys, torch, torch.distributed as dist
+        from audiot.training.ddp import lost_a_process
+        rank = int(sys.argv[1])
+        assert not lost_a_process(RuntimeError("Connection reset by peer"))  # of something else, as nothing is distributed
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+        dist.all_reduce(torch.zeros(1))
+        if rank:
+            os._exit(9)
+        try:
+            for _ in range(1000):
+                dist.all_reduce(torch.zeros(1))
+        except RuntimeError as error:
+            assert not lost_a_process(RuntimeError("shapes differ"))
+            sys.exit(0 if lost_a_process(error) else f"not known: {error}")
+        sys.exit("no error")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    both = [subprocess.Popen([*command, str(rank), tmp_path / "meet"], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    (_, err), _ = (process.communicate(timeout=120) for process in both)
+    assert (both[0].returncode, both[1].returncode) == (0, 9), err
