@@ -339,9 +339,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch
     assert not list((tmp_path / "out").rglob(".*.wav"))
     run(corpus, tmp_path / "out")
     run(corpus, tmp_path / "unbroken")
-    one, other = (
-        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.wav")} for name in ("out", "unbroken")
-    )
+    folders = [tmp_path / name for name in ("out", "unbroken")]
+    one, other = ({path.relative_to(folder) for path in folder.rglob("*.wav")} for folder in folders)
     assert one == other != set()
 
 
