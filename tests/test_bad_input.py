@@ -10,6 +10,8 @@ import pytest
 import soundfile
 from test_cli import DATA, MODEL, TINY, TRAINER, prepared, read, run, succeed
 
+from audiot.runs import checkpoints
+
 RATE = 16000
 
 
@@ -301,10 +303,12 @@ def test_a_damaged_encoder(made, tmp_path, command, damage):
 
 def test_damaged_and_missing_checkpoints(made, tmp_path):
     folder = Path(shutil.copytree(made.run, tmp_path / "run"))
-    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    checkpoint, *others = checkpoints(folder / "checkpoints")
+    for other in others:
+        other.unlink()
     for content, expected in (
-        (checkpoint.read_bytes()[:-100], f"{checkpoint} is truncated or not a checkpoint"),
-        (b"hello", f"{checkpoint} is truncated or not a checkpoint"),
+        (checkpoint.read_bytes()[:-100], f"{checkpoint} is damaged: it is truncated or not a checkpoint"),
+        (b"hello", f"{checkpoint} is damaged: it is truncated or not a checkpoint"),
         (None, f"{folder}: no checkpoint of a pre-training run in {folder / 'checkpoints'}"),
     ):
         if content is None:
@@ -320,7 +324,7 @@ def test_a_damaged_checkpoint_of_a_probe(made, tmp_path):
     folder = Path(shutil.copytree(made.run / "probes" / "probe-phone-encoder", tmp_path / "run"))
     checkpoint = folder / "checkpoints" / "best.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert refusal("evaluate", f"run={folder}") == f"{checkpoint} is truncated or not a checkpoint"
+    assert refusal("evaluate", f"run={folder}") == f"{checkpoint} is damaged: it is truncated or not a checkpoint"
     assert refusal("analyze", f"run={folder}").startswith(f"run={folder} is a run of finetune, analyze draws runs of pretrain")
     assert refusal("pretrain", f"resume={folder}").endswith("not a pre-training run; only those can be resumed")
 

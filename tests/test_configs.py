@@ -170,12 +170,12 @@ def test_every_argument_of_lightnings_trainer_is_a_key():
 
 
 def test_keys_that_a_logger_or_callback_takes_need_no_plus(hydra_started):
-    given = ["logger.tensorboard.log_graph=true", "callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
+    given = ["logger.tensorboard.log_graph=true", "callbacks.learning_rate.log_momentum=true", "trainer.max_steps=3"]
     GlobalHydra.instance().clear()
     checked = audiot.commands.launch._check_overrides("pretrain", given, sweep=False)
-    assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.checkpoint.save_last=true", "trainer.max_steps=3"]
-    with pytest.raises(ValueError, match=r"no argument 'save_lats' of callbacks.checkpoint .* \(did you mean save_last\?\)"):
-        audiot.commands.launch._check_overrides("pretrain", ["callbacks.checkpoint.save_lats=true"], sweep=False)
+    assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.learning_rate.log_momentum=true", "trainer.max_steps=3"]
+    with pytest.raises(ValueError, match=r"no argument 'log_momentun' of callbacks.* \(did you mean log_momentum\?\)"):
+        audiot.commands.launch._check_overrides("pretrain", ["callbacks.learning_rate.log_momentun=true"], sweep=False)
 
 
 def test_what_goes_on_to_another_function_is_taken_too(hydra_started):

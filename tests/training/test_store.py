@@ -158,8 +158,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_stands_in(unbroken, 
     if harm == "bit":
         flip(newest, draw.choice(list(tensor_bytes(newest))), draw.randrange(8))
     elif harm == "block":
-        places = [each for each in tensor_bytes(newest) if newest.read_bytes()[each]]
-        zero(newest, draw.choice(places))
+        content = newest.read_bytes()
+        zero(newest, draw.choice([place for place in tensor_bytes(newest) if content[place]]))
     else:
         newest.write_bytes(newest.read_bytes()[: 0 if harm == "empty" else draw.randrange(newest.stat().st_size)])
     assert newest_checkpoint(tmp_path) == before
