@@ -206,6 +206,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("=")[1])
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a folder has the checkpoint of a step."""
+    return folder / f"step={step}.ckpt"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of pre-training in a folder, those of later steps first."""
     return sorted(folder.glob("step=*.ckpt"), key=step_of, reverse=True)

@@ -34,6 +34,7 @@ from audiot.runs import (
     Interrupted,
     Resumed,
     check_fresh,
+    checkpoint_path,
     damage,
     has_checkpoints,
     has_config,
@@ -52,7 +53,7 @@ from audiot.training.csv_logger import RunCSVLogger
 from audiot.training.ddp import lost_a_process
 from audiot.training.fsdp import is_sharded
 from audiot.training.optimization import Schedule, schedule
-from audiot.training.store import CheckpointStore
+from audiot.training.store import store_of
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit, is_out_of_memory
 
@@ -273,11 +274,11 @@ def how_to_go_on(work: Pretraining) -> Iterator[None]:
 def save_last(work: Pretraining) -> None:
     """Save the last step, if that was not due in training."""
     trainer = work.trainer
-    last = work.run / "checkpoints" / f"step={trainer.global_step}.ckpt"
+    last = checkpoint_path(work.run / "checkpoints", trainer.global_step)
     is_there = last.is_file() and damage(last) is None
     if trainer.fast_dev_run or trainer.strategy.broadcast(is_there):  # type: ignore[attr-defined]
         return
-    store = next((callback for callback in work.callbacks if isinstance(callback, CheckpointStore)), None)
+    store = store_of(trainer)
     if store is None:  # trainer.enable_checkpointing=false: what the encoder is exported from is saved all the same
         trainer.save_checkpoint(last)
     elif store.save(trainer, work.module) is None:

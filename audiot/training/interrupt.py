@@ -16,8 +16,8 @@ from torch import Tensor
 from audiot.base.devices import to_host
 from audiot.base.private import skip_sigterm_broadcast
 from audiot.data.batches import Batch, LoaderStoppedError
-from audiot.runs import Interrupted, checkpoints
-from audiot.training.store import CheckpointStore
+from audiot.runs import Interrupted, checkpoint_path, checkpoints
+from audiot.training.store import store_of
 
 
 class AnyProcess:
@@ -129,13 +129,13 @@ class GracefulInterrupt(Callback):
             raise Interrupted(trainer.global_step, path, "in the validation ")
 
     def _path(self, trainer: pl.Trainer) -> Path:
-        return Path(self.folder or "") / f"step={trainer.global_step}.ckpt"
+        return checkpoint_path(Path(self.folder or ""), trainer.global_step)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
         """Save the latest step, unless its weights are not finite. The checkpoint from which the run can go on."""
         if self.folder is None:
             return None
-        store = next((each for each in trainer.callbacks if isinstance(each, CheckpointStore)), None)  # type: ignore[attr-defined]
+        store = store_of(trainer)
         if store is None:
             trainer.save_checkpoint(self._path(trainer))
         elif store.save(trainer, pl_module) is None:

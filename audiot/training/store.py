@@ -15,7 +15,7 @@ from audiot.base.console import say
 from audiot.base.files import replacing, room
 from audiot.base.private import validate_now
 from audiot.data.batches import Batch
-from audiot.runs import checkpoints, step_of
+from audiot.runs import checkpoint_path, checkpoints, step_of
 from audiot.training.watch import weights_are_finite
 
 
@@ -75,10 +75,6 @@ class CheckpointStore(Checkpoint):
         self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
         self.pending = state_dict["pending"]
 
-    def path(self, step: int) -> Path:
-        """Path of the checkpoint of a step."""
-        return self.folder / f"step={step}.ckpt"
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Catch up on the validation that was due."""
         if self.pending:
@@ -113,7 +109,7 @@ class CheckpointStore(Checkpoint):
                 say(f"the weights after step {trainer.global_step:,} are not finite and are not saved{stays}")
             self._refused = True
             return None
-        path = self.path(trainer.global_step)
+        path = checkpoint_path(self.folder, trainer.global_step)
         self.pending = self._validated != trainer.global_step and is_validation_due(trainer)
         trainer.save_checkpoint(path)
         self.pending = False
@@ -128,6 +124,11 @@ class CheckpointStore(Checkpoint):
         for path in known[self.keep_last :]:
             if step_of(path) != self.best_step:
                 path.unlink(missing_ok=True)
+
+
+def store_of(trainer: pl.Trainer) -> CheckpointStore | None:
+    """The store among a trainer's callbacks; None with trainer.enable_checkpointing=false, and in runs of earlier versions."""
+    return next((each for each in trainer.callbacks if isinstance(each, CheckpointStore)), None)  # type: ignore[attr-defined]
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:
