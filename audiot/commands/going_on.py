@@ -13,10 +13,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.base.console import say
-from audiot.runs import Resumed, checkpoint_path, damage, has_checkpoints, resume_command, step_of, whole_run
+from audiot.runs import Resumed, checkpoint_path, damage, step_of
 from audiot.training.csv_logger import RunCSVLogger
 from audiot.training.ddp import lost_a_process
 from audiot.training.optimization import Schedule, schedule
+from audiot.training.ranks import ranks_of, say_how_to_go_on
 from audiot.training.store import store_of
 from audiot.training.watch import is_out_of_memory
 
@@ -91,13 +92,13 @@ def how_to_go_on(trainer: pl.Trainer, run: Path) -> Iterator[None]:
         lost = lost_a_process(error)
         if isinstance(error, RuntimeError) and not lost:
             raise
-        if trainer.is_global_zero and trainer.global_step and has_checkpoints(run):
-            say(f"\nresume:  {resume_command(whole_run(run))}")
+        ranks = ranks_of(trainer)
+        words = ranks.told(error) if lost and ranks else str(error)
+        if trainer.global_step and (lost or trainer.is_global_zero):
+            say_how_to_go_on(run)
         if not lost:
             raise
-        where = f"rank {trainer.global_rank} lost another process of the run after step {trainer.global_step}"
-        words = " ".join(str(error).split())[-100:]
-        raise ConnectionError(f"{where}, which was killed perhaps: {words}") from error
+        raise ConnectionError(words) from error
 
 
 def save_last(trainer: pl.Trainer, module: pl.LightningModule, run: Path, lr: float) -> None:
