@@ -347,16 +347,19 @@ def resume_command(run: Path) -> str:
 
 
 class Interrupted(BaseException):
-    """Training was stopped by Ctrl-C after finishing its step.
+    """Training was stopped by a signal after finishing its step.
 
     Args:
+        step: The step.
         checkpoint: Where it can go on from, if one was saved.
         where: What was going on, if it was not training itself.
+        is_warning: Whether the signal warned of the end of a job's time, SIGUSR1.
     """
 
-    def __init__(self, step: int, checkpoint: Path | None, where: str = "") -> None:
+    def __init__(self, step: int, checkpoint: Path | None, where: str = "", is_warning: bool = False) -> None:
         super().__init__(f"interrupted {where}after step {step}")
-        self.checkpoint = checkpoint
+        self.checkpoint, self.is_warning = checkpoint, is_warning
+        self.lasts = False  # whether the same command line would name the run again
 
 
 @dataclass(frozen=True)

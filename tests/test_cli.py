@@ -31,7 +31,9 @@ from omegaconf import OmegaConf
 import audiot.cli
 from audiot.attention import names
 from audiot.attention.synthesizer_random import SynthesizerRandom
-from audiot.commands import probing
+from audiot.base import slurm
+from audiot.commands import launch, probing
+from audiot.downstream.module import DownstreamModule
 
 DATA = [
     "data.hours=0.01",
@@ -475,6 +477,78 @@ def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
     assert "Traceback" not in err
     assert "audiot: interrupted in the probes after step 4; " in err
     assert f"resume:  audiot pretrain resume={folder}\n" in err
+
+
+@blank
+def test_a_job_of_slurm_whose_time_ends_is_put_back_into_the_queue_and_goes_on(made, tmp_path, monkeypatch):
+    folder, asked = tmp_path / "run", tmp_path / "asked"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{asked}\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name, value in {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_ID": 71, "JOB_NAME": "days"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    given = ["pretrain", *TINY, "probe=false", f"hydra.run.dir={folder}", "trainer.val_check_interval=1000"]
+    endless = ["trainer.max_steps=100000", "checkpoint.every_n_steps=2"]
+    program = [sys.executable, "-m", "audiot.cli", *given, *endless]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(folder.glob("checkpoints/*.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "\nrequeue: job 71 is back in the queue\n" in err
+    assert asked.read_text() == "requeue 71\n"
+    assert not list(tmp_path.rglob("hpc_ckpt*"))  # Lightning's own
+    (step,) = (int(path.stem.removeprefix("step=")) for path in folder.glob("checkpoints/*.ckpt") if path.name in err)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    out = succeed(*given, f"trainer.max_steps={step + 2}", "trainer.val_check_interval=1")
+    assert out.startswith(f"resume  {folder}/checkpoints/step={step}.ckpt")
+    assert read(folder / "summary.json")["steps"] == step + 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["hydra.run.dir=days"], "days"),
+        (["resume=outputs/days"], "outputs/days"),
+        (["hydra.run.dir=days/${now:%H}"], None),
+        ([], None),
+    ],
+)
+def test_a_job_is_put_back_only_if_it_finds_its_run_again(given, expected):
+    assert launch.lasting_folder("pretrain", given) == (expected and Path(expected))
+
+
+def test_tasks_of_a_job_that_share_a_folder_find_it_again(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.lasting_folder("finetune", []) == Path("outputs/finetune/slurm-71-0")
+
+
+@pytest.mark.parametrize(("task", "name"), [({}, "71"), ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, "70_3")])
+def test_what_scontrol_says_is_passed_on(monkeypatch, tmp_path, task, name):
+    for key, value in ({"SLURM_JOB_ID": "71", "PATH": str(tmp_path)} | task).items():
+        monkeypatch.setenv(key, value)
+    assert slurm.job() == name
+    assert slurm.requeue(name) == f"scontrol requeue {name} failed: No such file or directory"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Access denied' >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert slurm.requeue(name) == f"scontrol requeue {name} failed: Access denied"
+
+
+@blank
+def test_sigterm_in_the_test_of_fine_tuning_tells_how_to_go_on(made, tmp_path, monkeypatch):
+    given = ["finetune", *DATA, "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1", "logger=none"]
+    given += [f"upstream.path={made.encoder}", f"hydra.run.dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DownstreamModule, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = run(*given)
+    assert stopped.code == 130
+    assert f"audiot: interrupted in the test after step 2; saved {tmp_path}/run/checkpoints/step=2.ckpt" in stopped.err
+    assert stopped.err.strip().splitlines()[-1] == f"resume:  audiot finetune resume={tmp_path}/run"
+    assert "next:   audiot predict" in succeed("finetune", f"resume={tmp_path}/run")
 
 
 # The other commands

@@ -152,6 +152,16 @@ def watch_processes_with(watch: Callable[[list[Any]], None]) -> None:
         subprocess_script._launch_process_observer = watch  # type: ignore[assignment]
 
 
+def requeue_by_hand(trainer: pl.Trainer) -> None:
+    """Stop Lightning from putting a job of SLURM back into the queue on SIGUSR1, with a checkpoint of its own in another place.
+
+    If Lightning keeps its environment elsewhere, a signal that comes before training begins still has that effect.
+    """
+    environment: Any = getattr(getattr(trainer, "_accelerator_connector", None), "cluster_environment", None)
+    if environment is not None and hasattr(environment, "auto_requeue"):
+        environment.auto_requeue = False
+
+
 def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
     """Stop Lightning from asking all processes about SIGTERM in every batch, which waits for the GPU (Lightning issue 21487).
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import fill
+from threading import current_thread, main_thread
 from typing import Any
 
 import hydra
@@ -29,13 +31,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from audiot.base import quoting
-from audiot.base.config import check_type, flat, parse
+from audiot.base.config import check_type, flat, launch_name, parse
 from audiot.base.former import instead
 from audiot.base.groups import groups, key_of, nearest, options
-from audiot.base.lock import LOCK, owned
+from audiot.base.lock import LOCK, is_first_process, owned
+from audiot.base.slurm import has_restarted, job, requeue
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
-from audiot.runs import ROUNDS, Interrupted, check_fresh, has_rounds, resume, resume_command, whole_run
+from audiot.runs import (
+    ROUNDS,
+    Interrupted,
+    check_fresh,
+    checkpoints,
+    has_checkpoints,
+    has_rounds,
+    resume,
+    resume_command,
+    step_of,
+    whole_run,
+)
 
 TRAINING = ("pretrain", "finetune")  # commands whose runs can be resumed
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -63,6 +77,11 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     sys.argv = [program, *sweep, *overrides]
     with one_line_errors(debug):
         folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
+        lasting = lasting_folder(command, overrides) if command in TRAINING and not sweep else None
+        restarts = lasting is not None and has_restarted() and (has_checkpoints(lasting) or has_rounds(lasting))
+        if folder.lower() == "null" and restarts:  # by this job of SLURM, which was put back into the queue
+            folder = str(lasting)
+            overrides = [override for override in overrides if not override.startswith("hydra.")]
         if folder.lower() != "null":
             if command not in TRAINING:
                 raise ValueError(f"resume={folder}: {' and '.join(TRAINING)} resume a run; {command} starts anew")
@@ -85,7 +104,14 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         noted = failure_noted() if in_sweep else nullcontext()
         begun = no_failed_start(folder, command) if is_new and not in_sweep else nullcontext()
-        with noted, one_line_errors(debug), _owned(command, folder), begun, finished_wandb():
+        with (
+            noted,
+            one_line_errors(debug),
+            _owned(command, folder),
+            begun,
+            finished_wandb(),
+            stopped(command, folder, lasting is not None),
+        ):
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
 
@@ -103,8 +129,49 @@ def _go_on(command: str, folder: str, arguments: list[str], debug: bool) -> None
     with _owned(command, resume(command, folder, arguments).run):
         resumed = resume(command, folder, arguments)  # again, since its owner may just have gone further
         log_to(resumed.run)
-        with one_line_errors(debug or resumed.config.debug):
+        with one_line_errors(debug or resumed.config.debug), stopped(command, resumed.run, True):
             _main(f"audiot.commands.{command}")(resumed.config, resumed)
+
+
+def lasting_folder(command: str, overrides: list[str]) -> Path | None:
+    """The folder of a run, where the same command line names it again when a job of SLURM starts again; None: it would not."""
+    given = [quoting.parsed(override) for override in overrides if override.startswith(("hydra.run.dir=", "resume="))]
+    if given:
+        return None if "${" in str(given[-1]) else Path(str(given[-1]))
+    name = launch_name()
+    return Path("outputs") / command / name if name.startswith("slurm-") else None
+
+
+@contextmanager
+def stopped(command: str, folder: Path, lasts: bool) -> Iterator[None]:
+    """Note how a run that is stopped can go on. Ctrl-C and SIGTERM stop it outside of its training too, in its probes say.
+
+    Args:
+        command: The command.
+        folder: Folder of the run.
+        lasts: Whether the same command line would name it again.
+    """
+    if command not in TRAINING or current_thread() is not main_thread():
+        yield
+        return
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except Interrupted as stop:
+        stop.lasts = lasts
+        raise
+    except KeyboardInterrupt:
+        found = checkpoints(folder / "checkpoints")
+        if not found:
+            raise
+        raise Interrupted(step_of(found[0]), found[0]) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _owned(command: str, folder: Path) -> AbstractContextManager[None]:
@@ -335,6 +402,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if stop.checkpoint is not None:
             sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(whole_run(stop.checkpoint.parent.parent))}")
         sys.stderr.write("\n")
+        if stop.is_warning and (name := job()) and is_first_process():
+            sys.stderr.write(f"requeue: {_requeued(name, stop)}\n")
         sys.exit(130)
     except KeyboardInterrupt:
         sys.stderr.write("\naudiot: interrupted\n")
@@ -343,6 +412,13 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         sys.exit(f"audiot: error: {describe(error)}")
+
+
+def _requeued(name: str, stop: Interrupted) -> str:
+    """Put a job of SLURM back into the queue, if it finds its run again; what came of it, in words."""
+    if stop.checkpoint is None or not stop.lasts:
+        return f"no, as job {name} would begin a new run: give hydra.run.dir=… in its script"
+    return requeue(name)
 
 
 @contextmanager

@@ -55,9 +55,9 @@ class AnyProcess:
 class GracefulInterrupt(Callback):
     """On Ctrl-C, SIGTERM or SIGUSR1, finish the step, save a checkpoint and stop. A second Ctrl-C stops at once.
 
-    In a validation, one process stops after the batch, with the checkpoint that was saved before the validation. Several
-    processes stop after it, and several GPUs run one more step, in which they agree to stop. Where the loader of data stops,
-    a checkpoint is saved too.
+    In a validation or test, one process stops after the batch, with the checkpoint that was saved before. Several processes stop
+    after the validation, and several GPUs run one more step, in which they agree to stop. Where the loader of data stops, a
+    checkpoint is saved too.
 
     Args:
         folder: Folder for the checkpoint; None saves none.
@@ -65,7 +65,7 @@ class GracefulInterrupt(Callback):
 
     def __init__(self, folder: str | None) -> None:
         self.folder = folder
-        self.requested = False
+        self.requested = self.is_warning = False
         self._stop: Interrupted | None = None  # what is raised once Lightning has logged the step
         self._anywhere = AnyProcess()
         self._previous: dict[int, Any] = {}
@@ -74,10 +74,14 @@ class GracefulInterrupt(Callback):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        self.is_warning = self.is_warning or number == signal.SIGUSR1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers."""
         skip_sigterm_broadcast(trainer)
+        self._install()
+
+    def _install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._request)
 
@@ -94,7 +98,7 @@ class GracefulInterrupt(Callback):
             return
         if not self._anywhere.ask(self.requested, trainer):
             return
-        self._stop = Interrupted(trainer.global_step, self._save(trainer, pl_module))
+        self._stop = Interrupted(trainer.global_step, self._save(trainer, pl_module), is_warning=self.is_warning)
 
     def _end(self) -> None:
         if self._stop is not None:
@@ -105,8 +109,15 @@ class GracefulInterrupt(Callback):
         self._end()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before a validation of training."""
+        """Stop before a validation of training. Install the signal handlers for one after it."""
         self._end()
+        if trainer.state.fn == TrainerFn.VALIDATING and trainer.world_size == 1:
+            self._install()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the signal handlers."""
+        if trainer.world_size == 1:
+            self._install()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the last step."""
@@ -122,11 +133,26 @@ class GracefulInterrupt(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop within a validation, if the step before it is saved. It takes place again when the run goes on."""
-        if not self.requested or trainer.world_size > 1 or trainer.state.fn != TrainerFn.FITTING or self.folder is None:
+        self._stop_within("validation", trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop within a test in the same way."""
+        self._stop_within("test", trainer)
+
+    def _stop_within(self, what: str, trainer: pl.Trainer) -> None:
+        if not self.requested or trainer.world_size > 1 or self.folder is None:
             return
         path = self._path(trainer)
         if path.is_file():
-            raise Interrupted(trainer.global_step, path, "in the validation ")
+            raise Interrupted(trainer.global_step, path, f"in the {what} ", self.is_warning)
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return checkpoint_path(Path(self.folder or ""), trainer.global_step)

@@ -16,7 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.base.devices import fast_precision
-from audiot.base.private import watch_processes_with
+from audiot.base.private import requeue_by_hand, watch_processes_with
 from audiot.training.ddp import warn_of_slow_strategy
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.ranks import watch_children
@@ -70,6 +70,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
         raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
     warn_of_slow_strategy(trainer.strategy)
     watch_processes_with(watch_children)
+    requeue_by_hand(trainer)
     return trainer
 
 
