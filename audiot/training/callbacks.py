@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from pathlib import Path
@@ -213,6 +214,24 @@ class ConsumedBatches(Callback):
         trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
 
 
+class StopAfter(Callback):
+    """Stop training early. The learning rates stay those of all its steps.
+
+    Args:
+        steps: Number of steps after which it stops.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop after the last batch of the step."""
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True
+
+
 class ObjectivePictures(Callback):
     """Draw the targets and predictions of one validation utterance after every validation.
 
@@ -247,3 +266,5 @@ class ObjectivePictures(Callback):
             with replacing(latest) as temporary:
                 shutil.copyfile(path, temporary)
         self.batch = None
+        # The parts of a figure refer to each other. Python would look for such parts after some twenty figures of 4 MB or more.
+        gc.collect()
