@@ -18,6 +18,7 @@ from audiot.base.failures import Failures
 from audiot.base.files import write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
+from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing, speaker_of
@@ -39,6 +40,7 @@ BEST = Path("checkpoints") / "best.ckpt"
 def main(cfg: DictConfig) -> float:
     """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
     write_config(cfg, Path(cfg.run_dir))
+    note_environment(cfg, Path(cfg.run_dir))
     metrics = finetune(cfg)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")

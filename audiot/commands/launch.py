@@ -35,7 +35,7 @@ from audiot.base.groups import groups, key_of, nearest, options
 from audiot.base.lock import LOCK, owned
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
-from audiot.runs import ROUNDS, Interrupted, check_fresh, has_rounds, resume, resume_command, whole_run
+from audiot.runs import ENVIRONMENT, PATCH, ROUNDS, Interrupted, check_fresh, has_rounds, resume, resume_command, whole_run
 
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
@@ -166,7 +166,7 @@ def no_failed_start(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json", LOCK}
+        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json", ENVIRONMENT, PATCH, LOCK}
         if not has_rounds(folder):
             shutil.rmtree(folder / ROUNDS, ignore_errors=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:
