@@ -32,6 +32,7 @@ MOST_PATCH = 2**20  # bytes of uncommitted changes that are kept; of more, only 
 MOST_UNTRACKED = 20  # names of new files that are kept
 CODE = ("audiot", "conf", "scripts")  # folders of a checkout whose changes matter
 INPUTS = ("init", "objective.teacher", "upstream.path")  # keys that name what a training starts from
+TREES = ("packages", "machine", "git", "inputs")  # what holds values by name
 SITUATION = ("time", "step", "command")  # what belongs to one start alone
 
 
@@ -88,8 +89,9 @@ def _starts(run: Path) -> list[dict[str, Any]]:
     path = run / ENVIRONMENT
     if not path.is_file():
         return []
-    starts = read_json(path, "environment of a run").get("starts")
-    if not isinstance(starts, list) or not all(isinstance(entry, dict) for entry in starts):
+    starts: Any = read_json(path, "environment of a run").get("starts")
+    whole = isinstance(starts, list) and all(isinstance(entry, dict) for entry in starts)
+    if not whole or not all(isinstance(entry.get(name) or {}, dict) for entry in starts for name in TREES):
         raise ValueError(f"{path} is not a readable environment of a run: expected a list of starts; delete it to go on without")
     return starts
 

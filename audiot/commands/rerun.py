@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from audiot.base.console import say
@@ -91,8 +91,8 @@ def check_steps(steps: int | None, figures: Mapping[str, Any], cfg: DictConfig) 
         return
     if "downstream" in cfg or cfg.objective.get("rounds", 1) > 1:
         raise ValueError(f"--steps {steps} is for pre-training in one round: drop it, and the whole run is repeated")
-    if not 1 <= steps <= figures["steps"]:
-        raise ValueError(f"--steps must be from 1 to the run's {figures['steps']}, found {steps}")
+    if not isinstance(figures.get("steps"), int) or not 1 <= steps <= figures["steps"]:
+        raise ValueError(f"--steps must be from 1 to the run's {figures.get('steps')}, found {steps}")
 
 
 def results(run: Path, cfg: DictConfig) -> dict[str, Any]:
@@ -145,13 +145,8 @@ def check_inputs(run: Path, cfg: DictConfig) -> None:
     for name, digest in (read_environment(run).get("inputs") or {}).items():
         if now.get(name) != digest:
             what = "is gone" if name not in now else "has changed"
-            raise ValueError(f"{run} started from {name}={_at(cfg, name)}, which {what} since: restore it, or train anew")
-
-
-def _at(cfg: DictConfig, name: str) -> Any:
-    for key in name.split("."):
-        cfg = cfg[key]
-    return cfg
+            path = OmegaConf.select(cfg, name)
+            raise ValueError(f"{run} started from {name}={path}, which {what} since: restore it, or train anew")
 
 
 def compare(run: Path, folder: Path, cfg: DictConfig, steps: int | None = None) -> list[Apart]:
@@ -286,7 +281,12 @@ def _weights(run: Path, cfg: DictConfig, steps: int | None) -> Mapping[str, Tens
         path = run / finetune.BEST
     else:
         path = newest_checkpoint(run) if steps is None else checkpoint_path(run / "checkpoints", steps)
-    return read_checkpoint(path)["state_dict"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    weights = read_checkpoint(path)["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{path}: state_dict holds more than tensors")
+    return weights
 
 
 def compare_weights(first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor] | None) -> tuple[list[Apart], str]:

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from test_cli import TINY, blank, made, read, run, succeed
 
-from audiot.commands.environment import differences, environment, git_state, input_digests
+from audiot.commands.environment import differences, environment, git_state, input_digests, read_environment
 
 __all__ = ["made"]
 QUICK = [*TINY, "probe=false", "logger=csv", "trainer.enable_progress_bar=false"]
@@ -114,11 +114,12 @@ def test_a_run_says_what_it_was_made_with_and_a_resumed_one_what_is_different(ma
     third = read(folder / "environment.json")["starts"][2]
     assert third.keys() == {"time", "step", "command", "packages"}
 
-    (folder / "environment.json").write_text('{"starts": 5}')
+    for damaged in ('{"starts": 5}', '{"starts": [5]}', '{"starts": [{"packages": 5}]}'):
+        (folder / "environment.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"environment.json is not a readable environment of a run: expected a list"):
+            read_environment(folder)
     refused = run("pretrain", f"resume={folder}", "trainer.max_steps=7")
-    assert refused.code == 1
-    assert refused.err.count("\n") == 1
-    assert "environment.json is not a readable environment of a run: expected a list of starts" in refused.err
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
 
 
 def test_a_start_that_fails_leaves_no_record_behind(made, tmp_path):
