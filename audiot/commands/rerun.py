@@ -293,9 +293,9 @@ def compare_weights(first: Mapping[str, Tensor] | None, second: Mapping[str, Ten
     """How far weights are apart, and that in words."""
     if first is None or second is None:
         return [], "not compared: one of the runs kept none of that step"
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (first, second)]
-    if shapes[0] != shapes[1]:
-        return [Apart("in the shapes of the weights", math.inf)], "have other shapes"
+    kinds = [{name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()} for weights in (first, second)]
+    if kinds[0] != kinds[1]:
+        return [Apart("in the shapes of the weights", math.inf)], "have other names, shapes or types"
     far = [(_furthest(weight, second[name]), name) for name, weight in first.items() if not torch.equal(weight, second[name])]
     far = [each for each in far if each[0]]
     if not far:
