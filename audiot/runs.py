@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from audiot.base.parts import FORMAT_VERSION, check_version, foreign, is_plain, 
 from audiot.base.quoting import argument
 
 ROUNDS = "rounds"  # folder of a run's earlier rounds
+CONTROLS = ("random", "features")  # folders of the controls of a fine-tuning with compare=true
 CONFIG, OVERRIDES, RESUMES = "config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
 CHOICES = ".hydra/hydra.yaml"  # the option of every config group, among what Hydra notes of itself
 ENVIRONMENT, PATCH = "environment.json", "uncommitted.patch"  # what a run was made with
@@ -243,12 +244,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of pre-training in a folder, those of later steps first."""
+    """The checkpoints of a run in a folder, those of later steps first."""
     return sorted(folder.glob("step=*.ckpt"), key=step_of, reverse=True)
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint of a pre-training run's latest step that is whole. Damaged ones of later steps are told of.
+    """The checkpoint of a run's latest step that is whole. Damaged ones of later steps are told of.
 
     Raises:
         FileNotFoundError: it has none.
@@ -256,7 +257,7 @@ def newest_checkpoint(run: Path) -> Path:
     """
     found = checkpoints(run / "checkpoints")
     if not found:
-        raise FileNotFoundError(f"{run}: no checkpoint of a pre-training run in {run / 'checkpoints'}")
+        raise FileNotFoundError(f"{run}: no checkpoint of a run in {run / 'checkpoints'}: expected step=N.ckpt")
     for number, path in enumerate(found):
         if damage(path) is None:
             for later in found[:number]:
@@ -297,8 +298,10 @@ def round_folder(run: Path, number: int) -> Path:
 
 
 def whole_run(run: Path) -> Path:
-    """The run that a folder belongs to: the one of which it is an earlier round, or itself."""
-    return whole_run(run.parent.parent) if run.parent.name == ROUNDS else run
+    """The run that a folder belongs to: the one of which it is an earlier round or a control, or itself."""
+    if run.parent.name == ROUNDS:
+        return whole_run(run.parent.parent)
+    return run.parent if run.name in CONTROLS and has_config(run.parent) else run
 
 
 def has_rounds(run: Path) -> bool:
@@ -326,7 +329,7 @@ def check_archive(path: Path) -> Path:
 
 
 def check_fresh(run: Path) -> None:
-    """Refuse to pre-train in the folder of another run, whose checkpoints and probes would mix with the new ones.
+    """Refuse to train in the folder of another run, whose checkpoints and results would mix with the new ones.
 
     Raises:
         ValueError: there are checkpoints.
@@ -339,7 +342,13 @@ def check_fresh(run: Path) -> None:
 
 
 def is_finished(run: Path, cfg: DictConfig) -> bool:
-    """Whether a run has trained to ``trainer.max_steps``, and has the figures of its newest checkpoint and of every probe."""
+    """Whether a run has trained to ``trainer.max_steps``, and has the figures of its newest checkpoint and of every probe.
+
+    Of fine-tuning: and of every control.
+    """
+    if command_of(cfg) == "finetune":
+        compared = not cfg.compare or (run / "comparison.csv").is_file()
+        return compared and all(has_metrics(folder, cfg) for folder in (run, *(run / name for name in CONTROLS if cfg.compare)))
     if not (run / "summary.json").is_file():
         return False
     summary, step = read_json(run / "summary.json", "summary"), step_of(newest_checkpoint(run))
@@ -347,11 +356,25 @@ def is_finished(run: Path, cfg: DictConfig) -> bool:
     return summary.get("steps") == step >= cfg.trainer.max_steps and probed
 
 
+def has_metrics(run: Path, cfg: DictConfig) -> bool:
+    """Whether a fine-tuning has trained to ``trainer.max_steps`` and has been tested since."""
+    if not (run / "metrics.json").is_file() or not has_checkpoints(run):
+        return False
+    steps = read_json(run / "metrics.json", "metrics").get("steps")
+    return bool(steps == step_of(newest_checkpoint(run)) >= cfg.trainer.max_steps)
+
+
+def command_of(cfg: Mapping[Any, Any]) -> str:
+    """The command whose run has a config."""
+    return "finetune" if "downstream" in cfg else "pretrain"
+
+
 def resume_command(run: Path) -> str:
     """What to paste into a shell to go on with a run; its folder holds the rest."""
-    trusted = foreign(_read(run / CONFIG, dict)) if (run / CONFIG).is_file() else []
+    tree = _read(run / CONFIG, dict) if (run / CONFIG).is_file() else {}
+    trusted = foreign(tree)
     trust = [argument("trusted", trusted)] if trusted else []
-    return " ".join(["audiot pretrain", argument("resume", run), *trust])
+    return " ".join([f"audiot {command_of(tree)}", argument("resume", run), *trust])
 
 
 class Interrupted(BaseException):
@@ -398,10 +421,11 @@ class Resumed:
                 yaml.safe_dump(resumes, stream, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def resume(folder: str, arguments: list[str]) -> Resumed:
+def resume(command: str, folder: str, arguments: list[str]) -> Resumed:
     """How a run goes on.
 
     Args:
+        command: The command that is to go on with it, ``pretrain`` or ``finetune``.
         folder: What follows ``resume=`` on the command line.
         arguments: The rest of the command line.
 
@@ -413,8 +437,10 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
     trusted: Any = next((override.value() for override in parse([each for each in arguments if each.startswith("trusted=")])), [])
     written = written_config(run, "resume", trusted)
     before = _computed(written, run)
+    if command_of(before) != command:
+        raise ValueError(f"resume={run}: a run of audiot {command_of(before)}: {resume_command(run)} goes on with it")
     if "resume" not in before:
-        raise ValueError(f"resume={run}: not a pre-training run; only those can be resumed")
+        raise ValueError(f"resume={run}: an earlier audiot made this run, whose {command} can't be resumed: start anew")
     known, given, changes = flat(before), run_overrides(run), []
     arguments = [each for each in arguments if not each.startswith("trusted=")]
     for flag in arguments:
@@ -431,7 +457,7 @@ def resume(folder: str, arguments: list[str]) -> Resumed:
         if was == is_now:
             continue
         if not CHANGEABLE.fullmatch(name):
-            from_encoder = name.split(".")[0] in FROM_ENCODER
+            from_encoder = command == "pretrain" and name.split(".")[0] in FROM_ENCODER
             remedy = "init=RUN/encoder starts a new run from its encoder" if from_encoder else "a new run can have another"
             raise ValueError(f"{text} can't change on resume: the run has {was}; {remedy}")
         check_type(name, was, is_now)

@@ -103,7 +103,7 @@ APPLIED = {
 @pytest.mark.parametrize(("text", "expected"), APPLIED.items())
 def test_an_override_at_resume_is_applied_shown_and_recorded_once_the_run_goes_on(folder, text, expected):
     before = {path: path.read_bytes() for path in (folder / ".hydra").iterdir()}
-    resumed = resume(str(folder), [text])
+    resumed = resume("pretrain", str(folder), [text])
     name = text.partition("=")[0]
     assert OmegaConf.select(resumed.config, name) == expected
     assert OmegaConf.select(resumed.before, name) != expected
@@ -115,7 +115,7 @@ def test_an_override_at_resume_is_applied_shown_and_recorded_once_the_run_goes_o
     resumed.record()
     assert OmegaConf.select(run_config(folder), name) == expected
     assert run_overrides(folder) == [*(given for given in GIVEN if not given.startswith(f"{name}=")), text]
-    again = resume(str(folder), [])
+    again = resume("pretrain", str(folder), [])
     assert again.changes == []
     assert again.config == resumed.config
     assert {path: path.read_bytes() for path in before} == before  # how it was started stays on record
@@ -123,7 +123,7 @@ def test_an_override_at_resume_is_applied_shown_and_recorded_once_the_run_goes_o
 
 def test_overrides_of_several_resumes_add_up(folder):
     for overrides in (["optimizer.lr=1", "trainer.max_steps=20"], ["optimizer.lr=2"], ["optimizer.lr=3", "optimizer.lr=4"], []):
-        resume(str(folder), overrides).record()
+        resume("pretrain", str(folder), overrides).record()
     cfg = run_config(folder)
     assert (cfg.optimizer.lr, cfg.trainer.max_steps) == (4, 20)
     assert run_overrides(folder)[-2:] == ["trainer.max_steps=20", "optimizer.lr=4"]
@@ -137,7 +137,7 @@ def test_overrides_of_several_resumes_add_up(folder):
 
 
 def test_the_whole_command_of_a_run_may_be_repeated_to_resume_it(folder):
-    resumed = resume(str(folder), [*GIVEN, "model.num_layers=2", "optimizer.lr=0.001", "model.dropout=0.0"])
+    resumed = resume("pretrain", str(folder), [*GIVEN, "model.num_layers=2", "optimizer.lr=0.001", "model.dropout=0.0"])
     assert resumed.changes == []
     assert resumed.config == resumed.before
     resumed.record()
@@ -146,7 +146,7 @@ def test_the_whole_command_of_a_run_may_be_repeated_to_resume_it(folder):
 
 def test_an_override_that_a_later_one_replaced_when_the_run_started_is_a_change(folder):
     OmegaConf.save(["optimizer.lr=1e-2", "optimizer.lr=1e-3"], folder / ".hydra" / "overrides.yaml")
-    assert resume(str(folder), ["optimizer.lr=1e-2"]).config.optimizer.lr == 1e-2
+    assert resume("pretrain", str(folder), ["optimizer.lr=1e-2"]).config.optimizer.lr == 1e-2
 
 
 ENCODER = "init=RUN/encoder starts a new run from its encoder"
@@ -192,7 +192,7 @@ REFUSED = {
 def test_an_override_that_can_not_be_applied_is_refused_by_name(started, text, expected):
     expected = expected or f"{text} can't change on resume: the run has "
     with pytest.raises(ValueError, match=re.escape(expected.format(run=started) if "{run}" in expected else expected)):
-        resume(str(started), ["trainer.max_steps=30", text])
+        resume("pretrain", str(started), ["trainer.max_steps=30", text])
     assert not (started / ".hydra" / "resumes.yaml").exists()
 
 
@@ -223,7 +223,7 @@ def test_every_key_of_a_run_is_applied_or_refused_by_name(started, monkeypatch):
             else "other"
         )
         try:
-            resumed = resume(str(started), [f"{name}={other}"])
+            resumed = resume("pretrain", str(started), [f"{name}={other}"])
         except ValueError as error:
             assert name in str(error)  # noqa: PT017
         else:
@@ -235,16 +235,16 @@ def test_every_key_of_a_run_is_applied_or_refused_by_name(started, monkeypatch):
 
 
 def test_finished_looks_at_the_newest_checkpoint(folder):
-    resume(str(folder), ["trainer.max_steps=6"]).record()
+    resume("pretrain", str(folder), ["trainer.max_steps=6"]).record()
     assert not is_finished(folder, run_config(folder))  # there are no figures
     finish(folder, 6)
     assert is_finished(folder, run_config(folder))
-    assert resume(str(folder), []).changes == []
-    longer = resume(str(folder), ["trainer.max_steps=6000"])
+    assert resume("pretrain", str(folder), []).changes == []
+    longer = resume("pretrain", str(folder), ["trainer.max_steps=6000"])
     assert not is_finished(folder, longer.config)
     longer.record()
     trained_to(folder, 302)  # and interrupted there
-    again = resume(str(folder), [])
+    again = resume("pretrain", str(folder), [])
     assert (step_of(again.checkpoint), again.config.trainer.max_steps) == (302, 6000)
     assert not is_finished(folder, again.config)
     trained_to(folder, 6000)
@@ -261,7 +261,7 @@ def test_a_checkpoint_beyond_the_last_step_is_not_taken_for_a_finished_run(folde
     assert not is_finished(folder, run_config(folder))
     expected = f"trainer.max_steps=12 lies before {folder}/checkpoints/step=302.ckpt: set trainer.max_steps=302 or more"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        resume(str(folder), [])
+        resume("pretrain", str(folder), [])
 
 
 def test_what_would_change_nothing_in_a_finished_run_is_refused(folder):
@@ -270,8 +270,8 @@ def test_what_would_change_nothing_in_a_finished_run_is_refused(folder):
     with pytest.raises(
         ValueError, match=r"run is finished: optimizer\.lr=0\.5 would change nothing; trainer\.max_steps beyond 12 "
     ):
-        resume(str(folder), ["optimizer.lr=0.5"])
-    assert resume(str(folder), ["optimizer.lr=0.5", "trainer.max_steps=13"]).config.optimizer.lr == 0.5
+        resume("pretrain", str(folder), ["optimizer.lr=0.5"])
+    assert resume("pretrain", str(folder), ["optimizer.lr=0.5", "trainer.max_steps=13"]).config.optimizer.lr == 0.5
 
 
 # The folder and its files
@@ -325,8 +325,8 @@ def test_the_printed_command_names_the_very_folder(folder, tmp_path, monkeypatch
     for path in (there, there.relative_to(tmp_path)):
         shell = ["sh", "-c", f"printf '%s\\n' {resume_command(path).removeprefix('audiot pretrain ')}"]
         said = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.removesuffix("\n")
-        assert resume(said.removeprefix("resume="), []).run == path
-        assert resume(str(path), []).run == path  # as a user may type it
+        assert resume("pretrain", said.removeprefix("resume="), []).run == path
+        assert resume("pretrain", str(path), []).run == path  # as a user may type it
         with pytest.raises(ValueError, match=re.escape(f"holds a run already: {resume_command(path)[16:]} goes on with it")):
             check_fresh(path)
 
@@ -334,9 +334,9 @@ def test_the_printed_command_names_the_very_folder(folder, tmp_path, monkeypatch
 def test_no_folder(tmp_path, started):
     for text, named in (("nowhere", "nowhere"), ("'nowhere'", "nowhere"), ("a,b", "a,b"), ("[a", "[a"), ("12", "12")):
         with pytest.raises(FileNotFoundError, match=re.escape(f"resume={named}: no run there ({named}/config.yaml is missing)")):
-            resume(text, [])
+            resume("pretrain", text, [])
     with pytest.raises(ValueError, match="resume= names no folder"):
-        resume("", [])
+        resume("pretrain", "", [])
     with pytest.raises(FileNotFoundError, match="run=nowhere: no run there"):
         run_config(tmp_path.relative_to(tmp_path) / "nowhere")
 
@@ -344,16 +344,16 @@ def test_no_folder(tmp_path, started):
 def test_no_checkpoint_and_a_truncated_one(folder):
     newest = folder / "checkpoints" / "step=6.ckpt"
     newest.write_bytes(newest.read_bytes()[:-10])
-    assert resume(str(folder), []).checkpoint == folder / "checkpoints" / "step=3.ckpt"
+    assert resume("pretrain", str(folder), []).checkpoint == folder / "checkpoints" / "step=3.ckpt"
     (folder / "checkpoints" / "step=3.ckpt").write_bytes(b"")
     with pytest.raises(
         ValueError, match=re.escape(f"{newest} is damaged: it is truncated or not a checkpoint, and so are 1 earl")
     ):
-        resume(str(folder), [])
+        resume("pretrain", str(folder), [])
     shutil.rmtree(folder / "checkpoints")
     check_fresh(folder)
-    for ask in (lambda: resume(str(folder), []), lambda: newest_checkpoint(folder)):
-        with pytest.raises(FileNotFoundError, match="no checkpoint of a pre-training run in "):
+    for ask in (lambda: resume("pretrain", str(folder), []), lambda: newest_checkpoint(folder)):
+        with pytest.raises(FileNotFoundError, match="no checkpoint of a run in "):
             ask()
 
 
@@ -362,7 +362,7 @@ def test_no_checkpoint_and_a_truncated_one(folder):
 def test_a_damaged_file_of_a_run_is_named(folder, name, content):
     (folder / ".hydra" / "resumes.yaml" if name == "resumes" else folder / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=rf"{name}.yaml (is not |has format_version None)"):
-        resume(str(folder), [])
+        resume("pretrain", str(folder), [])
 
 
 # Training goes on
@@ -446,14 +446,14 @@ def test_rates_that_a_foreign_scheduler_keeps_in_the_checkpoint_are_not_changed_
     config = OmegaConf.load(folder / "config.yaml")
     config.scheduler = {"part": "test_runs:own", "_partial_": True}
     OmegaConf.save(config, folder / "config.yaml")
-    announce(resume(str(folder), ["data.num_workers=0", "trusted=[test_runs]"]))
+    announce(resume("pretrain", str(folder), ["data.num_workers=0", "trusted=[test_runs]"]))
     for change in ("optimizer.lr=0.5", "trainer.max_steps=20"):
         with pytest.raises(ValueError, match=re.escape(f"{change} can't change on resume: test_runs.own keeps its rates in ")):
-            announce(resume(str(folder), [change, "trusted=[test_runs]"]))
+            announce(resume("pretrain", str(folder), [change, "trusted=[test_runs]"]))
 
 
 def test_a_checkpoint_that_can_not_be_loaded_is_named_and_nothing_is_recorded(pretraining, folder, tmp_path):
-    resumed = resume(str(folder), ["optimizer.lr=0.5"])
+    resumed = resume("pretrain", str(folder), ["optimizer.lr=0.5"])
     (folder / "probes").mkdir()
     with pytest.raises(ValueError, match=re.escape(f"{folder} can't go on from {resumed.checkpoint}: ")):
         go_on(pretraining.trainer(tmp_path), pretraining.module(), pretraining.data(), resumed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
+import signal
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from test_cli import DATA, REPOSITORY, read, run, succeed
 from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.commands.evaluate import evaluate_downstream
 from audiot.commands.finetune import finetune
+from audiot.downstream.module import DownstreamModule
 
 SPEAKERS = ["data.corpus.num_valid_speakers=2", "data.corpus.num_test_speakers=2"]  # of one alone, nothing is to be verified
 SHORT = [given for given in DATA if given.split("=")[0] not in {pair.split("=")[0] for pair in SPEAKERS}] + SPEAKERS
@@ -174,3 +177,96 @@ def test_a_list_of_trials_is_checked_before_training(made, tmp_path):
     failed = run("finetune", *SHORT, *options, "downstream.objective.trials=trials.txt", f"hydra.run.dir={tmp_path / 'run'}")
     assert "audiot: error: trials.txt names 1 utterances that the test split lacks, nobody of line 2 first" in failed.err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# Fine-tuning that is stopped
+
+STOPPED = {
+    "cached": ["downstream=phone_linear", "downstream.layers=weighted_sum", "downstream.batch_size=5"],
+    "trained": ["downstream=speaker_utterance", "downstream.train_encoder=true", "data.num_workers=1", "data.batch_s=4"],
+}
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """A function that has the next run get a signal in its n-th training step."""
+
+    def at(step, number=signal.SIGTERM):
+        done, training_step = [], DownstreamModule.training_step
+
+        def counted(*arguments):
+            done.append(0)
+            if len(done) == step:
+                os.kill(os.getpid(), number)
+            return training_step(*arguments)
+
+        monkeypatch.setattr(DownstreamModule, "training_step", counted)
+
+    return at
+
+
+def losses(folder):
+    return {row["step"]: row["train/loss"] for row in table(folder / "metrics.csv") if row["train/loss"]}
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(made, tmp_path, stop, kind):
+    given = [each for each in SHORT if each != "logger=none"] + ["trainer.max_steps=9", "trainer.val_check_interval=3"]
+    given += [f"upstream.path={made.encoder}", "trainer.log_every_n_steps=1", "model.dropout=0.1", *STOPPED[kind]]
+    succeed("finetune", *given, "hydra.run.dir=unbroken")
+    stop(6)
+    stopped = run("finetune", *given, "hydra.run.dir=stopped")
+    assert stopped.code == 130
+    saved, resume = stopped.err.strip().splitlines()
+    assert saved == f"audiot: interrupted after step 6; saved {tmp_path}/stopped/checkpoints/step=6.ckpt"
+    assert resume == f"resume:  audiot finetune resume={tmp_path}/stopped"
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()].count("best.ckpt") == 1
+    again = resume.removeprefix("resume:  audiot ").split()
+    stop(-1)
+    out = succeed(*again)
+    assert out.startswith(f"resume  {tmp_path}/stopped/checkpoints/step=6.ckpt\n")
+    assert f"next:   audiot predict {tmp_path}/stopped " in out
+    one, other = tmp_path / "unbroken", tmp_path / "stopped"
+    assert read(other / "metrics.json") == read(one / "metrics.json")
+    assert losses(other) == losses(one)
+    assert len(losses(one)) == 9
+    for name in ("best.ckpt", "step=9.ckpt"):
+        first, second = (torch.load(folder / "checkpoints" / name, weights_only=True)["state_dict"] for folder in (one, other))
+        assert all(second[key].equal(value) for key, value in first.items())
+    assert "is finished: nothing to resume" in succeed(*again)
+    assert "trainer.max_steps=12" in succeed(*again, "trainer.max_steps=12").splitlines()[0]
+    assert read(other / "metrics.json")["steps"] == 12
+    refused = run("finetune", *given, "hydra.run.dir=stopped")
+    assert "stopped holds a run already: resume=stopped goes on with it, another hydra.run.dir starts anew" in refused.err
+    refused = run("pretrain", "resume=stopped")
+    assert "resume=stopped: a run of audiot finetune: audiot finetune resume=stopped goes on with it" in refused.err
+
+
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+def test_a_comparison_that_was_stopped_goes_on_with_the_control_that_it_was_at(made, tmp_path, stop):
+    given = [*SHORT, "downstream=speaker_utterance", "compare=true", f"upstream.path={made.encoder}"]
+    succeed("finetune", *given, "hydra.run.dir=unbroken")
+    stop(3)  # the first of the second training
+    stopped = run("finetune", *given, "hydra.run.dir=stopped")
+    assert stopped.err.strip().splitlines()[-1] == f"resume:  audiot finetune resume={tmp_path}/stopped"
+    assert (tmp_path / "stopped" / "random" / "checkpoints" / "step=1.ckpt").is_file()
+    stop(-1)
+    tested = (tmp_path / "stopped" / "metrics.json").stat().st_mtime_ns
+    succeed("finetune", "resume=stopped")
+    assert (tmp_path / "stopped" / "metrics.json").stat().st_mtime_ns == tested
+    for name in ("metrics.json", "random/metrics.json", "features/metrics.json"):
+        assert read(tmp_path / "stopped" / name) == read(tmp_path / "unbroken" / name)
+    assert table(tmp_path / "stopped" / "comparison.csv") == table(tmp_path / "unbroken" / "comparison.csv")
+
+
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+def test_the_best_checkpoint_moves_with_its_run(made, tmp_path, stop):
+    given = [*SHORT, "downstream=speaker_utterance", f"upstream.path={made.encoder}", "trainer.max_steps=4"]
+    succeed("finetune", *given, "hydra.run.dir=unbroken")
+    stop(3)
+    run("finetune", *given, "hydra.run.dir=stopped")
+    stop(-1)
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    succeed("finetune", "resume=moved")
+    assert read(tmp_path / "moved" / "metrics.json") == read(tmp_path / "unbroken" / "metrics.json")

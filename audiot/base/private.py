@@ -5,7 +5,7 @@ Tested with PyTorch 2.11.0, 2.14.1 and 2.15.0, and with Lightning 2.6.0 and 2.6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -139,6 +139,17 @@ class AllProcessesShareData(ModelParallelStrategy):
         """Set the number before Lightning builds the mesh from it."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+
+def watch_processes_with(watch: Callable[[list[Any]], None]) -> None:
+    """Have a function look after the processes that Lightning starts on this machine, in place of Lightning's own.
+
+    If Lightning looks after them elsewhere, its own stays: it kills all of them without a word when one has ended.
+    """
+    from pytorch_lightning.strategies.launchers import subprocess_script
+
+    if hasattr(subprocess_script, "_launch_process_observer"):
+        subprocess_script._launch_process_observer = watch  # type: ignore[assignment]
 
 
 def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:

@@ -53,7 +53,8 @@ def note_environment(cfg: DictConfig, run: Path, step: int = 0) -> None:
     before = _merged(starts)
     now, patch = environment(cfg)
     if starts:
-        now = {name: value for name, value in now.items() if before.get(name) != value}
+        # What goes on starts from its checkpoint: the encoder that it began with may be gone.
+        now = {name: value for name, value in now.items() if before.get(name) != value and name != "inputs"}
         if changes := differences(before, before | now):
             told = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in changes.items())
             say(f"changed {told}: the run goes on, but an unbroken one could have other figures")

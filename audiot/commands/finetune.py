@@ -9,39 +9,68 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
 from audiot.base.failures import Failures
-from audiot.base.files import write_json
+from audiot.base.files import read_json, write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
+from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing, speaker_of
 from audiot.data.opening import corpus_folder, data_options, note_data, open_corpus
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.bootstrap import Bootstrap, in_words
 from audiot.downstream.cache import CachedStates
+from audiot.downstream.classifier import without_trials
 from audiot.downstream.module import DownstreamModule
 from audiot.downstream.upstream import FeaturesUpstream, Upstream, untrained
 from audiot.following import example_files
-from audiot.runs import write_config
+from audiot.runs import (
+    CONTROLS,
+    Resumed,
+    check_fresh,
+    has_checkpoints,
+    has_metrics,
+    is_finished,
+    newest_checkpoint,
+    step_of,
+    write_config,
+)
 from audiot.training.fsdp import ShardedStrategy
+from audiot.training.store import store_of
 from audiot.training.trainer import make_trainer
 from audiot.training.watch import batches_that_fit
 
 BEST = Path("checkpoints") / "best.ckpt"
 
 
-def main(cfg: DictConfig) -> float:
-    """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches."""
-    write_config(cfg, Path(cfg.run_dir))
-    note_environment(cfg, Path(cfg.run_dir))
-    metrics = finetune(cfg)
+def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
+    """Train, test the best checkpoint, say what came of it; the validation's figure, for a sweep that searches.
+
+    Args:
+        cfg: The config.
+        resumed: How a run goes on that was stopped.
+    """
+    run = Path(cfg.run_dir)
+    if resumed is None:
+        if cfg.resume:
+            raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
+        check_fresh(run)
+        write_config(cfg, run)
+        note_environment(cfg, run)
+    elif is_finished(run, cfg):
+        metrics = read_json(run / "metrics.json", "metrics")
+        say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
+        return float(metrics[f"valid/{cfg.downstream.monitor}"])
+    else:
+        announce(resumed)
+        note_environment(cfg, run, step_of(newest_checkpoint(run)))
+    metrics = finetune(cfg, resumed)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
@@ -51,25 +80,36 @@ def main(cfg: DictConfig) -> float:
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
-def finetune(cfg: DictConfig) -> dict[str, Any]:
+def finetune(cfg: DictConfig, resumed: Resumed | None = None) -> dict[str, Any]:
     """Train and test as the config says, in ``cfg.run_dir``, with ``compare`` also the controls in folders below it.
+
+    Args:
+        cfg: The config.
+        resumed: How a run goes on that was stopped. What of it is done is not done again.
 
     Returns:
         The metrics, which also go to ``metrics.json``.
     """
     _check(cfg)
     run = Path(cfg.run_dir)
-    upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")  # before a corpus is prepared for nothing
-    corpus = open_corpus(cfg)
+    if resumed is None:
+        upstream: Upstream = instantiate(
+            cfg.upstream, _recursive_=False, _convert_="all"
+        )  # before a corpus is prepared for nothing
+    else:
+        assert resumed.checkpoint is not None
+        upstream = DownstreamModule.from_checkpoint(resumed.checkpoint, cfg.trusted, without_trials).upstream
+    corpus = open_corpus(cfg, None if resumed is None else run)
     per_frame = str(cfg.downstream.head._target_).endswith(".FrameClassifier")
     say_few(cfg, corpus, cfg.downstream.task, ("valid", "test"), cfg.downstream.monitor == "accuracy" and not per_frame)
-    note_data(cfg, corpus)
-    metrics = train(cfg, upstream, corpus)
+    if resumed is None:
+        note_data(cfg, corpus)
+    metrics = train(cfg, upstream, corpus, resumed)
     if cfg.compare:
         results = {"encoder": metrics}
-        for name, control in (("random", untrained(upstream, cfg.seed)), ("features", _features_control(cfg, upstream))):
+        for name, control in zip(CONTROLS, (untrained(upstream, cfg.seed), _features_control(cfg, upstream)), strict=True):
             say(f"\n{name}")
-            results[name] = train(_control_config(cfg, control, run / name), control, corpus)
+            results[name] = _compare(_control_config(cfg, control, run / name), control, corpus)
         tables = Failures()
         with tables.noted("comparison.csv, comparison.md"):
             say("\n" + write_comparison(results, run))
@@ -101,9 +141,13 @@ def bootstrap(cfg: DictConfig, data: SpeechDataModule) -> Bootstrap:
     return Bootstrap.choose(settings and plain(settings), cfg.seed, speakers, lambda: map(speaker_of, data.cuts("train")))
 
 
-def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[str, Any]:
-    """Train on one upstream, test the best checkpoint, write what came of it to ``cfg.run_dir``; the metrics."""
+def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: Resumed | None = None) -> dict[str, Any]:
+    """Train on one upstream, or go on, test the best checkpoint, write what came of it to ``cfg.run_dir``; the metrics."""
     run, task = Path(cfg.run_dir), cfg.downstream
+    if resumed is not None and has_metrics(run, cfg):
+        metrics = read_json(run / "metrics.json", "metrics")
+        say(f"done    {describe(metrics, run, [])}")
+        return metrics
     layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers
     trainer = make_trainer(cfg)
     if isinstance(trainer.strategy, ShardedStrategy):
@@ -132,14 +176,20 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         device = trainer.strategy.root_device
         with trainer.precision_plugin.forward_context():  # as if they were computed in every step
             source = CachedStates(data, module.upstream, device, layers=module.layers, batch_size=task.batch_size)
-    with batches_that_fit(trainer):
-        trainer.fit(module, source)
-    keepers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
-    best = keepers[0] if keepers and keepers[0].best_model_path else None  # trainer.fast_dev_run keeps none
-    score = best.best_model_score if best else trainer.callback_metrics.get(f"valid/{task.monitor}")
+    with how_to_go_on(trainer, run), batches_that_fit(trainer):
+        if resumed is None:
+            trainer.fit(module, source)
+        else:
+            go_on(trainer, module, source, resumed)
+        if store_of(trainer) is not None:
+            save_last(trainer, module, run, cfg.optimizer.lr)
+    store = store_of(trainer)
+    best = store.best_path if store else None  # trainer.fast_dev_run keeps none
+    score = store.best_score if store and best else trainer.callback_metrics.get(f"valid/{task.monitor}")
     if score is None:
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
-    metrics = test(trainer, module, source, best.best_model_path if best else None)
+    with how_to_go_on(trainer, run):
+        metrics = test(trainer, module, source, best)
     metrics |= resampling.intervals(module.objective.measured(), metrics) | {
         f"valid/{task.monitor}": float(score),
         "task": task.task,
@@ -170,6 +220,13 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus) -> dict[s
         say(describe(metrics, run, files))
         failures.tell(cfg.debug)
     return metrics
+
+
+def _compare(cfg: DictConfig, control: Upstream, corpus: PreparedCorpus) -> dict[str, Any]:
+    """Train a control, or the rest of it; its metrics."""
+    folder = Path(cfg.run_dir)
+    checkpoint = newest_checkpoint(folder) if has_checkpoints(folder) else None
+    return train(cfg, control, corpus, Resumed(folder, checkpoint, cfg, cfg, [], [], cfg) if checkpoint else None)
 
 
 def test(

@@ -37,6 +37,7 @@ from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
 from audiot.runs import ENVIRONMENT, PATCH, ROUNDS, Interrupted, check_fresh, has_rounds, resume, resume_command, whole_run
 
+TRAINING = ("pretrain", "finetune")  # commands whose runs can be resumed
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
 CONFIG_DIR = ("--config-dir", "-cd")  # a folder of config groups beside those of audiot
@@ -63,9 +64,9 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     with one_line_errors(debug):
         folder = next((override.split("=", 1)[1] for override in reversed(overrides) if override.startswith("resume=")), "null")
         if folder.lower() != "null":
-            if command != "pretrain":
-                raise ValueError(f"resume={folder}: only pretrain resumes a run; {command} starts anew")
-            _go_on(module, folder, [*sweep, *(each for each in overrides if not each.startswith("resume="))], debug)
+            if command not in TRAINING:
+                raise ValueError(f"resume={folder}: {' and '.join(TRAINING)} resume a run; {command} starts anew")
+            _go_on(command, folder, [*sweep, *(each for each in overrides if not each.startswith("resume="))], debug)
             return
         if "--help" in overrides or "-h" in overrides:
             _, overrides, mine = _parted(overrides)
@@ -91,24 +92,24 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
     place = places.get("hydra.sweep.dir" if sweep else "hydra.run.dir")
     known = None if place is None or "${" in str(place) else Path(str(place))  # an interpolation is for Hydra to resolve
     with one_line_errors(debug), nullcontext() if known is None else _owned(command, known):
-        if command == "pretrain" and known is not None:  # here, before Hydra writes its config there
+        if command in TRAINING and known is not None:  # here, before Hydra writes its config there
             for one in known.glob("*") if sweep else [known]:
                 check_fresh(one)
         hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
 
 
-def _go_on(module: str, folder: str, arguments: list[str], debug: bool) -> None:
+def _go_on(command: str, folder: str, arguments: list[str], debug: bool) -> None:
     """Go on with the run in a folder; arguments are those of `audiot.runs.resume`."""
-    with _owned("pretrain", resume(folder, arguments).run):
-        resumed = resume(folder, arguments)  # again, since its owner may just have gone further
+    with _owned(command, resume(command, folder, arguments).run):
+        resumed = resume(command, folder, arguments)  # again, since its owner may just have gone further
         log_to(resumed.run)
         with one_line_errors(debug or resumed.config.debug):
-            _main(module)(resumed.config, resumed)
+            _main(f"audiot.commands.{command}")(resumed.config, resumed)
 
 
 def _owned(command: str, folder: Path) -> AbstractContextManager[None]:
     """A run's folder, with all its rounds, as this process's own where the command writes a run."""
-    return owned(whole_run(Path(os.path.realpath(folder)))) if command in ("pretrain", "finetune") else nullcontext()
+    return owned(whole_run(Path(os.path.realpath(folder)))) if command in TRAINING else nullcontext()
 
 
 def _parted(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:

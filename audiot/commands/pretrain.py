@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
-from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.base.console import say
@@ -26,6 +22,7 @@ from audiot.checkpoint import save_encoder, save_objective
 from audiot.commands.closing import report, validation_loss
 from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
+from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
 from audiot.commands.upstreams import kind_of, open_upstream
 from audiot.data.datamodule import SpeechDataModule
@@ -35,8 +32,6 @@ from audiot.runs import (
     Interrupted,
     Resumed,
     check_fresh,
-    checkpoint_path,
-    damage,
     has_checkpoints,
     has_config,
     has_rounds,
@@ -50,13 +45,9 @@ from audiot.runs import (
     write_config,
 )
 from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
-from audiot.training.csv_logger import RunCSVLogger
-from audiot.training.ddp import lost_a_process
 from audiot.training.fsdp import is_sharded
-from audiot.training.optimization import Schedule, schedule
-from audiot.training.store import store_of
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
-from audiot.training.watch import batches_that_fit, is_out_of_memory
+from audiot.training.watch import batches_that_fit
 
 
 @dataclass
@@ -235,12 +226,12 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
-    with how_to_go_on(work), batches_that_fit(trainer):
+    with how_to_go_on(trainer, work.run), batches_that_fit(trainer):
         if resumed is None or resumed.checkpoint is None:
             trainer.fit(module, work.data)
         else:
             go_on(trainer, module, work.data, resumed)
-        save_last(work)
+        save_last(trainer, module, work.run, work.cfg.optimizer.lr)
         (validation,) = trainer.validate(module, work.data, verbose=False)
     loss = validation[module.monitor]
     if not math.isfinite(loss):
@@ -260,38 +251,6 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "resumed_step": module.trained_steps,
         }
     )
-
-
-@contextmanager
-def how_to_go_on(work: Pretraining) -> Iterator[None]:
-    """Say how the run can go on where an error ends it after a checkpoint."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = lost_a_process(error)
-        if isinstance(error, RuntimeError) and not lost:
-            raise
-        if work.trainer.is_global_zero and work.trainer.global_step and has_checkpoints(work.run):
-            say(f"\nresume:  {resume_command(whole_run(work.run))}")
-        if not lost:
-            raise
-        where = f"rank {work.trainer.global_rank} lost another process of the run after step {work.trainer.global_step}"
-        words = " ".join(str(error).split())[-100:]
-        raise ConnectionError(f"{where}, which was killed perhaps: {words}") from error
-
-
-def save_last(work: Pretraining) -> None:
-    """Save the last step, if that was not due in training."""
-    trainer = work.trainer
-    last = checkpoint_path(work.run / "checkpoints", trainer.global_step)
-    is_there = last.is_file() and damage(last) is None
-    if trainer.fast_dev_run or trainer.strategy.broadcast(is_there):  # type: ignore[attr-defined]
-        return
-    store = store_of(trainer)
-    if store is None:  # trainer.enable_checkpointing=false: what the encoder is exported from is saved all the same
-        trainer.save_checkpoint(last)
-    elif store.save(trainer, work.module) is None:
-        raise ValueError(f"training diverged: lower optimizer.lr={work.cfg.optimizer.lr}")
 
 
 def export(work: Pretraining) -> bool:
@@ -330,62 +289,6 @@ def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict
         with failures.noted("probes.png"):
             plot_probes(figures, work.run / "plots" / "probes.png")
     return figures, failed
-
-
-def announce(resumed: Resumed) -> None:
-    """Say where a run goes on, with what changes, and its learning rates where they aren't what they would have been.
-
-    Raises:
-        ValueError: the rates can't be changed.
-    """
-    changes = f", with {' '.join(resumed.changes)}" if resumed.changes else ""
-    checkpoint = resumed.checkpoint
-    assert checkpoint is not None
-    say(f"resume  {checkpoint}{changes}")
-    before, after = (schedule(cfg) for cfg in (resumed.before, resumed.config))
-    step = step_of(checkpoint)
-    if isinstance(before, Schedule) and isinstance(after, Schedule):
-        if (before.description, before.rate(step + 1)) != (after.description, after.rate(step + 1)):
-            rates = f"step {step:,} had {before.rate(step):.3g}" + (
-                f", step {step + 1:,} has {after.rate(step + 1):.3g}" if step < resumed.config.trainer.max_steps else ""
-            )
-            say(f"rates   the learning rate goes {after.description}: {rates}")
-        return
-    for change in resumed.changes:
-        if change.startswith(("trainer.max_steps=", "optimizer.lr=", "scheduler.")):
-            kind = resumed.config.scheduler._target_
-            raise ValueError(f"{change} can't change on resume: {kind} keeps its rates in the checkpoint; a new run can have it")
-
-
-def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModule, resumed: Resumed) -> None:
-    """Train on from a checkpoint. Once it is loaded, the run's changes are its own, and probes of the encoder as it was go away.
-
-    Raises:
-        ValueError: the checkpoint can't be loaded.
-    """
-    accepted, checkpoint = False, resumed.checkpoint
-    assert checkpoint is not None
-
-    def accept(*_: Any) -> None:
-        nonlocal accepted
-        accepted = True
-        for logger in trainer.loggers:
-            if isinstance(logger, RunCSVLogger):
-                logger.go_on(step_of(checkpoint))
-        if trainer.is_global_zero:
-            resumed.record()
-            if step_of(checkpoint) < resumed.config.trainer.max_steps:
-                shutil.rmtree(resumed.run / "probes", ignore_errors=True)
-
-    trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
-    try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
-        if accepted or is_out_of_memory(error):
-            raise
-        raise ValueError(f"{resumed.run} can't go on from {checkpoint}: {error}") from error
-    if not accepted:  # nothing was left to train
-        accept()
 
 
 def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:

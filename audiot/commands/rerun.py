@@ -103,8 +103,7 @@ def results(run: Path, cfg: DictConfig) -> dict[str, Any]:
     """
     path = run / ("metrics.json" if "downstream" in cfg else "summary.json")
     if not path.is_file():
-        remedy = "train it again" if "downstream" in cfg else f"{resume_command(whole_run(run))} goes on with it"
-        raise ValueError(f"{run} is not finished, {path.name} is missing: {remedy}")
+        raise ValueError(f"{run} is not finished, {path.name} is missing: {resume_command(whole_run(run))} goes on with it")
     return read_json(path, "results of a run")
 
 

@@ -85,11 +85,32 @@ def warn_of_many(option: str, workers: int, remedy: str) -> None:
         log.warning(f"{option}{workers}: more loader processes than cores ({cores} here); {remedy}")
 
 
-class SpeechDataModule(pl.LightningDataModule):
-    """Batches of a prepared corpus for one task.
+class EndlessData(pl.LightningDataModule):
+    """Batches of an endless training, which continues after those that its checkpoint records as used.
 
-    The training loader is endless. It continues after the batches that the checkpoint records as used, so a resumed run gets the
-    same batches as an unbroken one.
+    So a resumed run gets the same batches as an unbroken one.
+    """
+
+    next_batch = (0, 0)  # (epoch, batch) at which training continues
+
+    def consumed(self, batch: Batch) -> None:
+        """Note that training has used ``batch`` and the other ranks have used the batches of the same turn."""
+        epoch, number = batch["position"]
+        ranks = self.trainer.world_size if self.trainer else 1
+        self.next_batch = (epoch, (number // ranks + 1) * ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position at which training continues."""
+        return {"next_batch": self.next_batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position at which training continues."""
+        epoch, number = state_dict["next_batch"]
+        self.next_batch = (epoch, number)
+
+
+class SpeechDataModule(EndlessData):
+    """Batches of a prepared corpus for one task.
 
     Args:
         corpus: Prepared corpus.
@@ -150,7 +171,6 @@ class SpeechDataModule(pl.LightningDataModule):
         self.seed = seed
         self.labels = labels
         self.label_fraction = label_fraction
-        self.next_batch = (0, 0)  # (epoch, batch) at which training continues
         self.classes: list[str] = []
         if labels is not None:
             self.classes = survey({role: self.cuts(role) for role in ("train", "valid", "test")}, labels, new_speakers)
@@ -253,18 +273,3 @@ class SpeechDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move tensors except lengths to the device, where waveforms become floats."""
         return to_device(batch, device)
-
-    def consumed(self, batch: Batch) -> None:
-        """Note that training has used ``batch`` and the other ranks have used the batches of the same turn."""
-        epoch, number = batch["position"]
-        ranks = self.trainer.world_size if self.trainer else 1
-        self.next_batch = (epoch, (number // ranks + 1) * ranks)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position at which training continues."""
-        return {"next_batch": self.next_batch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the position at which training continues."""
-        epoch, number = state_dict["next_batch"]
-        self.next_batch = (epoch, number)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice, starmap
 from math import ceil
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from audiot.base.devices import attention_of_any_shape
 from audiot.base.streams import key
 from audiot.data.batches import Batch, first_batches, to_device
-from audiot.data.datamodule import SpeechDataModule
+from audiot.data.datamodule import EndlessData, SpeechDataModule
 from audiot.data.labels import Labels
 from audiot.downstream.heads import LayerSelection
 from audiot.downstream.upstream import Upstream
@@ -34,7 +33,7 @@ class State:
     speaker: str | None
 
 
-class CachedStates(pl.LightningDataModule):
+class CachedStates(EndlessData):
     """Batches of hidden states instead of waveforms, so that epochs of a probe do not run the encoder.
 
     Args:
@@ -69,10 +68,11 @@ class CachedStates(pl.LightningDataModule):
 
     def _loader(self, role: str, seed: int | None) -> DataLoader[Batch]:
         turns = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(_Batches(self.states[role], self.labels, self.batch_size, seed, turns), batch_size=None)
+        start = (0, 0) if seed is None else self.next_batch
+        return DataLoader(_Batches(self.states[role], self.labels, self.batch_size, seed, turns, start), batch_size=None)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Endless batches, shuffled again in every epoch."""
+        """Endless batches, shuffled again in every epoch, starting at ``next_batch``."""
         return first_batches(self._loader("train", self.seed), self.trainer)
 
     def val_dataloader(self) -> Iterable[Batch]:
@@ -82,6 +82,12 @@ class CachedStates(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test split in order."""
         return self._loader("test", None)
+
+    def consumed(self, batch: Batch) -> None:
+        """Note that training has used ``batch`` and the other ranks those of the same turn, which may lie in the next epoch."""
+        per_epoch, ranks = ceil(len(self.states["train"]) / self.batch_size), self.trainer.world_size if self.trainer else 1
+        epoch, number = batch["position"]
+        self.next_batch = divmod(((epoch * per_epoch + number) // ranks + 1) * ranks, per_epoch)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move tensors except lengths to the device."""
@@ -120,14 +126,26 @@ def compute_states(
 
 
 class _Batches(IterableDataset[Batch]):
-    """Collated states: one ordered pass (seed None) or endless shuffled ones. ``turns`` (r, N) selects batches r, r + N, …"""
+    """Collated states: one ordered pass (seed None) or endless shuffled ones.
 
-    def __init__(self, states: list[State], labels: Labels, batch_size: int, seed: int | None, turns: tuple[int, int]) -> None:
+    ``turns`` (r, N) selects batches r, r + N, … of those from ``start`` on, an epoch and a batch of it.
+    """
+
+    def __init__(
+        self,
+        states: list[State],
+        labels: Labels,
+        batch_size: int,
+        seed: int | None,
+        turns: tuple[int, int],
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
         self.states = states
         self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
         self.turns = turns
+        self.start = start
 
     def _collate(self, chosen: list[int], position: tuple[int, int]) -> Batch:
         states = [self.states[number] for number in chosen]
@@ -148,14 +166,14 @@ class _Batches(IterableDataset[Batch]):
     def _chosen(self) -> Iterator[tuple[list[int], tuple[int, int]]]:
         """Utterances and position of each batch."""
         count = len(self.states)
-        epoch = 0
+        epoch, first = self.start
         while True:
             order = list(range(count))
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(key("cached batches", self.seed, epoch))
                 order = torch.randperm(count, generator=generator).tolist()
-            for number in range(ceil(count / self.batch_size)):
+            for number in range(first, ceil(count / self.batch_size)):
                 yield order[number * self.batch_size : (number + 1) * self.batch_size], (epoch, number)
             if self.seed is None:
                 return
-            epoch += 1
+            epoch, first = epoch + 1, 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -42,37 +45,53 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class CheckpointStore(Checkpoint):
-    """Saves checkpoints of pre-training and deletes those that are no longer needed.
+    """Saves checkpoints of a run and deletes those that are no longer needed.
 
-    One is saved every `every_n_steps`, and before every validation. The latest ones and the one with the best validation loss
-    are kept. Weights that are not finite are never saved. A validation that was due when a run ended takes place first when the
+    One is saved every `every_n_steps`, and before every validation. The latest ones and the one of the best validation are kept.
+    Weights that are not finite are never saved. A validation that was due when a run ended takes place first when the
     run goes on.
 
     Args:
         folder: Folder of the checkpoints.
         every_n_steps: Steps between two checkpoints.
         keep_last: Number of the latest checkpoints that are kept.
+        monitor: Figure that tells which validation is best; None: the module's ``monitor``.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+        best: File name that the best one has too, in the folder; None: it keeps the name of its step alone.
+
+    Attributes:
+        best_step: Step of the best validation.
+        best_score: Its figure.
     """
 
-    def __init__(self, folder: str, every_n_steps: int, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_n_steps: int,
+        keep_last: int = 2,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        best: str | None = None,
+    ) -> None:
         for name, value in {"every_n_steps": every_n_steps, "keep_last": keep_last}.items():
             if value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, found {value}")
         self.folder = Path(folder)
         self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.monitor, self.mode, self.best = monitor, mode, best
         self.best_step: int | None = None
-        self.best_loss = float("inf")
+        self.best_score: float | None = None
         self.pending = False  # whether the loaded checkpoint was saved before a validation that was due
         self._validated = -1  # step of the latest validation
         self._refused = False
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must know."""
-        return {"best_step": self.best_step, "best_loss": self.best_loss, "pending": self.pending}
+        return {"best_step": self.best_step, "best_score": self.best_score, "pending": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-        self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
+        self.best_step, self.best_score = state_dict["best_step"], state_dict["best_score"]
         self.pending = state_dict["pending"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,10 +114,36 @@ class CheckpointStore(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._validated = trainer.global_step
-        loss = trainer.callback_metrics.get(pl_module.monitor)  # type: ignore[arg-type, call-overload]
-        if loss is not None and float(loss) < self.best_loss:
-            self.best_step, self.best_loss = trainer.global_step, float(loss)
+        figure = trainer.callback_metrics.get(self.monitor or pl_module.monitor)  # type: ignore[arg-type, call-overload]
+        if figure is not None and self._is_best(float(figure)):
+            self.best_step, self.best_score = trainer.global_step, float(figure)
+            if self.best is not None and trainer.is_global_zero:
+                self._name_best(checkpoint_path(self.folder, trainer.global_step), self.folder / self.best)
         self._prune(trainer)
+
+    def _is_best(self, figure: float) -> bool:
+        if self.best_score is None or isnan(self.best_score):
+            return True
+        return figure < self.best_score if self.mode == "min" else figure > self.best_score
+
+    def _name_best(self, path: Path, best: Path) -> None:
+        """Give a checkpoint, if it was saved, a second name in place of the best one so far."""
+        if not path.is_file():
+            return
+        with replacing(best) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+
+    @property
+    def best_path(self) -> Path | None:
+        """The best checkpoint, if there is one."""
+        if self.best_step is None:
+            return None
+        path = checkpoint_path(self.folder, self.best_step) if self.best is None else self.folder / self.best
+        return path if path.is_file() else None
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
         """Save a checkpoint of the weights as they are, unless they are not finite; its path. All processes must call it."""
@@ -122,7 +167,7 @@ class CheckpointStore(Checkpoint):
             return
         known = [path for path in checkpoints(self.folder) if step_of(path) <= trainer.global_step]
         for path in known[self.keep_last :]:
-            if step_of(path) != self.best_step:
+            if self.best is not None or step_of(path) != self.best_step:
                 path.unlink(missing_ok=True)
 
 

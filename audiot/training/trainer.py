@@ -16,8 +16,10 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from audiot.base.devices import fast_precision
+from audiot.base.private import watch_processes_with
 from audiot.training.ddp import warn_of_slow_strategy
 from audiot.training.fsdp import ShardedStrategy
+from audiot.training.ranks import watch_children
 from audiot.training.store import WholeFiles
 
 # Steps of a run from which compiling pays. On a GPU it saves some 8 ms per step (3 layers of 192 or 768) and takes 45 s for the
@@ -67,6 +69,7 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     if cfg.trainer.accelerator == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
     warn_of_slow_strategy(trainer.strategy)
+    watch_processes_with(watch_children)
     return trainer
 
 

@@ -167,7 +167,7 @@ class FiniteSteps(Callback):
 
     def _first_step(self) -> str:
         assert self._first is not None
-        return f"step {self._first.step} ({_utterances(self._first.ids)})"
+        return f"step {self._first.step} ({utterances(self._first.ids)})"
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -214,7 +214,8 @@ def _bad(step: Unread, module: pl.LightningModule, trainer: pl.Trainer) -> Bad:
     return Bad(step.step, told[rank][1], content)
 
 
-def _utterances(ids: list[str]) -> str:
+def utterances(ids: list[str]) -> str:
+    """How many utterances, and the names of the first ones."""
     more = ", …" if len(ids) > NAMED else ""
     return f"{_number(ids)}: {', '.join(ids[:NAMED])}{more}"
 

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from test_cli import TINY, blank, made, read, run, succeed
 
-from audiot.commands.environment import differences, environment, git_state, input_digests, read_environment
+from audiot.commands.environment import differences, environment, git_state, input_digests, note_environment, read_environment
 
 __all__ = ["made"]
 QUICK = [*TINY, "probe=false", "logger=csv", "trainer.enable_progress_bar=false"]
@@ -74,6 +74,17 @@ def test_the_encoder_that_a_training_starts_from_is_known_by_its_content(tmp_pat
     (tmp_path / "two" / "a").write_text("b")
     assert input_digests(OmegaConf.create({"init": str(tmp_path / "two")})) != one
     assert input_digests(OmegaConf.create({"init": None, "upstream": {"path": "name/of-a-hub"}})) == {}
+
+
+def test_a_run_that_goes_on_keeps_the_digest_of_what_it_began_with(tmp_path):
+    (tmp_path / "encoder").write_text("abc")
+    cfg = OmegaConf.create({"seed": 0, "trainer": {"accelerator": "cpu"}, "upstream": {"path": str(tmp_path / "encoder")}})
+    note_environment(cfg, tmp_path)
+    (tmp_path / "encoder").unlink()
+    note_environment(cfg, tmp_path, step=4)
+    sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert read_environment(tmp_path)["inputs"] == {"upstream.path": sha256_of_abc}
+    assert [start["step"] for start in read(tmp_path / "environment.json")["starts"]] == [0, 4]
 
 
 def test_differences_are_named():

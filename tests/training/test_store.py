@@ -98,7 +98,7 @@ def test_a_validation_that_was_due_takes_place_when_the_run_goes_on(pretraining,
     for one, other in zip(resumed.state_dict().values(), module.state_dict().values(), strict=True):
         assert one.equal(other)
     assert rows(tmp_path) == rows(folder)
-    assert (again.best_step, again.best_loss) == (store.best_step, store.best_loss)
+    assert (again.best_step, again.best_score) == (store.best_step, store.best_score)
     assert steps(tmp_path) == steps(folder)
 
 
