@@ -24,6 +24,7 @@ COMMANDS = {
 }
 TOOLS = {  # of plain arguments, without a config
     "compare": "the results of several runs in one table",
+    "rerun": "repeat a run, and compare the two",
     "predict": "what a fine-tuned model says of audio files",
     "extract": "hidden states of a corpus to files",
     "import-s3prl": "make an encoder of an S3PRL checkpoint",
@@ -71,19 +72,28 @@ def _main(arguments: list[str] | None) -> None:
         except ValueError as error:
             sys.exit(f"audiot: error: {error}")
     elif command in COMMANDS:
-        # Threads that wait for each other spin a little and then sleep. Endless spinning (the default) is ruinous on cores that
-        # data workers or other programs share; sleeping at once costs 40% where they don't. Read when torch loads its OpenMP.
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        _spin_briefly()
         from audiot.commands.launch import run
 
         run(command, rest)
     elif command in TOOLS:
+        if command == "rerun":  # the only one that trains
+            _spin_briefly()
         from audiot.commands.launch import run_tool
 
         run_tool(command, rest)
     else:
         known = [*COMMANDS, *TOOLS, "list"]
         sys.exit(f"audiot: error: no command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
+
+
+def _spin_briefly() -> None:
+    """Let threads that wait for each other spin a little and then sleep; read when torch loads its OpenMP.
+
+    Endless spinning (the default) is ruinous on cores that data workers or other programs share; sleeping at once costs 40% where
+    they don't.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def complete(arguments: list[str]) -> None:

@@ -29,6 +29,8 @@ from audiot.base.quoting import argument
 ROUNDS = "rounds"  # folder of a run's earlier rounds
 CONTROLS = ("random", "features")  # folders of the controls of a fine-tuning with compare=true
 CONFIG, OVERRIDES, RESUMES = "config.yaml", ".hydra/overrides.yaml", ".hydra/resumes.yaml"
+CHOICES = ".hydra/hydra.yaml"  # the option of every config group, among what Hydra notes of itself
+ENVIRONMENT, PATCH = "environment.json", "uncommitted.patch"  # what a run was made with
 FIRST_CONFIG = ".hydra/config.yaml"  # of runs of the first format, which Hydra wrote
 HEADER = "# What this run was started with. audiot reads it again; .hydra/ holds what Hydra notes of it.\n"
 DATA_DIR = "${oc.env:AUDIOT_DATA,data}"  # where corpora are, unless a config says otherwise
@@ -138,8 +140,37 @@ def written_config(run: Path, key: str = "run", trusted: Collection[str] | None 
         value = override.value()
         OmegaConf.update(cfg, name, resolved(value, run / RESUMES, trusted, name.split(".")[-1], references=True), merge=True)
     cfg.trusted = list(trusted or ())
-    cfg.run_dir = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(run))  # a path is no reference, whatever its characters
+    cfg.run_dir = _literal_path(run)
     return cfg
+
+
+def repeated_config(run: Path, folder: Path, trusted: Collection[str] = ()) -> DictConfig:
+    """The config with which another folder repeats a run; keys may refer to other keys.
+
+    Arguments and errors are those of `run_config`.
+    """
+    cfg = written_config(run, trusted=trusted)
+    cfg.run_dir = _literal_path(folder)
+    return cfg
+
+
+def record_repeat(run: Path, folder: Path) -> None:
+    """Note in a repeat's folder how the run was composed, for those who ask `run_overrides` and `choices`."""
+    with replacing_text(folder / OVERRIDES) as stream:
+        kept = [override for override in run_overrides(run) if not override.startswith("hydra.run.dir=")]
+        yaml.safe_dump(kept, stream, sort_keys=False, allow_unicode=True, width=1000)
+    with replacing_text(folder / CHOICES) as stream:
+        yaml.safe_dump({"hydra": {"runtime": {"choices": choices(run)}}}, stream, sort_keys=False, allow_unicode=True)
+
+
+def changes_on_the_way(run: Path) -> list[str]:
+    """What resumes changed in a run, in words: the step and the overrides of each."""
+    return [f"from step {resume.get('step')} on: {' '.join(resume['overrides'])}" for resume in _resumes(run)]
+
+
+def _literal_path(folder: Path) -> str:
+    """A path as a config's value, which refers to nothing, whatever its characters."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(folder))
 
 
 def _computed(cfg: DictConfig, run: Path) -> DictConfig:
@@ -165,7 +196,7 @@ def run_overrides(run: Path) -> list[str]:
 
 def choices(run: Path) -> dict[str, str]:
     """Config group → the option that a run was composed of; nothing where that is not known."""
-    record = run / ".hydra" / "hydra.yaml"
+    record = run / CHOICES
     found = _read(record, dict) if record.is_file() else {}
     for key in ("hydra", "runtime", "choices"):
         found = found.get(key) if isinstance(found, dict) else None

@@ -152,8 +152,34 @@ def export_hf(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def rerun(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot rerun``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot rerun",
+        description="Repeat a pre-training or fine-tuning run with its own config, and compare the two. "
+        "The exit code is 0 if they are equal or within the tolerance.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the repeat (default: RUN-rerun)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-6,
+        metavar="X",
+        help="largest difference of a figure or a weight, as a share of it where it is above 1 (default: 1e-6)",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="repeat and compare the first N steps of pre-training only")
+    parser.add_argument("--compare", action="store_true", help="train nothing: compare with the run that is in FOLDER already")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
+    options = parser.parse_args(arguments)
+    if not options.tolerance >= 0:
+        raise ValueError(f"--tolerance must be at least 0, found {options.tolerance:g}")
+    return options
+
+
 PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "compare": compare,
+    "rerun": rerun,
     "predict": predict,
     "extract": extract,
     "import-s3prl": import_s3prl,

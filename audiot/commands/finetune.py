@@ -17,6 +17,7 @@ from audiot.base.failures import Failures
 from audiot.base.files import read_json, write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
+from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
 from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
 from audiot.data.datamodule import SpeechDataModule
@@ -37,6 +38,7 @@ from audiot.runs import (
     has_metrics,
     is_finished,
     newest_checkpoint,
+    step_of,
     write_config,
 )
 from audiot.training.fsdp import ShardedStrategy
@@ -60,12 +62,14 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
             raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
         check_fresh(run)
         write_config(cfg, run)
+        note_environment(cfg, run)
     elif is_finished(run, cfg):
         metrics = read_json(run / "metrics.json", "metrics")
         say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
         return float(metrics[f"valid/{cfg.downstream.monitor}"])
     else:
         announce(resumed)
+        note_environment(cfg, run, step_of(newest_checkpoint(run)))
     metrics = finetune(cfg, resumed)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")

@@ -39,6 +39,8 @@ from audiot.base.slurm import has_restarted, job, requeue
 from audiot.commands.arguments import parse as parse_arguments
 from audiot.commands.sweep import failure_noted
 from audiot.runs import (
+    ENVIRONMENT,
+    PATCH,
     ROUNDS,
     Interrupted,
     check_fresh,
@@ -234,7 +236,7 @@ def no_failed_start(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json", LOCK}
+        begun = {".hydra", "train.log", "data.json", "config.yaml", "targets.json", ENVIRONMENT, PATCH, LOCK}
         if not has_rounds(folder):
             shutil.rmtree(folder / ROUNDS, ignore_errors=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:

@@ -20,6 +20,7 @@ from audiot.base.failures import Failures
 from audiot.base.files import read_json, write_json
 from audiot.checkpoint import save_encoder, save_objective
 from audiot.commands.closing import report, validation_loss
+from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
 from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
@@ -39,10 +40,11 @@ from audiot.runs import (
     newest_checkpoint,
     resume_command,
     round_folder,
+    step_of,
     whole_run,
     write_config,
 )
-from audiot.training.callbacks import ObjectivePictures, Throughput
+from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit
@@ -76,8 +78,13 @@ class Pretraining:
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
 
-def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
+def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = None) -> float:
     """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation loss, for a sweep that searches.
+
+    Args:
+        cfg: Config of the run.
+        resumed: How it goes on; None: it starts.
+        steps: Number of steps after which it stops before its end.
 
     Raises:
         ValueError: something can't be done; or probes failed, which is told after all else is done.
@@ -98,6 +105,8 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
             resumed.record()
         teacher = earlier_round(cfg if resumed is None else resumed.written, run)
     work = prepare(cfg, run, resumed, teacher)
+    if steps is not None:
+        work.callbacks.append(StopAfter(steps))
     summary = fit(work, resumed)
     loss = validation_loss(summary)
     if not export(work):  # another process goes on alone
@@ -169,6 +178,7 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
         note_data(cfg, corpus)
         if trainer.is_global_zero and not (resumed is not None and has_config(run)):
             write_config(cfg, run)
+    note_environment(cfg, run, 0 if checkpoint is None else step_of(checkpoint))
     say_few(cfg, corpus, "pretrain", ("valid",))
     _check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run, trusted=None if resumed is None else cfg.trusted) if cfg.probe else {}

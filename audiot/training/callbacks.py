@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from audiot.data.batches import Batch, to_device
 from audiot.training.accumulation import WeightedSteps
 
 MAX_WAIT = 0.05  # share of the time that a GPU may wait for data without a warning
+IN_FILES_S = 30.0  # seconds between two drawings of a progress bar that is no terminal's
 PATIENCE = 50  # steps before the first warning
 
 
@@ -49,12 +52,14 @@ class Latest:
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar over all ``max_steps``, for training in one endless epoch.
 
-    Loss and throughput are shown when they have arrived. Lightning's ``log(prog_bar=True)`` would wait for the device.
+    Loss and throughput are shown when they have arrived. Lightning's ``log(prog_bar=True)`` would wait for the device. A file
+    keeps everything that is drawn, and so gets a line every half minute.
     """
 
     def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
         super().__init__(refresh_rate=refresh_rate, leave=leave)
         self.loss = Latest()
+        self._drawn = -IN_FILES_S
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -63,6 +68,12 @@ class ProgressBar(TQDMProgressBar):
         assert isinstance(pl_module, WeightedSteps)
         if pl_module.latest_loss is not None:  # None until all batches of the first step are done
             self.loss.put(pl_module.latest_loss)
+        number = batch_idx + 1
+        if self.is_enabled and number % self.refresh_rate == 0:
+            now = time.monotonic()
+            if now - self._drawn < IN_FILES_S and number != self.total_train_batches and not sys.stdout.isatty():
+                return
+            self._drawn = now
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
@@ -213,6 +224,24 @@ class ConsumedBatches(Callback):
         trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
 
 
+class StopAfter(Callback):
+    """Stop training early. The learning rates stay those of all its steps.
+
+    Args:
+        steps: Number of steps after which it stops.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop after the last batch of the step."""
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True
+
+
 class ObjectivePictures(Callback):
     """Draw the targets and predictions of one validation utterance after every validation.
 
@@ -247,3 +276,5 @@ class ObjectivePictures(Callback):
             with replacing(latest) as temporary:
                 shutil.copyfile(path, temporary)
         self.batch = None
+        # The parts of a figure refer to each other. Python would look for such parts after some twenty figures of 4 MB or more.
+        gc.collect()

@@ -24,7 +24,12 @@ from audiot.training.fsdp import full_tensor
 
 LATE = 2  # steps after which a GPU's flag is read: it has arrived by then, and the GPU still has two steps to do
 NAMED = 3  # utterances of a batch that a line names
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in RuntimeErrors of PyTorch
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # of oneDNN, which says no more
+)  # in RuntimeErrors of PyTorch
 
 
 def weights_are_finite(module: nn.Module) -> bool:

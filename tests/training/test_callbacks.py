@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -208,3 +211,23 @@ def test_progress_bar_counts_all_batches_under_short_names(pretraining, tmp_path
     trainer.fit(pretraining.module(), pretraining.data())
     assert bar.total_train_batches == 4
     assert {"loss", "val_l1"} <= bar.get_metrics(trainer, trainer.lightning_module).keys()
+
+
+class Written(io.StringIO):
+    """What a program writes, to a terminal or to a file."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.mark.parametrize(("terminal", "drawn"), [(True, {1, 2, 3, 4, 5, 6, 7, 8, 9}), (False, {1, 9})])
+def test_a_file_gets_few_progress_bars(pretraining, tmp_path, monkeypatch, terminal, drawn):
+    out = Written(terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    trainer = pretraining.trainer(tmp_path, [ProgressBar(refresh_rate=1)], enable_progress_bar=True, val_check_interval=100)
+    trainer.fit(pretraining.module(), pretraining.data())
+    assert {int(number) for number in re.findall(r" (\d+)/9 \[", out.getvalue())} - {0} == drawn
