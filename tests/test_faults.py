@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults import SmallDisk, private_disks, tries
-from test_cli import DATA, MODEL, read
+from test_cli import DATA, MODEL
 
 PRETRAIN = [*DATA, *MODEL, "trainer.accelerator=cpu", "trainer.max_steps=12", "trainer.val_check_interval=4", "probe=false"]
 PRETRAIN += ["checkpoint.every_n_steps=1", "checkpoint.keep_last=1", "trainer.log_every_n_steps=1"]
@@ -59,21 +59,15 @@ def test_a_disk_that_fills_up_keeps_the_older_checkpoint_and_the_run_goes_on(cor
     disk.run(sys.executable, "-c", listing, run)
     disk.grow("1g")
     disk.run(*AUDIOT, "pretrain", f"resume={run}")
-    disk.run("cat", run / "summary.json")
     disk.run("cat", run / "metrics.csv")
-    full, listed, resumed, summary, metrics = disk.go()
+    full, listed, resumed, metrics = disk.go()
     assert full.code == 1
     assert str(tmp_path / "disk") in errors(full)
     assert "make room" in errors(full)
     assert f"resume:  audiot pretrain resume={run}" in full.out
     assert len(listed.out.split()) == 1  # whole, and no other
     assert resumed.code == 0, resumed.err
-    assert (
-        json.loads(summary.out)["pretrain/val_cross_entropy"]
-        == read(corpus / "run" / "summary.json")["pretrain/val_cross_entropy"]
-    )
-    unbroken = (corpus / "run" / "metrics.csv").read_text()
-    assert [losses(each) for each in (metrics.out,)] == [losses(unbroken)]
+    assert losses(metrics.out) == losses((corpus / "run" / "metrics.csv").read_text())
 
 
 def losses(text):
@@ -133,10 +127,7 @@ def test_little_memory_is_told_with_the_batch_and_what_to_lower(corpus, tmp_path
     def lower():
         resource.setrlimit(resource.RLIMIT_DATA, (2**30 + limit, 2**30 + limit))
 
-    done = subprocess.run(
-        [*AUDIOT, "pretrain", *given], capture_output=True, text=True, timeout=600, preexec_fn=lower, check=False
-    )
+    command = [*AUDIOT, "pretrain", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, preexec_fn=lower, check=False)
     assert done.returncode == 1
-    done.out = done.stdout
-    done.err = done.stderr
-    assert "lower data.batch_s or data.crop_s" in errors(done)
+    assert "lower data.batch_s or data.crop_s" in errors(SimpleNamespace(out=done.stdout, err=done.stderr))

@@ -89,9 +89,9 @@ def test_an_interrupted_corpus_is_continued_with_the_same_bytes(root, tmp_path, 
     spoken = demo._spoken
     asked: list[set[str]] = []
 
-    def interrupted(jobs, num_jobs):
+    def interrupted(jobs, num_jobs, root):
         asked.append({job["speaker"] for job in jobs})
-        for number, speaker in enumerate(spoken(jobs, num_jobs)):
+        for number, speaker in enumerate(spoken(jobs, num_jobs, root)):
             if number == 2 and len(asked) == 1:
                 raise InterruptedError
             yield speaker

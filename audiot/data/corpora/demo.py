@@ -10,6 +10,8 @@ import json
 import math
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 from tqdm import tqdm
 
+from audiot.base.files import room
 from audiot.data.corpora.espeak import SAMPLE_RATE, write_atomically
 from audiot.data.manifests import Manifests
 from audiot.data.prepare import usable_cores
@@ -242,7 +245,7 @@ class DemoCorpus:
         seconds = sum(map(_speech_s, spoken))
         bar = tqdm(total=len(jobs), initial=len(spoken), desc="demo corpus", unit="speaker", disable=not progress)
         with bar:
-            for speaker in _spoken(missing, self.num_jobs):
+            for speaker in _spoken(missing, self.num_jobs, self.root):
                 seconds += _speech_s(jobs[speaker])
                 bar.set_postfix_str(f"{seconds / 3600:.2f} h of speech", refresh=False)
                 bar.update()
@@ -252,8 +255,12 @@ class DemoCorpus:
         return cuts.with_recording_path_prefix(self.root)
 
 
-def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
-    """Run some jobs at a time. Yields the speaker of each finished job."""
+def _spoken(jobs: list[dict[str, Any]], num_jobs: int, root: Path) -> Iterator[str]:
+    """Run some jobs at a time. Yields the speaker of each finished job.
+
+    Raises:
+        OSError: a file could not be written below ``root``, or the process was killed. What is spoken is kept.
+    """
     with subprocess.Popen(
         [sys.executable, "-m", "audiot.data.corpora.espeak", str(num_jobs)],
         stdin=subprocess.PIPE,
@@ -274,8 +281,16 @@ def _spoken(jobs: list[dict[str, Any]], num_jobs: int) -> Iterator[str]:
         except BaseException:
             process.kill()
             raise
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise OSError(
+            f"demo corpus: its process was killed ({name}), for want of memory perhaps: +data.corpus.num_jobs=1 needs less"
+        )
     if process.returncode:
-        raise RuntimeError(f"demo corpus: {failures[-1] if failures else f'exit status {process.returncode}'}")
+        failure = failures[-1] if failures else f"exit status {process.returncode}"
+        if not re.search(r"\b(OSError|LibsndfileError)\b", failure):
+            raise RuntimeError(f"demo corpus: {failure}")
+        raise OSError(f"demo corpus: {failure}, {room(root)}: make room there, and the same command goes on")
 
 
 def _speech_s(job: dict[str, Any]) -> float:
