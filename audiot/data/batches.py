@@ -229,7 +229,18 @@ class BatchStream(Sampler[Item]):
                 rank=0,
             )
         sampler.set_epoch(epoch)
-        yield from sampler
+        for batch in sampler:
+            yield from self._within_seconds(batch)
+
+    def _within_seconds(self, batch: CutSet) -> Iterator[CutSet]:
+        """The batch, or two if it has too many seconds: Lhotse takes the last cut as no longer than those before it."""
+        seconds = [cut.duration for cut in batch]
+        if len(seconds) == 1 or sum(seconds) <= self.batch_s:
+            yield batch
+            return
+        first = min(range(1, len(seconds)), key=lambda count: max(sum(seconds[:count]), sum(seconds[count:])))
+        cuts = list(batch)
+        yield from (CutSet.from_cuts(cuts[:first]), CutSet.from_cuts(cuts[first:]))
 
     def _most_cuts(self, cuts: CutSet) -> int | None:
         if self.training or self.world_size == 1:

@@ -82,6 +82,15 @@ def test_batches_keep_to_their_seconds_and_hold_similar_durations():
     assert np.median(spans) < 1.0  # 3 s if they were mixed
 
 
+def test_a_last_cut_longer_than_the_others_does_not_take_a_batch_beyond_its_seconds():
+    cuts = of_lengths([8000] * 8 + [32000])  # eight of 0.5 s and one of 2 s, in one bucket
+    for training in (False, True):
+        items = islice(stream(cuts, training=training, batch_s=5.0, num_buckets=1), 12)
+        batches = [batch for (epoch, _), batch in items if epoch == 0]
+        assert sorted(cut.id for batch in batches for cut in batch) == sorted(cuts.ids)
+        assert all(sum(cut.duration for cut in batch) <= 5.0 for batch in batches)
+
+
 def test_a_manifest_read_from_disk_gives_every_cut_once_an_epoch_too(demo_corpus):
     lazy = demo_corpus.cuts("train")
     assert lazy.is_lazy
