@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from audiot.base.groups import groups, key_of, options
@@ -18,7 +17,6 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")), *(REPOSITORY / "docs").glob("*.md")]
 COMMANDS = [path.stem for path in (REPOSITORY / "conf").glob("*.yaml") if path.stem != "settings"]
 GIVEN = ["run_dir=run", "data_dir=data"]
-NEEDED = {"data=folder": ["data.root=audio"], "data=manifest": ["data.train=train.jsonl"]}
 PLACEHOLDER = re.compile("NAME|[A-Z]+|k|")  # a value that stands for others
 PLUGINS = ("hydra/launcher", "hydra/sweeper")  # come with audiot[sweep]
 OTHERS = {"search=topk", "attention=decay"}  # a column of a table, and the example of a mechanism of your own
@@ -80,20 +78,6 @@ def exists(key):
     return bool(command_with(key)) or any(key.startswith(key_of(group)) and key in keys_of_group(group) for group in groups())
 
 
-def composes(word):
-    """Whether a command takes an override, by default or beside a choice of the group that it belongs to."""
-    parts = word.split("=")[0].split(".")
-    names = ["/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-    choices = [[], *([f"{group}={option}"] for group in names if group in groups() for option in options(group))]
-    for command in COMMANDS:
-        for choice in choices:
-            try:
-                return compose(command, [*choice, *(NEEDED.get(choice[0], []) if choice else []), word, *GIVEN]) is not None
-            except HydraException:
-                continue
-    return False
-
-
 @pytest.mark.parametrize("word", WORDS)
 def test_an_override_that_a_page_names_exists(word):
     page, (key, value) = WORDS[word], word.split("=", 1)
@@ -106,12 +90,6 @@ def test_an_override_that_a_page_names_exists(word):
         assert not package or exists(package.rpartition(".")[0]), f"{page}: {word}"
         return
     assert added or exists(key), f"{page} names {word}, and no command has the key {key}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in WORDS if not word.startswith(("+", *PLUGINS))])
-def test_an_override_that_a_page_names_composes(word):
-    assert word.split("=")[0] in groups() or "={" in word or composes(word)
 
 
 def test_a_key_that_no_command_has_is_noticed():
