@@ -210,6 +210,7 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     def on_validation_start(self) -> None:
         """Gather all parameters. Processes may have different numbers of batches, and only one draws pictures."""
+        super().on_validation_start()
         gather(self)
 
     def on_validation_end(self) -> None:

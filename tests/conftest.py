@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 
 from audiot.base.groups import read_option
@@ -19,6 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would onl
     torch.set_num_threads(1)
 
 LONGEST = ("test_contract.py", "test_readme.py", "test_bad_input.py", "test_cli.py", "test_presets.py")
+
+
+def pytest_configure(config):
+    """Draw few examples of properties, and always the same; ``--hypothesis-profile=many`` draws many more."""
+    steady = {"derandomize": True, "deadline": None, "database": None}
+    hypothesis.settings.register_profile("few", max_examples=20, **steady)
+    hypothesis.settings.register_profile("many", max_examples=1000, **steady)
+    hypothesis.settings.load_profile(config.getoption("--hypothesis-profile") or "few")
 
 
 def pytest_collection_modifyitems(items):

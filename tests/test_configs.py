@@ -63,6 +63,23 @@ def test_every_option_of_every_group_composes_and_resolves(choice):
     assert OmegaConf.select(cfg, group.replace("/", ".")) is not None or group == "experiment"
 
 
+BUILT = ("callbacks", "data", "logger", "optimizer", "scheduler")  # the others are built by tests of their rooms
+NOT_BUILT = ("logger/wandb", "data/festvox", "data/manifest")  # one starts a process, the others read their files
+
+
+@pytest.mark.parametrize("choice", [each for each in CHOICES if each.startswith(BUILT) and each not in NOT_BUILT])
+def test_the_parts_of_an_option_are_built(choice, tmp_path):
+    group, option = choice.split("/")
+    given = [f"data.root={tmp_path}"] if choice == "data/folder" else []
+    given += ["upstream.path=encoder"] if command_of(group, option) == "finetune" else []
+    cfg = compose(command_of(group, option), [f"{group}={option}", *given, f"run_dir={tmp_path}", f"data_dir={tmp_path}"])
+    chosen = {"part": cfg.data.corpus} if group == "data" else cfg[group]
+    parts = [chosen] if "_target_" in chosen else chosen.values()
+    for part in parts:
+        made = instantiate(part)
+        assert isinstance(made, type) or callable(made) or type(made).__name__ == part._target_.rpartition(".")[2]
+
+
 @pytest.mark.parametrize("command", [path.stem for path in CONF.glob("*.yaml") if path.stem != "settings"])
 def test_every_command_has_a_config_and_a_description(command):
     assert command in audiot.cli.COMMANDS

@@ -189,6 +189,14 @@ def step(kind, batches, **options):
     return {"loss": loss, "norm": logged.get("gradient_norm"), "gradients": gradients, "state": state}
 
 
+def validate_in_training(batches, **options):
+    """Accuracy of the validation after a step of the task of frames."""
+    trainer = silent_trainer(val_check_interval=1, check_val_every_n_epoch=None, num_sanity_val_steps=0, **options)
+    loaders = [DataLoader(Batches(given), batch_size=None) for given in (batches_of("frames", 1), batches)]
+    trainer.fit(made("frames"), *loaders)
+    return float(trainer.callback_metrics["valid/accuracy"])
+
+
 STRATEGIES = {"ddp": ReplicatedStrategy, "fsdp": ShardedStrategy}
 STEPS = [  # strategy, kind, batches that each rank adds up
     *(("ddp", kind, 1) for kind in KINDS),
@@ -214,6 +222,8 @@ def main(folder, rank):
         results["validation", count] = validate(
             batches_of("reconstruction", count)[rank::2], devices=2, strategy=STRATEGIES["ddp"]()
         )
+    one = [batch | {"ids": list("abcd")} for batch in batches_of("frames", 2)[1:]]
+    results["validation in training"] = validate_in_training(one[rank:], devices=2, strategy=STRATEGIES["ddp"]())
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

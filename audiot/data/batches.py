@@ -157,8 +157,8 @@ class BatchStream(Sampler[Item]):
     id). A batch holds cuts of one length, so nothing is padded. The part of a cut that is left out changes from epoch to epoch.
     Cuts shorter than all lengths stay whole and share batches. Each epoch ends with the incomplete batches.
 
-    One sampler makes the batches of all ranks, and rank r of N takes batches r, r + N, … So the batches do not depend on the
-    number of ranks. Yields ((epoch, batch), cuts).
+    One sampler makes the batches of all ranks, and rank r of N takes batches r, r + N, … of one sequence through all epochs. So N
+    ranks take the steps of one rank that adds up N batches per step. Yields ((epoch, batch), cuts).
 
     Args:
         cuts: Cuts of one split, held in memory or streamed by an iterable. Without labels they may be pieces.
@@ -166,15 +166,14 @@ class BatchStream(Sampler[Item]):
         max_utterances: Most utterances per batch; None means as many as the seconds allow.
         num_buckets: Number of buckets of similar duration, used without ``lengths``.
         seed: Seed of the order and the crops.
-        training: Whether to shuffle, crop at random, and go on for endless epochs. Batches that do not fill a turn of all ranks
-            are then left out. Otherwise there is one ordered pass over the first ``crop_s`` seconds of every cut, in batches
-            small enough that every rank has one: a rank without a batch would wait for the metrics of the others.
+        training: Whether to shuffle, crop at random, and go on for endless epochs. Otherwise there is one ordered pass over the
+            first ``crop_s`` seconds of every cut, in batches small enough that every rank has one and shares the work.
         crop_s: Longest piece of a cut in seconds; None takes whole cuts.
         lengths: Increasing lengths in samples to which training crops; None crops to ``crop_s``.
-        start: First (epoch, batch). Batches are numbered within the epoch over all ranks.
+        start: Epoch, and number of batches to leave out from its start, over all ranks. They may be more than the epoch has.
 
     Raises:
-        ValueError: on iteration, if there are fewer training batches, or fewer cuts, than ranks.
+        ValueError: on iteration, if there is nothing to train on, or fewer cuts than ranks to validate on.
     """
 
     def __init__(
@@ -230,7 +229,18 @@ class BatchStream(Sampler[Item]):
                 rank=0,
             )
         sampler.set_epoch(epoch)
-        yield from sampler
+        for batch in sampler:
+            yield from self._within_seconds(batch)
+
+    def _within_seconds(self, batch: CutSet) -> Iterator[CutSet]:
+        """The batch, or two if it has too many seconds: Lhotse takes the last cut as no longer than those before it."""
+        seconds = [cut.duration for cut in batch]
+        if len(seconds) == 1 or sum(seconds) <= self.batch_s:
+            yield batch
+            return
+        first = min(range(1, len(seconds)), key=lambda count: max(sum(seconds[:count]), sum(seconds[count:])))
+        cuts = list(batch)
+        yield from (CutSet.from_cuts(cuts[:first]), CutSet.from_cuts(cuts[first:]))
 
     def _most_cuts(self, cuts: CutSet) -> int | None:
         if self.training or self.world_size == 1:
@@ -286,31 +296,20 @@ class BatchStream(Sampler[Item]):
         return (epoch, number), cuts if lengths is None else [self._cropped(lengths, epoch, cut) for cut in cuts]
 
     def __iter__(self) -> Iterator[Item]:
-        epoch, first = self.start
+        epoch, left_out = self.start
+        place = -left_out  # in the sequence of all ranks
         while True:
-            turn: list[Any] = []
-            full_turns = 0
+            begin = place
             batches = self._similar_durations(epoch) if self.lengths is None else self._equal_lengths(self.lengths, epoch)
             for number, cuts in enumerate(batches):
-                if not self.training:
-                    if number % self.world_size == self.rank:
-                        yield (epoch, number), cuts
-                    continue
-                turn.append(cuts)
-                if len(turn) == self.world_size:
-                    full_turns += 1
-                    begin = number + 1 - self.world_size
-                    if begin >= first:
-                        yield self._item(epoch, begin + self.rank, turn[self.rank])
-                    turn = []
+                if place >= 0 and place % self.world_size == self.rank:
+                    yield self._item(epoch, number, cuts)
+                place += 1
             if not self.training:
                 return
-            if not full_turns:
-                raise ValueError(
-                    f"the training audio gives fewer batches of {self.batch_s} s than there are processes ({self.world_size}): "
-                    "lower data.batch_s or bring more audio"
-                )
-            epoch, first = epoch + 1, 0
+            if place == begin:
+                raise ValueError("the training split has no utterance: bring more audio")
+            epoch += 1
 
 
 class SpeechDataset(Dataset[Batch]):

@@ -91,13 +91,16 @@ class EndlessData(pl.LightningDataModule):
     So a resumed run gets the same batches as an unbroken one.
     """
 
-    next_batch = (0, 0)  # (epoch, batch) at which training continues
+    next_batch = (0, 0)  # epoch at which training continues, and batches to leave out from its start
 
     def consumed(self, batch: Batch) -> None:
-        """Note that training has used ``batch`` and the other ranks have used the batches of the same turn."""
+        """Note that training has used ``batch`` and the other ranks have used the batches of the same turn.
+
+        The turn may end in the next epoch: then ``next_batch`` counts on from the epoch of this batch.
+        """
         epoch, number = batch["position"]
-        ranks = self.trainer.world_size if self.trainer else 1
-        self.next_batch = (epoch, (number // ranks + 1) * ranks)
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.next_batch = (epoch, number - rank + ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Position at which training continues."""

@@ -83,12 +83,6 @@ class CachedStates(EndlessData):
         """The test split in order."""
         return self._loader("test", None)
 
-    def consumed(self, batch: Batch) -> None:
-        """Note that training has used ``batch`` and the other ranks those of the same turn, which may lie in the next epoch."""
-        per_epoch, ranks = ceil(len(self.states["train"]) / self.batch_size), self.trainer.world_size if self.trainer else 1
-        epoch, number = batch["position"]
-        self.next_batch = divmod(((epoch * per_epoch + number) // ranks + 1) * ranks, per_epoch)
-
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move tensors except lengths to the device."""
         return to_device(batch, device)
@@ -128,7 +122,8 @@ def compute_states(
 class _Batches(IterableDataset[Batch]):
     """Collated states: one ordered pass (seed None) or endless shuffled ones.
 
-    ``turns`` (r, N) selects batches r, r + N, … of those from ``start`` on, an epoch and a batch of it.
+    ``turns`` (r, N) selects batches r, r + N, … of one sequence through all epochs, from ``start`` on: an epoch, and the number of
+    batches to leave out from its start.
     """
 
     def __init__(
@@ -161,19 +156,19 @@ class _Batches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         rank, world_size = self.turns
-        return starmap(self._collate, islice(self._chosen(), rank, None, world_size))
+        epoch, left_out = self.start
+        return starmap(self._collate, islice(self._chosen(epoch), left_out + rank, None, world_size))
 
-    def _chosen(self) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    def _chosen(self, epoch: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
         """Utterances and position of each batch."""
         count = len(self.states)
-        epoch, first = self.start
         while True:
             order = list(range(count))
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(key("cached batches", self.seed, epoch))
                 order = torch.randperm(count, generator=generator).tolist()
-            for number in range(first, ceil(count / self.batch_size)):
+            for number in range(ceil(count / self.batch_size)):
                 yield order[number * self.batch_size : (number + 1) * self.batch_size], (epoch, number)
             if self.seed is None:
                 return
-            epoch, first = epoch + 1, 0
+            epoch += 1

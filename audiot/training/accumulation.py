@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -89,6 +90,16 @@ class WeightedSteps(pl.LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         scale(gradients, self._unit * self._batches_per_step / count)
+
+    def on_validation_start(self) -> None:
+        """Let a process have no batch to validate on.
+
+        DDP sends rank 0's buffers before the first batch of a validation too, and would wait for a process that has none. They
+        are equal without that: what changes buffers adds up over all processes.
+        """
+        replicated = self.trainer.strategy.model
+        if isinstance(replicated, DistributedDataParallel):
+            replicated.broadcast_buffers = False
 
     def log_norm(self, norm: Tensor) -> None:
         """Log the norm of a step's gradient before clipping."""

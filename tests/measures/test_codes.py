@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.metrics import homogeneity_score, mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -37,3 +39,14 @@ def test_codes_of_clusters_that_are_phones_tell_them():
     assert code_quality(frames, phones, 5, seed=0).pnmi == pytest.approx(1)
     with pytest.raises(ValueError, match="codes=500 need as many labelled frames, found 400: lower codes"):
         code_quality(frames, phones, 500, seed=0)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=200))
+def test_figures_of_any_codes_are_those_of_scikit_learn(pairs):
+    phones, codes = (np.array(each) for each in zip(*pairs, strict=True))
+    found, table = quality(phones, codes), contingency_matrix(phones, codes)
+    assert found.pnmi == pytest.approx(homogeneity_score(phones, codes), abs=1e-9)
+    assert found.phone_purity == pytest.approx(table.max(0).sum() / len(pairs))
+    assert found.cluster_purity == pytest.approx(table.max(1).sum() / len(pairs))
+    assert 0 <= found.pnmi <= 1 + 1e-9
+    assert 1 - 1e-9 <= found.perplexity <= len(set(codes.tolist())) + 1e-9

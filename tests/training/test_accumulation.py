@@ -108,6 +108,15 @@ def test_ranks_share_validation_even_where_one_has_no_batch(ranks, count):
     assert [results["validation", count] for results in ranks] == [pytest.approx(expected, rel=1e-5)] * 2
 
 
+def test_a_rank_without_a_batch_does_not_stall_a_validation_between_steps(ranks):
+    _, batch = batches_of("frames", 2)
+    with torch.no_grad():
+        best = made("frames").eval()(batch)[0].argmax(-1)
+    labelled = batch["labels"] != IGNORED
+    expected = float((best == batch["labels"])[labelled].double().mean())
+    assert [results["validation in training"] for results in ranks] == [pytest.approx(expected)] * 2
+
+
 def test_a_validation_batch_whose_loss_is_not_a_number_is_not_left_out():
     batches = batches_of("reconstruction", 3)
     batches[1]["tokens"].fill_(torch.nan)
