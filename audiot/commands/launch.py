@@ -84,7 +84,8 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         noted = failure_noted() if in_sweep else nullcontext()
         begun = no_failed_start(folder, command) if is_new and not in_sweep else nullcontext()
-        with noted, one_line_errors(debug), _owned(command, folder), begun, finished_wandb():
+        of_run = config_named(str(cfg.run)) if command in ("evaluate", "analyze") else nullcontext()
+        with noted, one_line_errors(debug), _owned(command, folder), begun, finished_wandb(), of_run:
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
 
@@ -102,7 +103,7 @@ def _go_on(module: str, folder: str, arguments: list[str], debug: bool) -> None:
     with _owned("pretrain", resume(folder, arguments).run):
         resumed = resume(folder, arguments)  # again, since its owner may just have gone further
         log_to(resumed.run)
-        with one_line_errors(debug or resumed.config.debug):
+        with one_line_errors(debug or resumed.config.debug), config_named(str(resumed.run)):
             _main(module)(resumed.config, resumed)
 
 
@@ -342,6 +343,15 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         sys.exit(f"audiot: error: {describe(error)}")
+
+
+@contextmanager
+def config_named(run: str) -> Iterator[None]:
+    """Name a run whose config, a file that anyone may have written, lacks a key or has one that can't be used."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{run}: its config can't be used: {describe(error)}") from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,6 +41,7 @@ from audiot.runs import (
     is_finished,
     is_in_earlier_round,
     newest_checkpoint,
+    read_results,
     resume_command,
     round_folder,
     step_of,
@@ -99,7 +99,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         check_fresh(run)
     elif is_finished(run, cfg):
         say(f"{run} is finished: nothing to resume\n{report(run)}")
-        return validation_loss(read_json(run / "summary.json", "summary"))
+        return validation_loss(read_results(run / "summary.json"))
     elif resumed.checkpoint is not None:
         announce(resumed)
     teacher = None
@@ -371,7 +371,9 @@ def go_on(trainer: pl.Trainer, module: MaskedAcousticModel, data: SpeechDataModu
     trainer.callbacks.insert(0, LambdaCallback(on_train_start=accept))  # type: ignore[attr-defined]
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except (RuntimeError, LookupError, EOFError, UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file that was made to harm may raise anything in Lightning
         if accepted or is_out_of_memory(error):
             raise
         raise ValueError(f"{resumed.run} can't go on from {checkpoint}: {error}") from error

@@ -242,10 +242,13 @@ def outcomes(kind, numbers, folder):
         "MALLOC_ARENA_MAX": "2",  # each further one takes 64 MiB of addresses
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    code = "import sys; from pathlib import Path; from fuzzing.harness import serve; serve(sys.argv[1], Path(sys.argv[2]), [*map(int, sys.argv[3:])])"
-    command = [sys.executable, "-c", code, kind, str(folder), *map(str, numbers)]
+    command = [sys.executable, "-m", "fuzzing.harness", kind, str(folder), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind"')]
     if done.returncode or len(found) < len(numbers):
         raise RuntimeError(f"{kind}: {len(found)} of {len(numbers)} cases: {done.stderr[-3000:]}")
     return found
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]).absolute(), [*map(int, sys.argv[3:])])

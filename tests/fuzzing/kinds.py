@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
+import importlib
 import io
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fuzzing.mutations as mutate
 import numpy as np
 import soundfile
 import torch
@@ -23,9 +26,7 @@ from lhotse.audio import AudioSource
 from lhotse.cut import MonoCut
 from lhotse.supervision import AlignmentItem
 from omegaconf import OmegaConf
-from safetensors.torch import save, save_file
 
-import fuzzing.mutations as mutate
 from audiot import cli
 from audiot.checkpoint import AudioEncoder, load_encoder, load_objective, save_encoder, save_objective
 from audiot.commands import launch
@@ -120,15 +121,14 @@ class Audio:
                 self.data.append(stream.getvalue())
 
     def plant(self, rng, home, number):
-        import random
 
         names = {}
-        for number in self.batch:
-            rng = random.Random(f"{self.name} {number}")
+        for each in self.batch:
+            rng = random.Random(f"{self.name} {each}")
             form = rng.randrange(len(self.FORMS))
             suffix = self.FORMS[form][0] if rng.random() < 0.9 else rng.choice(self.FORMS)[0]
-            names[number] = f"x{number}.{suffix}"
-            mutate.planted(rng, home / "audio" / names[number], mutate.mutated(rng, self.data[form]))
+            names[each] = f"x{each}.{suffix}"
+            mutate.planted(rng, home / "audio" / names[each], mutate.mutated(rng, self.data[form]))
         for number in range(4):
             soundfile.write(home / "audio" / f"good{number}.wav", noise(seed=number), RATE)
         return Case(f"{len(names)} files", lambda: self.read(names), ("audio", "out"))
@@ -233,7 +233,11 @@ class Manifest:
             data = mutate.mutated(rng, data)
         name = "m.jsonl.gz" if zipped else "m.jsonl"
         done = mutate.planted(rng, home / name, data)
-        tasks = [UtteranceLabel("keyword"), CharacterLabels(), *([PhoneSequence(), FrameLabels("phone")] if kind == "lhotse" else [])]
+        tasks = [
+            UtteranceLabel("keyword"),
+            CharacterLabels(),
+            *([PhoneSequence(), FrameLabels("phone")] if kind == "lhotse" else []),
+        ]
         return Case(f"{kind} {how} {done}", lambda: self.read(name, tasks), (name, "out", "utterance", "data.train"))
 
     def read(self, name, tasks):
@@ -303,7 +307,8 @@ item []:
             cut.supervisions = [SupervisionSegment(cut.id, cut.id, 0.0, cut.duration)]
 
     def plant(self, rng, home, number):
-        name, source = rng.choice((("grids/u1.TextGrid", self.LONG), ("grids/u1.TextGrid", self.SHORT), ("frames.txt", self.FRAMES)))
+        grid = "grids/u1.TextGrid"
+        name, source = rng.choice(((grid, self.LONG), (grid, self.SHORT), ("frames.txt", self.FRAMES)))
         data = source.encode()
         how = rng.choice(("text", "text", "bytes"))
         values = ('"', '""', '"a', "<exists>", "<absent>", "1e400", '"phones"', '"TextTier"', "0.2", "!", "99999999999")
@@ -352,7 +357,8 @@ class Table:
         (home / "lexicon.txt").write_bytes(self.lexicon)
         data = (home / damaged).read_bytes()
         how = rng.choice(("text", "text", "bytes"))
-        data = mutate.text(rng, data, ",\t ", ('"', '""', '"a', "path", "keyword", "|", "<blank>")) if how == "text" else mutate.mutated(rng, data)
+        values = ('"', '""', '"a', "path", "keyword", "|", "<blank>")
+        data = mutate.text(rng, data, ",\t ", values) if how == "text" else mutate.mutated(rng, data)
         if rng.random() < 0.1:
             data = mutate.mutated(rng, gzip.compress(data, mtime=0))
         done = mutate.planted(rng, home / damaged, data)
@@ -381,7 +387,12 @@ class Encoder:
 
     name = "encoder"
     together = 1
-    ATTENTIONS = ("query_key.QueryKey", "local.Local", "synthesizer_dense.SynthesizerDense", "synthesizer_random.SynthesizerRandom")
+    ATTENTIONS = (
+        "query_key.QueryKey",
+        "local.Local",
+        "synthesizer_dense.SynthesizerDense",
+        "synthesizer_random.SynthesizerRandom",
+    )
 
     def make(self):
         for number, mechanism in enumerate(self.ATTENTIONS):
@@ -393,7 +404,8 @@ class Encoder:
             save_encoder(str(number), encoder)
             objective = {"_target_": "audiot.objectives.reconstruction.Reconstruction", "span": 3}
             save_objective(str(number), objective, Reconstruction(encoder, span=3))
-        pretrain_config("init=encoder")  # composing takes long
+        pretrain_config("init=encoder")  # composing takes long, and importing libraries of export-hf too
+        importlib.import_module("audiot.commands.export_hf")
         first = Path(__file__).parent.parent / "first_format" / "encoder"
         shutil.copytree(first, "first")
 
@@ -408,7 +420,7 @@ class Encoder:
             data, how = safetensors(rng, data), "tensors"
         else:
             how = rng.choice(("tree", "tree", "tree", "text", "bytes"))
-            others = [json.loads(each.read_text()) for each in (self.folder / "1" / "config.json", self.folder / "0" / "objective.json")]
+            others = [json.loads((self.folder / each).read_text()) for each in ("1/config.json", "0/objective.json")]
             data = {
                 "tree": lambda: mutate.as_json(rng, mutate.tree(rng, json.loads(data), others)),
                 "text": lambda: mutate.text(rng, data, ":,"),
@@ -416,7 +428,7 @@ class Encoder:
             }[how]()
         done = mutate.planted(rng, path, data)
         what = rng.choice(("states", "states", "init", "s3prl", "hf"))
-        return Case(f"{source.name}/{name} {how} {done}, for {what}", functools.partial(getattr(self, f"for_{what}")), ("encoder",))
+        return Case(f"{source.name}/{name} {how} {done}, for {what}", getattr(self, f"for_{what}"), ("encoder",))
 
     def for_states(self):
         encoder = load_encoder("encoder")
@@ -458,10 +470,8 @@ class S3prl:
         content = rng.choice(self.contents)
         how = rng.choice(("tree", "tree", "bytes", "tensors"))
         if how == "tree":
-            part = rng.choice(("Upstream_Config", "Upstream_Config", None))
-            content = (
-                content | {part: mutate.tree(rng, content[part])} if part else mutate.tree(rng, content, (Pickled(), fire, os.system, print))
-            )
+            part, values = rng.choice(("Upstream_Config", "Upstream_Config", None)), (Pickled(), fire, os.system, print)
+            content = content | {part: mutate.tree(rng, content[part])} if part else mutate.tree(rng, content, values)
         elif how == "tensors":
             content = content | {"Transformer": dict(content["Transformer"])}
             weights = content["Transformer"]
@@ -532,9 +542,8 @@ class Run:
         model = ["model.embed_dim=8", "model.num_heads=2", "model.ffn_dim=16", "model.num_layers=1", "features.n_mels=8"]
         self._quick()
         self._run("pretrain", *given, *model, "probe=false", "hydra.run.dir=pretrained")
-        self._run(
-            "finetune", *given, "upstream=checkpoint", "upstream.path=pretrained/encoder", "downstream=keyword", "hydra.run.dir=finetuned"
-        )
+        upstream = ["upstream=checkpoint", "upstream.path=pretrained/encoder", "downstream=keyword"]
+        self._run("finetune", *given, *upstream, "hydra.run.dir=finetuned")
         os.symlink("pretrained", "run")
         for command in ("evaluate", "analyze"):
             self._run(command, "run=run")
@@ -567,7 +576,7 @@ class Run:
     def _path(self, rng, run, command):
         there = [path for path in sorted(run.rglob("*")) if path.is_file() and path.suffix != ".png"]
         read = {
-            "resume": ("config.yaml", ".hydra", "checkpoints", "metrics.csv", "summary.json", "data.json", "targets.json", "train.log"),
+            "resume": ("config.yaml", ".hydra", "checkpoints", "metrics.csv", "summary.json", "data.json", "targets.json"),
             "evaluate": ("config.yaml", "checkpoints", "summary.json", "metrics.json", "data.json", "resumes.yaml"),
             "analyze": ("config.yaml", "checkpoints", "summary.json", "metrics.csv", "data.json"),
             "compare": ("summary.json", "metrics.json", "overrides.yaml", "resumes.yaml"),
@@ -584,7 +593,8 @@ class Run:
             return safetensors(rng, data), "tensors"
         if path.suffix == ".ckpt" and how != "bytes":
             content = torch.load(io.BytesIO(data), weights_only=True)
-            parts = [name for name in ("hyper_parameters", "hyper_parameters", "state_dict", "callbacks", "optimizer_states") if name in content]
+            known = ("hyper_parameters", "hyper_parameters", "state_dict", "callbacks", "optimizer_states")
+            parts = [name for name in known if name in content]
             part = rng.choice([*parts, None])
             values = (Pickled(), torch.zeros(3), torch.zeros(1).expand(2**40), torch.zeros(2, dtype=torch.complex64))
             content = content | {part: mutate.tree(rng, content[part], values)} if part else mutate.tree(rng, content, values)

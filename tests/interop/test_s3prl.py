@@ -413,8 +413,14 @@ def test_settings_that_audiot_cannot_reproduce_are_named(audio, transformer, mes
             lambda weights: weights.update({"encoder.layer.1.output.dense.bias": torch.zeros(9)}),
             "differs from weights that must be equal",
         ),
-        (lambda weights: weights.update({"input_representations.spec_transform.bias": torch.zeros(9)}), "do not fit its config"),
-        (lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}), "are not tensors"),
+        (
+            lambda weights: weights.update({"input_representations.spec_transform.bias": torch.zeros(9)}),
+            "do not fit the model: encoder.input.bias is 9, by the config 16",
+        ),
+        (
+            lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}),
+            "expected tensors by their names, found input_representations.spec_transform.bias, a float",
+        ),
     ],
 )
 def test_weights_that_are_not_those_of_the_config_are_named(damage, message, tmp_path):
