@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
     say(" ".join(["next:   audiot evaluate", argument("run", run), *trust]))
     failures.tell(cfg.debug)
     if failures.reasons:
-        raise ValueError(f"not drawn: {', '.join(failures.reasons)}")
+        raise ValueError(f"not drawn in {plots}: {', '.join(failures.reasons)}")
 
 
 def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:

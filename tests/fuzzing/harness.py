@@ -141,14 +141,25 @@ def wrong_with(message, case):
     return None
 
 
-def serve(name, folder, numbers):
-    """Run cases of a kind one after the other, and print each outcome as a line of JSON."""
+def serve(wanted, folder):
+    """Run cases one after the other, and print each outcome as a line of JSON.
+
+    Args:
+        wanted: Name of each kind → the numbers of its cases.
+        folder: An empty folder.
+    """
     sys.dont_write_bytecode = True
     watch = Watch(folder / "caches")
     os.environ |= dict.fromkeys(("HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"), str(watch.caches)) | {"WANDB_MODE": "disabled"}
     from fuzzing.kinds import KINDS
 
-    kind = KINDS[name]
+    for name, numbers in wanted.items():
+        (folder / name).mkdir()
+        serve_kind(KINDS[name], folder / name, numbers, watch)
+
+
+def serve_kind(kind, folder, numbers, watch):
+    """Make the specimens of a kind, and run its cases."""
     home = folder / "home"  # one path for all cases: what is prepared holds where its sources are
     home.mkdir()
     os.chdir(home)
@@ -166,7 +177,7 @@ def serve(name, folder, numbers):
         fates = outcome.pop("fates", {})
         for number in batch:
             own = outcome | fates.get(str(number), {})
-            print(json.dumps({"kind": name, "number": number} | own), flush=True)
+            print(json.dumps({"kind": kind.name, "number": number} | own), flush=True)
 
 
 def forked(kind, number, folder, watch):
@@ -235,20 +246,21 @@ def _limit():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def outcomes(kind, numbers, folder):
-    """The outcome of each case of a kind, in a process that ends with the call."""
+def outcomes(wanted, folder):
+    """The outcome of each case, from a process that ends with the call. Arguments are those of `serve`."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "2",  # each further one takes 64 MiB of addresses
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "fuzzing.harness", kind, str(folder), *map(str, numbers)]
+    cases = json.dumps({kind: [*numbers] for kind, numbers in wanted.items()})
+    command = [sys.executable, "-m", "fuzzing.harness", str(folder), cases]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind"')]
-    if done.returncode or len(found) < len(numbers):
-        raise RuntimeError(f"{kind}: {len(found)} of {len(numbers)} cases: {done.stderr[-3000:]}")
+    if done.returncode or len(found) < sum(map(len, wanted.values())):
+        raise RuntimeError(f"after {len(found)} cases: {done.stderr[-3000:]}")
     return found
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]).absolute(), [*map(int, sys.argv[3:])])
+    serve(json.loads(sys.argv[2]), Path(sys.argv[1]).absolute())
