@@ -118,7 +118,8 @@ def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
     if not (run / "data.json").is_file():  # a run of an earlier version
         return
     noted = read_json(run / "data.json", "note of a run's data")
-    files, kinds = _task_files(cfg), {"prepared": str, "content": (str, NoneType), "files": dict}
+    files = _task_files(cfg)
+    kinds: dict[str, type | tuple[type, ...]] = {"prepared": str, "content": (str, NoneType), "files": dict}
     for name, kind in kinds.items():
         if not isinstance(noted.get(name), kind):
             found = str(noted.get(name))[:80]
