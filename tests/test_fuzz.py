@@ -15,6 +15,19 @@ from fuzzing.harness import outcomes
 
 CASES = {"audio": 1000, "manifest": 200, "textgrid": 200, "table": 200, "encoder": 200, "s3prl": 200, "run": 200}
 SOME = {"audio": 50, "manifest": 12, "textgrid": 12, "table": 12, "encoder": 8, "s3prl": 12, "run": 4}  # in the gate
+WRONG = (  # what is said of each of `fuzzing.kinds.Wrong.READERS` behind the third
+    "an error that no command turns into a line",
+    "its refusal names none of x.txt",
+    "its refusal names none of x.txt",
+    "its refusal takes 11,005 characters",
+    "a traceback was printed",
+    "something in it was run",
+    "it did what no file may: os.system",
+    "it did what no file may: open ",
+    "it did what no file may: os.mkdir ",
+    "an error that no command turns into a line",  # memory
+    "the process died (3)",
+)
 
 
 def told(outcome):
@@ -24,9 +37,16 @@ def told(outcome):
     return f"{outcome['kind']} {outcome['number']} ({outcome.get('what')}): {outcome['why']}{said}\n{trace}"
 
 
-def tried(counts, folder):
-    """Try the first cases of each kind, and say how many came to what; none may be a fault."""
-    found = outcomes({kind: range(count) for kind, count in counts.items()}, folder)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the cases of the gate came to, and the readers that do what none may."""
+    wanted = {kind: range(count) for kind, count in SOME.items()}
+    return outcomes(wanted | {"wrong": range(3 + len(WRONG))}, tmp_path_factory.mktemp("fuzz"))
+
+
+def tried(found, counts):
+    """How many cases of each kind came to what; none may be a fault."""
+    found = [outcome for outcome in found if outcome["kind"] in counts]
     faults = [told(outcome) for outcome in found if outcome["fate"] == "fault"]
     fates = {kind: Counter(outcome["fate"] for outcome in found if outcome["kind"] == kind) for kind in counts}
     print(json.dumps(fates))
@@ -34,14 +54,21 @@ def tried(counts, folder):
     return fates
 
 
-def test_some_damaged_files_are_accepted_or_refused_in_one_line(tmp_path):
-    fates = tried(SOME, tmp_path)
+def test_some_damaged_files_are_accepted_or_refused_in_one_line(found):
+    fates = tried(found, SOME)
     assert all(each["rejected"] for each in fates.values())  # the damage is noticed
+
+
+def test_a_reader_that_does_what_none_may_is_noticed(found):
+    whys = [outcome.get("why", outcome["fate"]) for outcome in found if outcome["kind"] == "wrong"]
+    assert whys[:3] == ["accepted", "rejected", "rejected"]
+    for why, words in zip(whys[3:], WRONG, strict=True):
+        assert words in why
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_many_damaged_files_are_accepted_or_refused_in_one_line(kind, tmp_path):
-    (fates,) = tried({kind: CASES[kind]}, tmp_path).values()
+    (fates,) = tried(outcomes({kind: range(CASES[kind])}, tmp_path), [kind]).values()
     assert fates["rejected"]
     assert fates["accepted"]  # and some damage does not matter

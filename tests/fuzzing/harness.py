@@ -101,7 +101,8 @@ def run_case(kind, number, folder, watch):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             quieten_libraries()
             with one_line_errors(debug=False):
-                fates = case.read() or {}
+                found = case.read()
+        fates = found if isinstance(found, dict) else {}
         result["fate"] = "accepted"
     except SystemExit as stop:
         result |= {"fate": "rejected", "message": stop.code if isinstance(stop.code, str) else err.getvalue().strip()}
@@ -120,7 +121,7 @@ def run_case(kind, number, folder, watch):
         result["trace"] = err.getvalue()[-3000:]
     elif result["fate"] == "rejected":
         why = wrong_with(result["message"], case)
-    if why and result["fate"] != "fault":
+    if why and (result["fate"] != "fault" or watch.seen):
         result |= {"fate": "fault", "why": why}
     return result
 

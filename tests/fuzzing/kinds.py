@@ -629,4 +629,37 @@ class Run:
             run_tool("predict", ["run", "audio/a_0.wav", "--device", "cpu"])
 
 
-KINDS = {kind.name: kind() for kind in (Audio, Manifest, TextGrid, Table, Encoder, S3prl, Run)}
+def fail(error):
+    raise error
+
+
+class Wrong:
+    """Readers that do what none may, for a test of the watch itself."""
+
+    name = "wrong"
+    together = 1
+    READERS = (
+        lambda: None,
+        lambda: fail(ValueError("x.txt has no header: add one")),
+        lambda: fail(FileNotFoundError("no file at x.txt")),
+        lambda: fail(KeyError("header")),
+        lambda: fail(ValueError("no header")),
+        lambda: fail(ValueError("")),
+        lambda: fail(ValueError(f"x.txt {'is damaged ' * 1000}")),
+        lambda: print("Traceback (most recent call last)"),
+        lambda: fire(),
+        lambda: os.system("true"),
+        lambda: Path("../outside").write_text("changed"),
+        lambda: Path("../new").mkdir(),
+        lambda: bytearray(2**34),
+        lambda: os._exit(3),
+    )
+
+    def make(self):
+        pass
+
+    def plant(self, rng, home, number):
+        return Case("nothing", self.READERS[number], ("x.txt",))
+
+
+KINDS = {kind.name: kind() for kind in (Audio, Manifest, TextGrid, Table, Encoder, S3prl, Run, Wrong)}
