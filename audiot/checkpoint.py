@@ -277,6 +277,8 @@ def check_sizes(
     try:
         with torch.device("meta"):
             model = build()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, AssertionError) as error:
         raise ValueError(f"{where}: nothing can be built of its config: {' '.join(str(error).split())[:300]}") from error
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -291,6 +293,26 @@ def check_sizes(
     limit = SPARE_BYTES + 8 * sum(4 * math.prod(shape) for shape in shapes.values())
     if spare > limit:
         raise ValueError(f"{where}: its config asks for tables of {spare:,} bytes, beside weights that justify {limit:,}")
+
+
+def check_tensors(state: Any, where: object) -> dict[str, Tensor]:
+    """A state dict from a pickle, checked: names and plain tensors, each with all of its numbers in the file.
+
+    Raises:
+        ValueError: it holds something else, such as one number that is to stand for many.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where}: expected tensors by their names, found a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{where}: expected tensors by their names, found {str(name)[:100]}, a {type(value).__name__}")
+        dense = value.layout == torch.strided and value.device.type == "cpu"
+        if not dense or value.is_quantized or value.is_complex():
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise ValueError(f"{where}: {name} is a tensor of {kind}: expected plain numbers")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{where}: {name} has {value.numel():,} numbers, of which the file holds only a part")
+    return dict(state)
 
 
 def _numbers(config: Any, key: str) -> Iterator[int]:

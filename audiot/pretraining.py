@@ -20,7 +20,7 @@ from audiot.base.devices import attention_of_any_shape
 from audiot.base.parts import make, named, parameters
 from audiot.base.private import compile_ddp_whole
 from audiot.base.streams import key, seed_torch
-from audiot.checkpoint import AudioEncoder, check_sizes, load_encoder, load_objective
+from audiot.checkpoint import AudioEncoder, check_sizes, check_tensors, load_encoder, load_objective
 from audiot.data.batches import Batch, crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options
@@ -88,9 +88,12 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         Raises:
             ValueError: the checkpoint has another model.
         """
-        self.trained_steps = checkpoint["global_step"]
+        steps = checkpoint.get("global_step")
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"the checkpoint's global_step is {str(steps)[:80]}: expected a number of steps")
+        self.trained_steps = steps
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = self.translated(checkpoint["state_dict"])
+            checkpoint["state_dict"] = self.translated(check_tensors(checkpoint["state_dict"], "the checkpoint"))
         if not checkpoint.get("MixedPrecision", True):  # bfloat16 saves no loss scale; float16 starts with a new one
             del checkpoint["MixedPrecision"]
         theirs, ours = checkpoint.get("state_dict"), self.state_dict()  # None: `ShardedStrategy` has loaded it

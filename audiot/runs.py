@@ -287,7 +287,7 @@ def _damage(path: Path, size: int, changed: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a damaged index may raise anything, an error of decoding names say
         return " ".join(str(error).split()) or type(error).__name__
     return None if part is None else f"{part} has another checksum than when it was written"
 
@@ -341,6 +341,47 @@ def check_fresh(run: Path) -> None:
         raise ValueError(f"{run} holds a run already: {how} goes on with it, another hydra.run.dir starts anew")
 
 
+FIGURES = ("pretrain/", "probe/", "finetune/", "valid/", "test/", "targets/")  # beginnings of the names of figures
+NUMBERS = ("frames_per_s", "data_wait", "first_step_s", "wall_s", "parameters", "steps", "resumed_step", "train_utterances")
+
+
+def read_results(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """The results of a run, its ``metrics.json`` or ``summary.json``, checked: a figure is a number, an interval two of them.
+
+    Args:
+        path: The file.
+        needed: Names that it must have.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or holds something else.
+    """
+    found = read_json(path, "results")
+    if lacking := [name for name in needed if name not in found]:
+        raise ValueError(f"{path} has no {lacking[0]!r}, which the results of a run have: evaluate or train it again")
+    for name, value in found.items():
+        wanted = None
+        if name.startswith(FIGURES) or name in NUMBERS:
+            wanted = None if _is_number(value) else "a number"
+        elif name == "monitor":
+            wanted = None if isinstance(value, str) else "the name of a figure"
+        if name.startswith(("probe/", "finetune/")) and name.count("/") != 2:
+            raise ValueError(f"{path}: no probe is called {name!r}: expected probe/TASK/UPSTREAM or finetune/TASK/UPSTREAM")
+        if wanted:
+            raise ValueError(f"{path}: {name} is {str(value)[:80]!r}: expected {wanted}")
+    intervals = found.get("intervals", {})
+    if not isinstance(intervals, dict):
+        raise ValueError(f"{path}: intervals is {str(intervals)[:80]!r}: expected the two ends of each figure")
+    for name, ends in intervals.items():
+        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
+            raise ValueError(f"{path}: intervals.{name} is {str(ends)[:80]!r}: expected two numbers")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def is_finished(run: Path, cfg: DictConfig) -> bool:
     """Whether a run has trained to ``trainer.max_steps``, and has the figures of its newest checkpoint and of every probe.
 
@@ -351,7 +392,7 @@ def is_finished(run: Path, cfg: DictConfig) -> bool:
         return compared and all(has_metrics(folder, cfg) for folder in (run, *(run / name for name in CONTROLS if cfg.compare)))
     if not (run / "summary.json").is_file():
         return False
-    summary, step = read_json(run / "summary.json", "summary"), step_of(newest_checkpoint(run))
+    summary, step = read_results(run / "summary.json"), step_of(newest_checkpoint(run))
     probed = not cfg.probe or set(cfg.probes) <= set(summary)
     return summary.get("steps") == step >= cfg.trainer.max_steps and probed
 
@@ -360,7 +401,7 @@ def has_metrics(run: Path, cfg: DictConfig) -> bool:
     """Whether a fine-tuning has trained to ``trainer.max_steps`` and has been tested since."""
     if not (run / "metrics.json").is_file() or not has_checkpoints(run):
         return False
-    steps = read_json(run / "metrics.json", "metrics").get("steps")
+    steps = read_results(run / "metrics.json").get("steps")
     return bool(steps == step_of(newest_checkpoint(run)) >= cfg.trainer.max_steps)
 
 

@@ -1,5 +1,6 @@
 """Mistakes of a user end in one clear line and a non-zero exit code, without a traceback."""
 
+import json
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from test_cli import DATA, MODEL, TINY, TRAINER, prepared, read, run, succeed
 
 from audiot.runs import checkpoints
@@ -333,6 +335,29 @@ def test_a_damaged_checkpoint_of_a_probe(made, tmp_path):
 def test_a_folder_that_is_no_run(made, command):
     for folder in ("nowhere", made.encoder):
         assert refusal(command, f"run={folder}") == f"run={folder}: no run there ({folder}/config.yaml is missing)"
+
+
+def copy_with(made, folder, name, change):
+    """A copy of the run without its probes, whose YAML or JSON file was changed."""
+    shutil.copytree(made.run, folder, ignore=shutil.ignore_patterns("probes"))
+    content = yaml.safe_load((folder / name).read_text())
+    (folder / name).write_text(json.dumps(change(content)))
+    return folder
+
+
+def test_a_config_that_lacks_something_is_named_with_its_run(made, tmp_path):
+    run = copy_with(
+        made, tmp_path / "run", "config.yaml", lambda content: {key: content[key] for key in content if key != "trainer"}
+    )
+    assert refusal("evaluate", f"run={run}") == f"{run}: its config can't be used: Missing key trainer"
+
+
+@pytest.mark.parametrize(("name", "value"), [("files", [1]), ("files", None), ("content", 3), ("prepared", {})])
+def test_a_note_of_the_data_that_was_changed_is_named(made, tmp_path, name, value):
+    run = copy_with(made, tmp_path / "run", "data.json", lambda content: content | {name: value})
+    assert refusal("evaluate", f"run={run}").startswith(
+        f"{run}/data.json: {name} is {str(value)!r}, which no run notes of its data"
+    )
 
 
 def test_an_utterance_that_is_not_there(made):

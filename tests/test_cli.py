@@ -342,7 +342,8 @@ def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, 
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
     monkeypatch.setattr("audiot.commands.analyze.plot_attention", broken)
     result = run("analyze", f"run={folder}")
-    assert (result.code, result.err) == (1, "audiot: error: not drawn: codes.png, attention.png, attention-untrained.png\n")
+    pictures = "codes.png, attention.png, attention-untrained.png"
+    assert (result.code, result.err) == (1, f"audiot: error: not drawn in {folder / 'plots'}: {pictures}\n")
     assert {path.name for path in (folder / "plots").iterdir()} == {"training.png"}
 
 

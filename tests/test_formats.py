@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def test_a_file_can_not_say_whom_to_trust():
     part = {"part": "upstream/checkpoint", "path": "x", "trusted": ["canary"]}
     with pytest.raises(ValueError, match=r"upstream.trusted is .'canary'.: whom to trust is for the one to say"):
         resolved(part, "file", place="upstream")
+    with pytest.raises(ValueError, match=r"upstream.trusted is 1: whom to trust is for the one to say"):
+        resolved(part | {"trusted": 1}, "file", place="upstream")
     assert resolved(part, "file", ["canary"], "upstream")["trusted"] == ["canary"]
 
 
@@ -349,3 +352,56 @@ def test_sizes_of_a_front_end_are_within_reason(saved, change):
     with pytest.raises(ValueError) as caught:
         load_encoder(saved)
     assert "\n" not in str(caught.value)
+
+
+def classifier(folder, **changes):
+    """A run of a classifier whose checkpoint has other entries."""
+    shutil.copytree(FIRST / "classifier", folder)
+    place = folder / "checkpoints" / "best.ckpt"
+    torch.save(torch.load(place, weights_only=True) | changes, place)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (3, "expected tensors by their names, found head.weight, a int"),
+        (torch.zeros(1).expand(2**40), "head.weight has 1,099,511,627,776 numbers, of which the file holds only a part"),
+        (
+            torch.zeros(2, dtype=torch.complex64),
+            "head.weight is a tensor of torch.complex64, torch.strided, on cpu: expected plain",
+        ),
+        (torch.zeros(2, 2).to_sparse(), "head.weight is a tensor of torch.float32, torch.sparse_coo, on cpu: expected plain"),
+        (torch.zeros(2, device="meta"), "head.weight is a tensor of torch.float32, torch.strided, on meta: expected plain"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, weight, words):
+    run = classifier(tmp_path / "run", state_dict={"head.weight": weight})
+    with pytest.raises(ValueError, match=re.escape(f"best.ckpt: {words}")):
+        audiot.load_classifier(run)
+
+
+def test_an_objective_that_is_no_part_is_named_with_its_file(tmp_path):
+    content = torch.load(FIRST / "classifier" / "checkpoints" / "best.ckpt", weights_only=True)
+    run = classifier(tmp_path / "run", hyper_parameters=content["hyper_parameters"] | {"objective": 3})
+    with pytest.raises(ValueError, match=r"best.ckpt: nothing can be built of its config"):
+        audiot.load_classifier(run)
+
+
+def test_what_an_encoder_can_not_be_built_of_is_named_with_its_folder(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"embed_dim": -8}}))
+    with pytest.raises(ValueError, match=rf"^{saved}: model.embed_dim must be at least 1, found -8$"):
+        load_encoder(saved)
+
+
+def test_a_checkpoint_whose_index_is_no_text_is_damaged(tmp_path):
+    run = classifier(tmp_path / "run")
+    place = run / "checkpoints" / "best.ckpt"
+    data = bytearray(place.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of the first file in the index: its names are UTF-8, says bit 11 of the flags
+    data[entry + 9] |= 8
+    data[entry + 46] = 0xFF
+    place.write_bytes(data)
+    with pytest.raises(ValueError, match=r"best.ckpt is damaged: 'utf-8' codec can't decode byte 0xff"):
+        audiot.load_classifier(run)

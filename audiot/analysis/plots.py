@@ -110,11 +110,14 @@ def plot_codes(view: Mapping[str, Tensor], title: str, path: str | Path) -> None
 
 def plot_training(metrics_csv: str | Path, path: str | Path, objective: Loss) -> None:
     """Plot ``metrics.csv``: training and validation loss, trivial predictions, throughput, learning rate and gradient norm."""
-    with open(metrics_csv, newline="") as file:
+    with open(metrics_csv, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
 
     def series(name: str) -> tuple[list[int], list[float]]:
-        found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        try:
+            found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{metrics_csv}: a row of {name} has no step or no number: {error}") from error
         return [step for step, _ in found], [value for _, value in found]
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -165,7 +165,8 @@ class _Reader:
                 key, value = "part", name_of(str(value))
             if str(key).startswith("_") and (key, value) not in HYDRA_KEYS:
                 raise self._error([*path, key], "is no key of a config that audiot wrote")
-            if key == "trusted" and self.trusted is not None and not set(map(str, value or ())) <= {"audiot", *self.trusted}:
+            named = value if isinstance(value, list) else [] if value is None else [value]
+            if key == "trusted" and self.trusted is not None and not set(map(str, named)) <= {"audiot", *self.trusted}:
                 raise self._error([*path, key], f"is {value}: whom to trust is for the one to say who reads the file")
             if key == "sources" and isinstance(value, list) and "command" in value and "command" not in (self.trusted or ()):
                 raise self._error([*path, key], "lets a manifest run commands: trusted=[command] says that you want it")

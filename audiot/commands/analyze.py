@@ -13,7 +13,6 @@ from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.attention.table import TableSynthesizer
 from audiot.base.console import say
 from audiot.base.failures import Failures
-from audiot.base.files import read_json
 from audiot.base.quoting import argument
 from audiot.checkpoint import AudioEncoder
 from audiot.data.batches import Batch
@@ -21,7 +20,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options, open_corpus
 from audiot.model import Encoder
 from audiot.pretraining import MaskedAcousticModel
-from audiot.runs import newest_checkpoint, run_config
+from audiot.runs import newest_checkpoint, read_results, run_config
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     if (run / "metrics.csv").is_file():
         with failures.noted("training.png"):
             plot_training(run / "metrics.csv", plots / "training.png", module.objective)
-    summary = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
+    summary = read_results(run / "summary.json") if (run / "summary.json").is_file() else {}
     if any(key.startswith(("probe/", "finetune/")) for key in summary):
         with failures.noted("probes.png"):
             plot_probes(summary, plots / "probes.png")
@@ -72,7 +71,7 @@ def main(cfg: DictConfig) -> None:
     say(" ".join(["next:   audiot evaluate", argument("run", run), *trust]))
     failures.tell(cfg.debug)
     if failures.reasons:
-        raise ValueError(f"not drawn: {', '.join(failures.reasons)}")
+        raise ValueError(f"not drawn in {plots}: {', '.join(failures.reasons)}")
 
 
 def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:

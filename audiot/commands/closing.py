@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from audiot.base.console import table
-from audiot.base.files import read_json
 from audiot.commands.compare import bracket, cell
 from audiot.following import finetune_command
+from audiot.runs import read_results
+
+FIRST_MONITOR = "pretrain/val_l1"  # of runs of earlier versions
 
 
 def validation_loss(summary: Mapping[str, Any]) -> float:
     """The validation loss of a summary. Runs of earlier versions have L1."""
-    return float(summary[summary.get("monitor", "pretrain/val_l1")])
+    return float(summary[summary.get("monitor", FIRST_MONITOR)])
 
 
 def loss_line(summary: Mapping[str, Any]) -> tuple[str, str]:
     """The validation loss in words, beside trivial predictions."""
-    figure = summary.get("monitor", "pretrain/val_l1").removeprefix("pretrain/val_")
+    figure = summary.get("monitor", FIRST_MONITOR).removeprefix("pretrain/val_")
     trivial = {
         name.removeprefix("pretrain/").removesuffix(f"_{figure}"): value
         for name, value in summary.items()
@@ -34,7 +36,9 @@ def loss_line(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 def report(run: Path) -> str:
     """The closing lines: what was done, how good it is, what to run next."""
-    summary: Mapping[str, Any] = read_json(run / "summary.json", "summary")
+    path = run / "summary.json"
+    summary: Mapping[str, Any] = read_results(path, ["frames_per_s", "steps", "parameters", "wall_s"])
+    read_results(path, [summary.get("monitor", FIRST_MONITOR)])
     title, loss = loss_line(summary)
     since = f"since step {summary['resumed_step']}" if summary.get("resumed_step") else "in all"
     lines = [
@@ -54,7 +58,7 @@ def report(run: Path) -> str:
         rows = {}
         for kind, task in dict.fromkeys((kind, task) for kind, task, _ in results):
             first = next(column for column in columns if (kind, task, column) in results)
-            metrics = read_json(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", "metrics")
+            metrics = read_results(run / "probes" / f"{kind}-{task}-{first}" / "metrics.json", ["monitor", "train_utterances"])
             monitor = "" if metrics["monitor"] == "accuracy" else f" ({metrics['monitor']})"
             name = f"{task}{monitor}, {'frozen' if kind == 'probe' else 'fine-tuned'}, {metrics['train_utterances']:,} utterances"
             names = [f"{kind}/{task}/{column}" for column in columns]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from audiot.base.files import read_json, replacing_text, write_text
+from audiot.base.files import replacing_text, write_text
 from audiot.base.tables import aligned, markdown
-from audiot.runs import run_overrides
+from audiot.runs import read_results, run_overrides
 
 RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
 
@@ -48,7 +48,7 @@ def _file(run: Path) -> Path | None:
 def _results(run: Path) -> dict[str, Any]:
     path = _file(run)
     assert path is not None
-    return read_json(path, "results")
+    return read_results(path)
 
 
 def _setting(run: Path) -> list[str]:

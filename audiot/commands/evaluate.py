@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from audiot.base.console import say, table
-from audiot.base.files import read_json, write_json
+from audiot.base.files import write_json
 from audiot.commands.finetune import bootstrap, task_data
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options, open_corpus
@@ -20,7 +20,7 @@ from audiot.downstream.bootstrap import in_words
 from audiot.downstream.module import DownstreamModule
 from audiot.following import finetune_command
 from audiot.pretraining import MaskedAcousticModel
-from audiot.runs import newest_checkpoint, run_config
+from audiot.runs import newest_checkpoint, read_results, run_config
 from audiot.training.callbacks import ProgressBar
 from audiot.training.trainer import known_precision
 
@@ -39,9 +39,9 @@ def main(cfg: DictConfig) -> None:
         enable_model_summary=False,
     )
     if (run / "metrics.json").is_file():
-        then, now = read_json(run / "metrics.json", "metrics"), evaluate_downstream(trainer, settings, run, cfg.trusted)
+        then, now = read_results(run / "metrics.json"), evaluate_downstream(trainer, settings, run, cfg.trusted)
     else:
-        then = read_json(run / "summary.json", "summary") if (run / "summary.json").is_file() else {}
+        then = read_results(run / "summary.json") if (run / "summary.json").is_file() else {}
         now = evaluate_pretraining(trainer, settings, run, cfg.trusted)
     for folder in dict.fromkeys((run, Path(cfg.run_dir))):  # there, a sweep over runs finds it
         write_json(folder / "evaluation.json", now)

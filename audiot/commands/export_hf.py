@@ -13,13 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from audiot.base.files import read_json
 from audiot.base.quoting import path, quoted
 from audiot.checkpoint import AudioEncoder, load_encoder
 from audiot.following import demo_command, finetune_command
 from audiot.interop.hf_model import AudiotFeatureExtractor, AudiotModel, quiet
 from audiot.positions import Learned
-from audiot.runs import choices, has_config, run_config
+from audiot.runs import choices, has_config, read_results, run_config
 
 from huggingface_hub import EvalResult, ModelCardData  # isort: skip  # after audiot.interop.hf_model, which says how to install it
 
@@ -95,7 +94,7 @@ def card(name: str, encoder: AudioEncoder, run: Path | None, license_id: str | N
         trust: Packages from outside audiot, that whoever loads the model has to trust.
     """
     settings = run_config(run, trusted=None) if run and has_config(run) else None
-    summary = read_json(run / "summary.json", "summary") if run and (run / "summary.json").is_file() else {}
+    summary = read_results(run / "summary.json") if run and (run / "summary.json").is_file() else {}
     corpus = _select(settings, "data.name") or "its corpus"
     lines, results = _figures(run, summary, corpus)
     data = ModelCardData(
@@ -215,7 +214,7 @@ def _figures(run: Path | None, summary: Mapping[str, Any], corpus: str) -> tuple
         lines += ["", f"| test, % | {' | '.join(titles)} |", "|---|" + "---:|" * len(columns)]
     for (kind, task_name), row in measured.items():
         path = Path(run or "") / "probes" / f"{kind}-{task_name}-{next(iter(row))}" / "metrics.json"
-        metrics = read_json(path, "metrics") if path.is_file() else {}
+        metrics = read_results(path) if path.is_file() else {}
         metric = metrics.get("monitor", "accuracy")
         how = f"{task_name}, {'frozen' if kind == 'probe' else 'fine-tuned'}"
         count = f", {metrics['train_utterances']:,} training utterances" if "train_utterances" in metrics else ""

@@ -14,7 +14,7 @@ from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
 from audiot.base.failures import Failures
-from audiot.base.files import read_json, write_json
+from audiot.base.files import write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
@@ -38,6 +38,7 @@ from audiot.runs import (
     has_metrics,
     is_finished,
     newest_checkpoint,
+    read_results,
     step_of,
     write_config,
 )
@@ -64,7 +65,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         write_config(cfg, run)
         note_environment(cfg, run)
     elif is_finished(run, cfg):
-        metrics = read_json(run / "metrics.json", "metrics")
+        metrics = read_results(run / "metrics.json")
         say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
         return float(metrics[f"valid/{cfg.downstream.monitor}"])
     else:
@@ -145,7 +146,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     """Train on one upstream, or go on, test the best checkpoint, write what came of it to ``cfg.run_dir``; the metrics."""
     run, task = Path(cfg.run_dir), cfg.downstream
     if resumed is not None and has_metrics(run, cfg):
-        metrics = read_json(run / "metrics.json", "metrics")
+        metrics = read_results(run / "metrics.json")
         say(f"done    {describe(metrics, run, [])}")
         return metrics
     layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers

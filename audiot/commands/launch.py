@@ -106,6 +106,7 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         noted = failure_noted() if in_sweep else nullcontext()
         begun = no_failed_start(folder, command) if is_new and not in_sweep else nullcontext()
+        of_run = config_named(str(cfg.run)) if command in ("evaluate", "analyze") else nullcontext()
         with (
             noted,
             one_line_errors(debug),
@@ -113,6 +114,7 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
             begun,
             finished_wandb(),
             stopped(command, folder, lasting is not None),
+            of_run,
         ):
             return _main(module)(cfg)  # imported here, since a sweep may run it in a process of its own
         return None  # the failure was noted
@@ -131,7 +133,7 @@ def _go_on(command: str, folder: str, arguments: list[str], debug: bool) -> None
     with _owned(command, resume(command, folder, arguments).run):
         resumed = resume(command, folder, arguments)  # again, since its owner may just have gone further
         log_to(resumed.run)
-        with one_line_errors(debug or resumed.config.debug), stopped(command, resumed.run, True):
+        with one_line_errors(debug or resumed.config.debug), stopped(command, resumed.run, True), config_named(str(resumed.run)):
             _main(f"audiot.commands.{command}")(resumed.config, resumed)
 
 
@@ -421,6 +423,15 @@ def _requeued(name: str, stop: Interrupted) -> str:
     if stop.checkpoint is None or not stop.lasts:
         return f"no, as job {name} would begin a new run: give hydra.run.dir=… in its script"
     return requeue(name)
+
+
+@contextmanager
+def config_named(run: str) -> Iterator[None]:
+    """Name a run whose config, a file that anyone may have written, lacks a key or has one that can't be used."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{run}: its config can't be used: {describe(error)}") from error
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from audiot.runs import (
     is_finished,
     is_in_earlier_round,
     newest_checkpoint,
+    read_results,
     resume_command,
     round_folder,
     step_of,
@@ -96,7 +97,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = No
         check_fresh(run)
     elif is_finished(run, cfg):
         say(f"{run} is finished: nothing to resume\n{report(run)}")
-        return validation_loss(read_json(run / "summary.json", "summary"))
+        return validation_loss(read_results(run / "summary.json"))
     elif resumed.checkpoint is not None:
         announce(resumed)
     teacher = None

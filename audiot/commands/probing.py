@@ -23,12 +23,11 @@ from tqdm import tqdm
 from audiot.base.config import compose_command, plain
 from audiot.base.console import log, say
 from audiot.base.failures import reason
-from audiot.base.files import read_json
 from audiot.base.quoting import override, quoted
 from audiot.commands.finetune import finetune
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
 from audiot.following import foreign_packages, same_data, trusting
-from audiot.runs import Interrupted, check_config, write_config
+from audiot.runs import Interrupted, check_config, read_results, write_config
 
 MOST_ON_GPU = 8  # probes at a time
 GPU_BYTES = 8 * 2**30  # free memory for each of them
@@ -123,9 +122,9 @@ def run_probes(
     intervals = {}
     for name, probe in probes.items():
         if name not in failed:
-            metrics = read_json(_metrics(probe), "metrics")
+            metrics = read_results(_metrics(probe), ["monitor"])
             monitored = f"test/{metrics['monitor']}"
-            figures[name] = metrics[monitored]
+            figures[name] = read_results(_metrics(probe), [monitored])[monitored]
             if ends := metrics.get("intervals", {}).get(monitored):
                 intervals[name] = ends
     return figures | ({"intervals": intervals} if intervals else {}), failed

@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiot.base.files import read_json, replacing
+from audiot.base.files import replacing
 from audiot.commands.compare import is_rate
-from audiot.runs import run_overrides
+from audiot.runs import read_results, run_overrides
 
 RESULTS = {
     "summary.json": ("pretrain/val_l1", "pretrain/val_cross_entropy", "probe/", "finetune/", "frames_per_s"),
@@ -51,7 +51,7 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
             name: float(value)
             for file, wanted in RESULTS.items()
             if (folder / file).is_file()
-            for name, value in read_json(folder / file, "results").items()
+            for name, value in read_results(folder / file).items()
             if name.startswith(wanted)
         }
         rows.append({"setting": overrides, "run": folder.name, "failed": (folder / "error.txt").is_file(), **figures})

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from hydra.utils import get_object, instantiate
@@ -118,6 +119,11 @@ def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
         return
     noted = read_json(run / "data.json", "note of a run's data")
     files = _task_files(cfg)
+    kinds: dict[str, type | tuple[type, ...]] = {"prepared": str, "content": (str, NoneType), "files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(noted.get(name), kind):
+            found = str(noted.get(name))[:80]
+            raise ValueError(f"{run / 'data.json'}: {name} is {found!r}, which no run notes of its data: the file was changed")
     for name, digest in noted["files"].items():
         if files.get(name) != digest:
             raise ValueError(

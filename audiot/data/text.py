@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from numbers import Integral
 from pathlib import Path
@@ -203,17 +203,20 @@ def _numbered(path: Path, utf_16: bool = False) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         if wide:
             raise ValueError(f"{path} begins like UTF-16 but is not: {error.reason}") from None
-        with opened(path, "rb") as stream:  # the decoder only knows the position in its buffer
-            content = stream.read()
-        raise _not_utf_8(path, content) from None
+        raise _not_utf_8(path, opened) from None
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: unreadable after line {number}: {error}") from None
 
 
-def _not_utf_8(path: Path, content: bytes) -> ValueError:
+def _not_utf_8(path: Path, opened: Callable[..., Any]) -> ValueError:
+    """The error of a file that is not UTF-8, with the line: the decoder only knows the position in its buffer."""
     try:
+        with opened(path, "rb") as stream:
+            content = stream.read()
         content.decode()
     except UnicodeDecodeError as error:
         line = len(LINE_END.findall(content[: error.start])) + 1
         return ValueError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}): save the file as UTF-8")
+    except (EOFError, OSError, zlib.error) as error:
+        return ValueError(f"{path}: not UTF-8, and unreadable: {error}")
     return ValueError(f"{path} changed while it was read")

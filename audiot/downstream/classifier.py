@@ -212,8 +212,9 @@ def load_classifier(run: str | Path, device: str = "cpu", trusted: Collection[st
 
 def without_trials(settings: dict[str, Any]) -> None:
     """Take the file of trials out of a module's settings: only the test needs it, and it may be gone."""
-    if settings["objective"].get("trials"):
-        settings["objective"]["trials"] = None
+    objective = settings["objective"]
+    if isinstance(objective, dict) and objective.get("trials"):
+        objective["trials"] = None
 
 
 def _best_checkpoint(run: Path) -> Path:

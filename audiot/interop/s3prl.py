@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import torch
 from hydra.utils import get_class
-from torch import Tensor, nn
+from torch import Tensor
 
 from audiot.attention.query_key import QueryKey
 from audiot.base.files import replacing
 from audiot.base.pairing import torchaudio
 from audiot.base.parts import parameters
-from audiot.checkpoint import AudioEncoder, load_encoder, load_objective
+from audiot.checkpoint import AudioEncoder, check_sizes, check_tensors, load_encoder, load_objective
 from audiot.downstream.upstream import EncoderUpstream
 from audiot.features import MFCC, KaldiFbank, LogMel, Spectrogram
 from audiot.objectives.reconstruction import ReconstructionHead
@@ -89,22 +89,35 @@ def import_s3prl(path: str | Path) -> tuple[AudioEncoder, ReconstructionHead | N
         features, model = _features(config["audio"]), _model(config["transformer"], config["task"])
     except KeyError as error:
         raise ValueError(f"the config in {path} lacks {error}, so S3PRL could not read it") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"S3PRL could not read the config in {path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    try:
-        encoder = AudioEncoder(features, model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    names = _names(encoder.encoder.num_layers, model["share_layers"], model["norm"] == "pre")
-    _fill(encoder.encoder, names, content["Transformer"], path)
-    weights = content.get("SpecHead")
-    if not isinstance(weights, dict) or len(weights.get("output.bias", ())) != encoder.features.output_dim:
+    weights = check_tensors(content["Transformer"], path)
+    if model["num_layers"] > len(weights):  # shared layers have names of their own too
+        raise ValueError(f"{path} has {len(weights)} tensors, which can't be those of num_hidden_layers={model['num_layers']}")
+    names = _names(model["num_layers"], model["share_layers"], model["norm"] == "pre")
+    state = _state(names, weights, path)
+    shapes = {f"encoder.{name}": tuple(value.shape) for name, value in state.items()}
+    check_sizes(lambda: AudioEncoder(features, model), model, shapes, path)
+    encoder = AudioEncoder(features, model)
+    encoder.encoder.load_state_dict(state)
+    saved = content.get("SpecHead")
+    if not isinstance(saved, dict) or _length(saved.get("output.bias")) != encoder.features.output_dim:
         return encoder.eval(), None
-    head = ReconstructionHead(encoder.encoder.embed_dim, encoder.features.output_dim)
-    _fill(head, HEAD, weights, path)
+    state = _state(HEAD, check_tensors(saved, path), path)
+    check_sizes(lambda: _head(encoder), {}, {name: tuple(value.shape) for name, value in state.items()}, path)
+    head = _head(encoder)
+    head.load_state_dict(state)
     return encoder.eval(), head.eval()
+
+
+def _head(encoder: AudioEncoder) -> ReconstructionHead:
+    return ReconstructionHead(encoder.encoder.embed_dim, encoder.features.output_dim)
+
+
+def _length(bias: Any) -> int | None:
+    return len(bias) if isinstance(bias, Tensor) and bias.ndim == 1 else None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,6 +128,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(
             f"{path} is a folder, but an S3PRL checkpoint is a file: give its .ckpt; audiot's encoders need no import"
         )
+    if not path.is_file():  # reading a pipe may never end
+        raise ValueError(f"{path} is not a regular file: an S3PRL checkpoint is a file")
     known: list[Any] = [argparse.Namespace, *((_Inert, name) for name in SCHEDULES)]
     try:
         with path.open("rb") as stream, torch.serialization.safe_globals(known):
@@ -265,10 +280,8 @@ def _names(num_layers: int, shared: bool, pre_norm: bool) -> dict[str, str]:
     return names
 
 
-def _fill(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load S3PRL's weights into our module."""
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"the weights in {path} are not tensors: it is damaged or was changed by hand")
+def _state(names: Mapping[str, str], weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """S3PRL's weights as our state dict. Those that S3PRL has under two names must be equal."""
     # LayerNorms once had TensorFlow's names.
     given = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): value for name, value in weights.items()}
     expected = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in names.items() for part in ("weight", "bias")}
@@ -285,10 +298,7 @@ def _fill(module: nn.Module, names: Mapping[str, str], weights: Mapping[str, Ten
             raise ValueError(
                 f"{theirs} in {path} differs from weights that must be equal by its config: it is damaged or was changed by hand"
             )
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit its config: {' '.join(str(error).split())[:300]}") from error
+    return state
 
 
 def export_s3prl(encoder: str | Path, path: str | Path) -> None:

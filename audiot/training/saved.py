@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from audiot.base.parts import FORMAT_VERSION, check_version, named, resolved
-from audiot.checkpoint import check_sizes
+from audiot.checkpoint import check_sizes, check_tensors
 from audiot.runs import check_archive
 
 SelfSaved = TypeVar("SelfSaved", bound="Saved")
@@ -33,7 +32,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file that was made to harm may raise anything
         words = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged or holds more than weights and settings: {words}") from error
     if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
@@ -111,10 +112,7 @@ class Saved(pl.LightningModule):
         if missing:
             raise ValueError(f"{path} is no checkpoint of audiot {cls.COMMAND}: it has no {missing[0]}")
         change(settings)
-        state = content["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{path}: state_dict holds more than tensors")
-        state = cls.translated(state)
+        state = cls.translated(check_tensors(content["state_dict"], path))
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         check_sizes(lambda: cls(**settings), settings, shapes, path)
         module = cls(**settings)

@@ -45,3 +45,10 @@ def test_figures_of_probes_stand_before_their_intervals(run):
         "phone, frozen, 932 utterances            57.0 (56.1–57.9)               54.1",
         "phone, fine-tuned, 932 utterances       63.2 (60.0–100.0)                   ",
     ]
+
+
+@pytest.mark.parametrize("name", ["frames_per_s", "steps", "parameters", "wall_s", "pretrain/val_l1"])
+def test_a_summary_that_lacks_something_is_named(run, name):
+    (run / "summary.json").write_text(json.dumps({key: value for key, value in SUMMARY.items() if key != name}))
+    with pytest.raises(ValueError, match=rf"summary.json has no '{name}', which the results of a run have"):
+        closing.report(run)

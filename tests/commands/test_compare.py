@@ -148,3 +148,23 @@ def test_the_command_line_compares_and_tells_errors_in_one_line(runs):
     assert failed.code == 1
     assert failed.err == "audiot: error: no run at nowhere: there is no such folder\n"
     assert run("compare").code == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"test/accuracy": "high"}, "test/accuracy is 'high': expected a number"),
+        ({"test/accuracy": [0.5]}, "test/accuracy is '[0.5]': expected a number"),
+        ({"train_utterances": True}, "train_utterances is 'True': expected a number"),
+        ({"monitor": 3}, "monitor is '3': expected the name of a figure"),
+        ({"intervals": [0, 1]}, "intervals is '[0, 1]': expected the two ends of each figure"),
+        ({"intervals": {"test/accuracy": [0.5]}}, "intervals.test/accuracy is '[0.5]': expected two numbers"),
+        ({"probe/phone": 0.5}, "no probe is called 'probe/phone': expected probe/TASK/UPSTREAM or finetune/TASK/UPSTREAM"),
+    ],
+)
+def test_results_that_are_no_figures_are_named(tmp_path, changed, words):
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(PROBE | changed))
+    with pytest.raises(ValueError) as caught:
+        main(parse("compare", [str(tmp_path), "--output", str(tmp_path)]))
+    assert str(caught.value) == f"{path}: {words}"

@@ -163,3 +163,11 @@ def test_seconds_are_finite_numbers(value):
     assert [as_seconds(number, "offset") for number in (0, 1.5, -2)] == [0.0, 1.5, -2.0]
     with pytest.raises(ValueError, match="offset must be a number of seconds, found "):
         as_seconds(value, "offset")
+
+
+def test_a_packed_file_that_is_neither_whole_nor_text_is_named(tmp_path):
+    packed = bytearray(gzip.compress(b"path,label\n\xff\xfe,x\n"))
+    packed[-8] ^= 1  # of the checksum at its end
+    (tmp_path / "t.csv").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"t.csv: not UTF-8, and unreadable: CRC check failed"):
+        list(rows(tmp_path / "t.csv", ["path"]))

@@ -413,8 +413,14 @@ def test_settings_that_audiot_cannot_reproduce_are_named(audio, transformer, mes
             lambda weights: weights.update({"encoder.layer.1.output.dense.bias": torch.zeros(9)}),
             "differs from weights that must be equal",
         ),
-        (lambda weights: weights.update({"input_representations.spec_transform.bias": torch.zeros(9)}), "do not fit its config"),
-        (lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}), "are not tensors"),
+        (
+            lambda weights: weights.update({"input_representations.spec_transform.bias": torch.zeros(9)}),
+            "do not fit the model: encoder.input.bias is 9, by the config 16",
+        ),
+        (
+            lambda weights: weights.update({"input_representations.spec_transform.bias": 0.0}),
+            "expected tensors by their names, found input_representations.spec_transform.bias, a float",
+        ),
     ],
 )
 def test_weights_that_are_not_those_of_the_config_are_named(damage, message, tmp_path):
@@ -676,3 +682,37 @@ def test_register_makes_the_entry_an_attribute_of_s3prls_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3prl.hub", hub)
     register()
     assert hub.audiot_local is audiot_local
+
+
+# Files that were made to harm
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "tensors, which can't be those of num_hidden_layers=1000000000"),
+        ({"hidden_size": 2**30}, "do not fit the model"),
+        ({"intermediate_size": 2**40}, "do not fit the model"),
+        ({"hidden_dropout_prob": float("inf")}, "x.ckpt"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_justify_are_refused_before_anything_is_allocated(change, words, tmp_path):
+    content = checkpoint(kaldi_audio(), 20)
+    content["Upstream_Config"]["transformer"] |= change
+    with pytest.raises(ValueError, match=words):
+        import_s3prl(saved(content, tmp_path))
+
+
+@pytest.mark.parametrize("part", ["Transformer", "SpecHead"])
+def test_one_number_can_not_stand_for_many(part, tmp_path):
+    content = checkpoint(kaldi_audio(), 20)
+    name = "output.bias" if part == "SpecHead" else "input_representations.spec_transform.bias"
+    content[part][name] = torch.zeros(1).expand(20 if part == "SpecHead" else 2**40)
+    with pytest.raises(ValueError, match=rf"x.ckpt: {name} has [\d,]+ numbers, of which the file holds only a part"):
+        import_s3prl(saved(content, tmp_path))
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x.ckpt is not a regular file"):
+        import_s3prl(tmp_path / "x.ckpt")
