@@ -122,7 +122,7 @@ def compute_states(
 class _Batches(IterableDataset[Batch]):
     """Collated states: one ordered pass (seed None) or endless shuffled ones.
 
-    ``turns`` (r, N) selects batches r, r + N, … of one sequence through all epochs, from ``start`` on: an epoch, and the number of
+    ``turns`` (r, N) selects batches r, r + N, … of one sequence through all epochs, from ``start`` on: an epoch, and a number of
     batches to leave out from its start.
     """
 

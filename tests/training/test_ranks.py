@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from faults import tries
 from test_distributed import PROGRAM, alone, options  # noqa: F401
 from test_store import checkpoints
@@ -44,11 +45,15 @@ def is_gone(pid):
         return True
 
 
-@pytest.fixture
-def both(alone, tmp_path):  # noqa: F811
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=TWO_GPUS)])
+def both(request, alone, tmp_path):  # noqa: F811
     """A training of two processes that has saved a checkpoint."""
     folder = tmp_path / "run"
-    given = [*options(alone[0], "run"), f"hydra.run.dir={folder}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    given = [*options(alone[0], "run"), f"hydra.run.dir={folder}", "trainer=ddp", f"trainer.accelerator={request.param}"]
+    given += ["trainer.devices=2"]
     given += ["trainer.max_steps=100000", "callbacks.ranks.look_s=0.3", "callbacks.ranks.patience=15"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, PROGRAM, *given]
