@@ -24,6 +24,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from faults import tries
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -416,8 +417,9 @@ def test_a_probe_that_is_killed_fails_and_says_how_to_do_without(monkeypatch):
 
 
 @blank
+@pytest.mark.parametrize("attempt", tries())
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path, number):
+def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path, number, attempt):
     folder = tmp_path / "run"
     endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", "checkpoint.every_n_steps=2"]
     program = [sys.executable, "-m", "audiot.cli", "pretrain", *TINY, "probe=false", "data.num_workers=1"]
@@ -432,6 +434,7 @@ def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_tha
         while not list(folder.glob("checkpoints/*.ckpt")):
             assert process.poll() is None
             time.sleep(0.05)
+        time.sleep(0.013 * attempt)
         os.killpg(process.pid, number)  # as a terminal, SLURM and systemd do: to the loader's workers as well
         _, err = process.communicate(timeout=60)
     finally:

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+from faults import tries
 from omegaconf import OmegaConf
 
 from audiot.base.config import launch_name
@@ -81,26 +82,28 @@ def rows(folder):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start):
-    unbroken = start("pretrain", *TINY, "hydra.run.dir=unbroken")
-    folder = where / "killed"
-    process = start("pretrain", *TINY, "hydra.run.dir=killed")
+@pytest.mark.parametrize("attempt", tries())
+def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start, attempt):
+    unbroken = start("pretrain", *TINY, f"hydra.run.dir=unbroken{attempt}")
+    folder = where / f"killed{attempt}"
+    process = start("pretrain", *TINY, f"hydra.run.dir=killed{attempt}")
     until(
         lambda: (folder / "checkpoints" / "step=15.ckpt").exists() and any(row["step"] == "17" for row in rows(folder)), process
     )
+    time.sleep(0.011 * attempt)
     process.kill()
     process.wait()
     assert (folder / LOCK).exists()
     before = (folder / "metrics.csv").read_bytes()
     log = (folder / "train.log").stat().st_size
-    process = start("pretrain", "resume=killed")
+    process = start("pretrain", f"resume=killed{attempt}")
     until(lambda: (folder / "train.log").stat().st_size > log, process)  # it starts
     process.kill()
     process.wait()
     assert (folder / "metrics.csv").read_bytes() == before
     with (folder / "metrics.csv").open("ab") as stream:
         stream.write(b"0.1,\0\0\0")  # as a machine leaves it that loses its power
-    process = start("pretrain", "resume=killed")
+    process = start("pretrain", f"resume=killed{attempt}")
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert "had 1 damaged line, which is left out now" in out
@@ -110,19 +113,20 @@ def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start)
     def steady(run):  # all but how fast it was
         return [{name: value for name, value in row.items() if "per_s" not in name and "wait" not in name} for row in rows(run)]
 
-    assert steady(folder) == steady(where / "unbroken")
+    assert steady(folder) == steady(where / f"unbroken{attempt}")
 
 
-def test_one_of_two_runs_that_start_at_once_in_a_folder_is_refused(where, start):
-    both = [start("pretrain", *TINY, f"seed={seed}", "hydra.run.dir=both") for seed in (1, 2)]
+@pytest.mark.parametrize("attempt", tries())
+def test_one_of_two_runs_that_start_at_once_in_a_folder_is_refused(where, start, attempt):
+    folder = where / f"both{attempt}"
+    both = [start("pretrain", *TINY, f"seed={seed}", f"hydra.run.dir={folder.name}") for seed in (1, 2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], said
     refused = [process.returncode for process in both].index(1)
     owner = both[1 - refused]
     line = said[refused].splitlines()[-1]
-    assert re.fullmatch(rf"audiot: error: {where / 'both'} is in use by process {owner.pid} on \S+ since .*", line)
+    assert re.fullmatch(rf"audiot: error: {folder} is in use by process {owner.pid} on \S+ since .*", line)
     assert "Traceback" not in said[refused]
-    folder = where / "both"
     assert OmegaConf.load(folder / "config.yaml").seed == 2 - refused
     assert f"seed={2 - refused}" in (folder / ".hydra" / "overrides.yaml").read_text()
     assert not (folder / LOCK).exists()

@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 import torch
+from faults import tries
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Dataset
 
@@ -202,8 +203,9 @@ class Numbers(Dataset):
         return 10_000
 
 
+@pytest.mark.parametrize("attempt", tries())
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number):
+def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number, attempt):
     monkeypatch.setattr(batches, "PATIENCE_S", 2)
     monkeypatch.setattr(batches, "LOOK_S", 1)
     loader = WatchedLoader(Numbers(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals, timeout=1)
@@ -227,7 +229,8 @@ def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number):
     assert not worker.is_alive()
 
 
-def test_a_loader_that_stops_in_training_leaves_a_checkpoint_of_the_latest_step(pretraining, unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("attempt", tries())
+def test_a_loader_that_stops_in_training_leaves_a_checkpoint(pretraining, unbroken, tmp_path, monkeypatch, attempt):
     class Kill(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 5:
