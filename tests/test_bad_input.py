@@ -261,7 +261,7 @@ FINETUNE = {
     "downstream.batch_size=0": "downstream.batch_size must be at least 1, found 0",
     "downstream.labels.tier=word": "utterance train000-train-0000 has no alignment tier 'word'",
     "downstream=phone_linaer": "downstream=phone_linaer: no such option (did you mean phone_linear?)",
-    "resume={run}": "resume={run}: only pretrain resumes a run; finetune starts anew",
+    "resume={run}": "resume={run}: a run of audiot pretrain: audiot pretrain resume={run} goes on with it",
 }
 
 
@@ -311,7 +311,7 @@ def test_damaged_and_missing_checkpoints(made, tmp_path):
     for content, expected in (
         (checkpoint.read_bytes()[:-100], f"{checkpoint} is damaged: it is truncated or not a checkpoint"),
         (b"hello", f"{checkpoint} is damaged: it is truncated or not a checkpoint"),
-        (None, f"{folder}: no checkpoint of a pre-training run in {folder / 'checkpoints'}"),
+        (None, f"{folder}: no checkpoint of a run in {folder / 'checkpoints'}: expected step=N.ckpt"),
     ):
         if content is None:
             checkpoint.unlink()
@@ -328,7 +328,8 @@ def test_a_damaged_checkpoint_of_a_probe(made, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     assert refusal("evaluate", f"run={folder}") == f"{checkpoint} is damaged: it is truncated or not a checkpoint"
     assert refusal("analyze", f"run={folder}").startswith(f"run={folder} is a run of finetune, analyze draws runs of pretrain")
-    assert refusal("pretrain", f"resume={folder}").endswith("not a pre-training run; only those can be resumed")
+    other = f"resume={folder}: a run of audiot finetune: audiot finetune resume={folder} goes on with it"
+    assert refusal("pretrain", f"resume={folder}") == other
 
 
 @pytest.mark.parametrize("command", ["evaluate", "analyze"])

@@ -42,8 +42,8 @@ def lines() -> Iterator[tuple[Path, str]]:
     for page, kind, _, text in BLOCKS:
         if kind == "sh":
             for line in text.replace("\\\n", " ").splitlines():
-                line = line.split("  #")[0].split(" && ")[-1].strip()
-                if line and not line.startswith(OTHER_PROGRAMS):
+                line = line.split("  #")[0].split(" && ")[-1].strip().removeprefix("srun ")
+                if line and not line.startswith("#") and not line.startswith(OTHER_PROGRAMS):
                     yield page, line
 
 
@@ -113,7 +113,7 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     if not any(argument in rest for argument in ("data=folder", "data=manifest")):
         rest += DEMO
     if command != "prepare":
-        several = {"trainer=ddp", "trainer=fsdp"} & {*rest}  # have a strategy of their own, which one process can do
+        several = {"trainer=ddp", "trainer=fsdp", "trainer=slurm"} & {*rest}  # have a strategy of their own, which one process can do
         training = [each for each in TRAINING if not several or each != "trainer.strategy=auto"]
         rest += training if any(argument.startswith("init=") for argument in rest) else [*MODEL, *training]
     if command == "pretrain":

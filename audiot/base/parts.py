@@ -59,11 +59,15 @@ FORMER = {  # places of the first format → today's
     "audiot.downstream.hf_upstream.": "audiot.interop.hf_upstream.",
 }
 
+GONE = {  # parts of earlier versions, which their runs still name
+    "callbacks/model_checkpoint": ("pytorch_lightning.callbacks.ModelCheckpoint", "audiot"),
+}
+
 
 @cache
 def registry() -> dict[str, tuple[str, str]]:
     """Name of every part in the config files → what it builds, ``package.module.name``, and the package that brings it."""
-    found: dict[str, tuple[str, str]] = {}
+    found = dict(GONE)
     for package in packages():
         for group, name, text in _option_files(files(package)):
             for line in re.finditer(r"(?m)^( *)_target_: *([\w.]+)", text):
