@@ -113,7 +113,9 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     if not any(argument in rest for argument in ("data=folder", "data=manifest")):
         rest += DEMO
     if command != "prepare":
-        several = {"trainer=ddp", "trainer=fsdp", "trainer=slurm"} & {*rest}  # have a strategy of their own, which one process can do
+        several = {"trainer=ddp", "trainer=fsdp", "trainer=slurm"} & {
+            *rest
+        }  # have a strategy of their own, which one process can do
         training = [each for each in TRAINING if not several or each != "trainer.strategy=auto"]
         rest += training if any(argument.startswith("init=") for argument in rest) else [*MODEL, *training]
     if command == "pretrain":
