@@ -71,12 +71,15 @@ class _Answers(socketserver.StreamRequestHandler):
     server: Board
 
     def handle(self) -> None:
-        for line in self.rfile:
-            token, rank, sign = json.loads(line)
-            if token != self.server.token:
-                return
-            self.server.signs[rank] = sign
-            self.wfile.write(json.dumps(list(self.server.signs.items())).encode() + b"\n")
+        with suppress(OSError):  # whoever asks has ended, which its missing signs tell
+            for line in self.rfile:
+                if not line.endswith(b"\n"):  # it ended while it wrote
+                    return
+                token, rank, sign = json.loads(line)
+                if token != self.server.token:
+                    return
+                self.server.signs[rank] = sign
+                self.wfile.write(json.dumps(list(self.server.signs.items())).encode() + b"\n")
 
 
 class BoardElsewhere:

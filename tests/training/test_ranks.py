@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -125,6 +126,22 @@ def test_the_board_hands_out_all_signs_and_takes_none_of_strangers():
     finally:
         board.shutdown()
         board.server_close()
+
+
+@pytest.mark.parametrize("written", [b"", b'["tok', b'["token", 1, [1, 1, "here", "", false]]\n'])
+def test_whoever_ends_amid_an_exchange_leaves_the_board_silent(written, capfd):
+    board = Board("localhost")
+    try:
+        for _ in range(3):
+            with socket.create_connection(board.server_address[:2]) as connection:
+                connection.sendall(written.replace(b"token", board.token.encode()))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets, as a kill may do
+        client = BoardElsewhere(board.server_address[:2], board.token, 5.0)
+        assert 2 in client.exchange(2, Sign(1, 1, "here", "", False))
+    finally:
+        board.shutdown()
+        board.server_close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_board_that_stands_still_is_an_error_and_not_a_wait():
