@@ -340,7 +340,9 @@ class _Journal:
             print(f"{self.directory} can't be locked ({error.strerror}): make sure that only one process prepares it", flush=True)
 
     def _is_there(self) -> bool:
-        return self.path.exists() and os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.path))
+        with suppress(FileNotFoundError):  # it may be removed at any time
+            return os.path.samestat(os.fstat(self.stream.fileno()), os.stat(self.path))
+        return False
 
     def read(self, settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
         """Results by utterance whose audio is in ``folder``. Rejected ones are tried again, because files may be repaired."""

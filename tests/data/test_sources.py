@@ -337,6 +337,22 @@ def test_those_that_find_a_change_at_once_decode_it_once(project, decoded, tmp_p
     assert contents(project.prepared) == project.fresh(tmp_path / "fresh")
 
 
+def test_a_journal_that_is_removed_while_one_looks_is_made_again(tmp_path, monkeypatch):
+    stat, removed = os.fstat, []
+
+    def remove(descriptor):
+        status = stat(descriptor)
+        if not removed:
+            removed.append((tmp_path / "prepared" / "journal.jsonl").unlink())
+        return status
+
+    monkeypatch.setattr(module.os, "fstat", remove)
+    journal = module._Journal(tmp_path / "prepared")
+    journal.close()
+    assert removed
+    assert journal.path.is_file()
+
+
 def test_a_folder_without_a_record_is_used_only_when_asked_to_keep_it(project, decoded, tmp_path):
     project.open()
     for path in (project.prepared / "record").iterdir():
