@@ -19,7 +19,7 @@ from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
-from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
+from audiot.commands.going_on import announce, check_new, go_on, how_to_go_on, save_last
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing, speaker_of
 from audiot.data.opening import corpus_folder, data_options, note_data, open_corpus
@@ -33,7 +33,6 @@ from audiot.following import example_files
 from audiot.runs import (
     CONTROLS,
     Resumed,
-    check_fresh,
     has_checkpoints,
     has_metrics,
     is_finished,
@@ -59,9 +58,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     """
     run = Path(cfg.run_dir)
     if resumed is None:
-        if cfg.resume:
-            raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
-        check_fresh(run)
+        check_new(cfg)
         write_config(cfg, run)
         note_environment(cfg, run)
     elif is_finished(run, cfg):
@@ -70,7 +67,8 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         return float(metrics[f"valid/{cfg.downstream.monitor}"])
     else:
         announce(resumed)
-        note_environment(cfg, run, step_of(newest_checkpoint(run)))
+        assert resumed.checkpoint is not None
+        note_environment(cfg, run, step_of(resumed.checkpoint))
     metrics = finetune(cfg, resumed)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
@@ -93,10 +91,8 @@ def finetune(cfg: DictConfig, resumed: Resumed | None = None) -> dict[str, Any]:
     """
     _check(cfg)
     run = Path(cfg.run_dir)
-    if resumed is None:
-        upstream: Upstream = instantiate(
-            cfg.upstream, _recursive_=False, _convert_="all"
-        )  # before a corpus is prepared for nothing
+    if resumed is None:  # before a corpus is prepared for nothing
+        upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")
     else:
         assert resumed.checkpoint is not None
         upstream = DownstreamModule.from_checkpoint(resumed.checkpoint, cfg.trusted, without_trials).upstream

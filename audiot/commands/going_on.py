@@ -9,16 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LambdaCallback
 
 from audiot.base.console import say
-from audiot.runs import Resumed, checkpoint_path, damage, step_of
+from audiot.runs import Resumed, check_fresh, checkpoint_path, damage, step_of
 from audiot.training.csv_logger import RunCSVLogger
 from audiot.training.ddp import lost_a_process
 from audiot.training.optimization import Schedule, schedule
 from audiot.training.ranks import ranks_of, say_how_to_go_on
 from audiot.training.store import store_of
 from audiot.training.watch import is_out_of_memory
+
+
+def check_new(cfg: DictConfig) -> None:
+    """Refuse to begin a run that says that it goes on, or in the folder of another one.
+
+    Raises:
+        ValueError: it does.
+    """
+    if cfg.resume:
+        raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
+    check_fresh(Path(cfg.run_dir))
 
 
 def announce(resumed: Resumed) -> None:

@@ -22,7 +22,7 @@ from audiot.checkpoint import save_encoder, save_objective
 from audiot.commands.closing import report, validation_loss
 from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
-from audiot.commands.going_on import announce, go_on, how_to_go_on, save_last
+from audiot.commands.going_on import announce, check_new, go_on, how_to_go_on, save_last
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
 from audiot.commands.upstreams import kind_of, open_upstream
 from audiot.data.datamodule import SpeechDataModule
@@ -31,7 +31,6 @@ from audiot.pretraining import MaskedAcousticModel, build, fit_statistics, open_
 from audiot.runs import (
     Interrupted,
     Resumed,
-    check_fresh,
     has_checkpoints,
     has_config,
     has_rounds,
@@ -92,9 +91,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = No
     """
     begin, run = time.monotonic(), Path(cfg.run_dir)
     if resumed is None:
-        if cfg.resume:
-            raise ValueError("a config can't resume a run: put resume=RUN on the command line, without a + before it")
-        check_fresh(run)
+        check_new(cfg)
     elif is_finished(run, cfg):
         say(f"{run} is finished: nothing to resume\n{report(run)}")
         return validation_loss(read_results(run / "summary.json"))

@@ -123,27 +123,11 @@ class GracefulInterrupt(Callback):
         """Stop after the last step."""
         self._end()
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Stop within a validation, if the step before it is saved. It takes place again when the run goes on."""
         self._stop_within("validation", trainer)
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Stop within a test in the same way."""
         self._stop_within("test", trainer)
 

@@ -142,7 +142,9 @@ class RanksAlive(Callback):
         self.rank = self.world_size = 0
         self.lost: dict[int, str] = {}  # rank → what is wrong with it
         self._board: Board | BoardElsewhere | None = None
-        self._place, self._batch = "before step 1", None  # type: tuple[str, Batch | None]
+        self._place = "before step 1"
+        self._batch: Batch | None = None
+        self._signed = 0
         self._left, self._found, self._telling = Event(), Event(), Event()
         self._thread: Thread | None = None
 

@@ -157,6 +157,12 @@ class Audio:
         return fates
 
 
+def six_recordings():
+    os.mkdir("audio")
+    for number in range(6):
+        soundfile.write(f"audio/u{number}.wav", noise(seed=number), RATE)
+
+
 class Manifest:
     """Manifests of Lhotse and NeMo, prepared and read for tasks."""
 
@@ -164,9 +170,7 @@ class Manifest:
     together = 1
 
     def make(self):
-        os.mkdir("audio")
-        for number in range(6):
-            soundfile.write(f"audio/u{number}.wav", noise(seed=number), RATE)
+        six_recordings()
         self.lhotse = [self._cut(number) for number in range(6)]
         self.nemo = [
             {
@@ -336,9 +340,7 @@ class Table:
     together = 1
 
     def make(self):
-        os.mkdir("audio")
-        for number in range(6):
-            soundfile.write(f"audio/u{number}.wav", noise(seed=number), RATE)
+        six_recordings()
         rows = [["path", "keyword", "speaker", "text", "take"]]
         rows += [[f"u{number}.wav", f"k{number % 2}", f"s{number % 2}", "AB BA", str(number)] for number in range(6)]
         self.tables = {"t.csv": self._table(rows, ","), "t.tsv": self._table(rows, "\t")}
