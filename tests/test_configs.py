@@ -180,6 +180,11 @@ def test_every_probe_is_a_run_of_finetune(probes):
         assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
 
 
+@pytest.mark.parametrize("hours", ["25", "25.0", "2.5e1"])
+def test_as_many_hours_are_one_demo_corpus_however_they_are_written(hours):
+    assert compose("pretrain", [*GIVEN, f"data.hours={hours}"]).data.corpus.root == "data/demo-64x25.0h"
+
+
 def test_every_argument_of_lightnings_trainer_is_a_key():
     arguments = {*inspect.signature(pl.Trainer.__init__).parameters} - {"self", "logger", "callbacks"}  # groups of their own
     for trainer in ("default", "fast", "gpu", "ddp", "slurm"):

@@ -61,6 +61,7 @@ class _ConfigPackages(SearchPathPlugin):
 
 if packages()[1:]:
     Plugins.instance().register(_ConfigPackages)
+OmegaConf.register_new_resolver("float", float, replace=True)  # 25 and 25.0 are one number, and so one name
 OmegaConf.register_new_resolver("frames", frames, replace=True)
 OmegaConf.register_new_resolver("launch_name", launch_name, use_cache=True, replace=True)  # one name per launch
 

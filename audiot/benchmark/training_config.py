@@ -155,7 +155,8 @@ class Recipe:
         chosen += [f"model.dropout={place.dropout}", f"attention.dropout={place.attention_dropout}"]
         chosen += [*self.overrides, *place.model.overrides]
         features: Features = instantiate(compose("pretrain", chosen).features)
-        crop_s = features.num_samples(place.frames) / features.sample_rate
+        crop = features.num_samples(place.frames)
+        crop_s = crop / features.sample_rate
         middle = self.warmup_steps + self.program_steps // 2  # the only step at which it validates and saves
         index = self.device.index
         chosen += [
@@ -174,7 +175,7 @@ class Recipe:
         ]
         if self.utterances is not None:
             chosen += [
-                f"data.name=demo-{place.frames}x{features.hop_length * features.stack}",
+                f"data.name=demo-{crop}",
                 f"data.utterance_s={crop_s}",
                 f"data.num_speakers={NUM_SPEAKERS}",
                 f"data.corpus.train_utterances={-(-self.utterances // NUM_SPEAKERS)}",

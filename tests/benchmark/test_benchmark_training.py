@@ -168,6 +168,19 @@ def test_the_presets_compose_the_training_that_they_name(hydra_started, option, 
         assert steps < 2 * cfg.trainer.val_check_interval  # one of each
 
 
+def test_crops_of_other_lengths_have_speech_of_their_own(hydra_started):
+    """A front end of convolutions has as many tokens of a crop that is 10 ms longer."""
+
+    def corpus(*overrides):
+        what = made(experiment="demo_gpu", shapes=[{"frames": 64, "batch": 4}], overrides=["objective=clusters", *overrides])
+        cfg, _ = what.recipe.config(what.entries[0], what.places[0][0], "run")
+        return cfg.data.corpus.root, cfg.data.crop_s
+
+    (mel, mel_s), (waveform, waveform_s) = corpus(), corpus("features=waveform", "features.stack=1")
+    assert waveform_s != mel_s
+    assert waveform != mel
+
+
 def test_a_step_has_the_head_on_the_frames_that_it_may_have_to_predict(hydra_started):
     what = made(overrides=["features.stack=1"])
     chosen = ["model=small", "attention=query_key", "features.stack=1", "data.crop_s=0.4", "run_dir=run", "data_dir=data"]

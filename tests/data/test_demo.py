@@ -77,6 +77,14 @@ def test_bytes_do_not_depend_on_the_number_of_workers(root, tmp_path):
     assert tree(tmp_path / "demo") == tree(root)
 
 
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    DemoCorpus(tmp_path / "demo", **TINY).manifests(progress=False)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 def test_a_second_call_speaks_nothing_and_needs_no_espeak(root, monkeypatch):
     before = tree(root), {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import wave
 import zlib
+from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -62,6 +63,8 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 class Espeak:
     """The speech synthesiser with one voice. The library has global state, so a process can have one instance only.
 
+    Leaving its context removes its temporary folder, which the end of a forked process does not.
+
     Args:
         accent: eSpeak's name of an English voice, such as ``en-us``.
         variant: Name of a voice variant, such as ``f3``.
@@ -104,6 +107,12 @@ class Espeak:
         self._callback = _Callback(self._collect)  # keeps it alive, which the library does not
         self._library.espeak_SetSynthCallback(self._callback)
 
+    def __enter__(self) -> Espeak:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._link.cleanup()
+
     def speak(self, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
         """Samples (N,) in int16, and phones as (IPA name with stress marks, start sample). A pause has the name ""."""
         self._samples, self._events = [], []
@@ -134,10 +143,15 @@ def speak_speaker(job: dict[str, Any]) -> None:
             are joined, or 0 for one sentence each. Each part has a name (``split``), the split of its texts (``sentences``),
             and the ``seconds`` of speech or the ``count`` of utterances.
     """
-    espeak = Espeak(**job["voice"])
     audio = Path(job["audio"])
     audio.mkdir(parents=True, exist_ok=True)
-    utterances: list[dict[str, Any]] = []
+    with Espeak(**job["voice"]) as espeak:
+        utterances = list(_utterances(job, espeak, audio))
+    write_atomically(Path(job["utterances"]), json.dumps(utterances).encode())
+
+
+def _utterances(job: dict[str, Any], espeak: Espeak, audio: Path) -> Iterator[dict[str, Any]]:
+    """The utterances of a speaker, whose audio is written."""
     shortest = job["utterance_s"] * SAMPLE_RATE
     for part in job["parts"]:
         name = f"{job['speaker']}-{part['split']}"
@@ -157,9 +171,8 @@ def speak_speaker(job: dict[str, Any]) -> None:
                 continue  # too long or too short at this speaker's rate
             _write_wav(audio / f"{utterance_id}.wav", samples)
             utterance = {"id": utterance_id, "split": part["split"], "text": text, "keyword": keyword}
-            utterances.append({**utterance, "num_samples": len(samples), "phones": phones})
+            yield {**utterance, "num_samples": len(samples), "phones": phones}
             count, num_samples = count + 1, num_samples + len(samples)
-    write_atomically(Path(job["utterances"]), json.dumps(utterances).encode())
 
 
 def _sentence(espeak: Espeak, text: str) -> tuple[np.ndarray, list[tuple[str, int]]]:
