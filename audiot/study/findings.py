@@ -1,0 +1,140 @@
+"""What a study has measured and found: what its runs give to its statistics, and these to its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BETTER, EQUIVALENT, UNKNOWN = "better", "equivalent", "can't be told"  # the only words for a comparison
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure by which a study compares.
+
+    Args:
+        name: Its key in the study's config, such as ``phone_linear``.
+        title: What it is called in tables and pictures.
+        higher_is_better: Whether a larger value is better.
+        margin: Difference below which two settings count as equivalent, in the figure's own unit; None: no equivalence is tested.
+        is_rate: Whether it is a share, shown in per cent.
+        unit: Unit where it is no share, such as ``s`` or ``GiB``.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool
+    margin: float | None = None
+    is_rate: bool = True
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A figure of one run.
+
+    Args:
+        seed: Seed of the run.
+        value: The figure on the whole test.
+        draws: The figure on resampled tests (tests,); runs of a study resample alike, so that number `i` is one test for all. None
+            where the figure has none, as costs.
+        run: Folder of the run, relative to the study's, with slashes.
+    """
+
+    seed: int
+    value: float
+    draws: np.ndarray | None = None
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95% interval.
+
+    Args:
+        mean: The mean.
+        low, high: Ends of the interval; None where one seed without resampled tests allows none.
+        samples: The runs' figures.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setting against the baseline, in pairs of one seed.
+
+    Args:
+        difference: The setting less the baseline.
+        p_different: Probability of such a difference if there were none, corrected by Holm; None with fewer than two pairs.
+        p_equivalent: Probability of so small a difference if it were as large as the margin (TOST), corrected by Holm; None without
+            a margin or with fewer than two pairs.
+        verdict: ``better``, ``equivalent`` or ``can't be told``.
+        winner: Name of the better one where the verdict is ``better``, else empty.
+    """
+
+    difference: Estimate
+    p_different: float | None
+    p_equivalent: float | None
+    verdict: str
+    winner: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A mechanism under an objective: the figures of its runs.
+
+    Args:
+        objective: Name of the objective; empty for a control that is not trained.
+        mechanism: Name of the mechanism or of the control.
+        budget: ``steps`` where all train equally many, ``time`` where all train equally long.
+        is_control: Whether it is a control, such as the untrained encoder or the features.
+        learning_rate: The one that validation chose.
+        figures: Name of each measure → its estimate.
+        costs: Name of each cost → its estimate.
+        comparisons: Name of each measure → the comparison with the baseline of the same objective and budget; empty for that itself.
+    """
+
+    objective: str
+    mechanism: str
+    budget: str = "steps"
+    is_control: bool = False
+    learning_rate: float | None = None
+    figures: dict[str, Estimate] = field(default_factory=dict)
+    costs: dict[str, Estimate] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a study's report says.
+
+    Args:
+        title: Its title.
+        rehearsal: Why nothing may be concluded from it, a sentence; empty for a study that counts.
+        summary: Three sentences: what was found, and how sure it is.
+        baseline: Name of the mechanism that the others are compared with.
+        measures: What is compared.
+        costs: What it costs: time, memory, parameters, products, energy.
+        settings: Rows of the tables.
+        methods: Paragraphs that say all that repeats the study.
+        commands: Commands that repeat it.
+        environment: Versions and machine, by name.
+        unfinished: Runs that failed or are missing, each with its reason.
+    """
+
+    title: str
+    rehearsal: str
+    summary: tuple[str, ...]
+    baseline: str
+    measures: tuple[Measure, ...]
+    costs: tuple[Measure, ...]
+    settings: tuple[Setting, ...]
+    methods: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, str] = field(default_factory=dict)
