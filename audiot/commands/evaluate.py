@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def evaluate_downstream(trainer: pl.Trainer, settings: DictConfig, run: Path, tr
     data = task_data(settings, open_corpus(settings, run), module.upstream.features)
     if data.classes != module.hparams["classes"]:
         raise ValueError(f"run={run}: its corpus now has other classes ({len(data.classes)}) than it was trained on")
-    resampling = bootstrap(settings, data)
+    resampling = replace(bootstrap(settings, data), keep=False)
     with torch.inference_mode():
         (metrics,) = trainer.test(module, data, verbose=False)
     return dict(metrics) | resampling.intervals(module.objective.measured(), metrics)

@@ -14,7 +14,7 @@ from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
 from audiot.base.failures import Failures
-from audiot.base.files import write_json
+from audiot.base.files import write_csv, write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
@@ -187,7 +187,9 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
     with how_to_go_on(trainer, run):
         metrics = test(trainer, module, source, best)
-    metrics |= resampling.intervals(module.objective.measured(), metrics) | {
+    resampled = resampling.intervals(module.objective.measured(), metrics)
+    draws = resampled.pop("draws", {})
+    metrics |= resampled | {
         f"valid/{task.monitor}": float(score),
         "task": task.task,
         "monitor": task.monitor,
@@ -208,6 +210,10 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     with failures.noted("tables and pictures of the test"):
         files += module.objective.write(run, title)
     if trainer.is_global_zero:
+        if draws:
+            columns = {name: values.tolist() for name, values in draws.items()}
+            write_csv(run / "draws.csv", (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
+            files.append("draws.csv")
         write_json(run / "metrics.json", metrics)
         if weights is not None:
             with failures.noted("layer_weights.png"):

@@ -28,7 +28,7 @@ MOST_UNDEFINED = 0.01  # share of the resampled tests that may have no value: th
 DRAWN = 4_000_000  # units that are drawn at once
 UNITS = ("utterance", "speaker")
 NO_MEASUREMENTS = "the objective gives no measurements of utterances"
-DEFAULTS = {"unit": "auto", "samples": 1000}
+DEFAULTS = {"unit": "auto", "samples": 1000, "seed": None, "keep": False}
 
 Metrics = dict[str, Tensor]
 
@@ -96,6 +96,7 @@ class Bootstrap:
         samples: Number of resampled tests; 0 for no intervals.
         seed: Seed of the draws. Runs with one seed and one test draw the same tests.
         speakers: Id of each utterance of the test → its speaker.
+        keep: Whether the metrics of the resampled tests are wanted themselves, to compare runs test by test.
     """
 
     unit: str
@@ -103,6 +104,7 @@ class Bootstrap:
     samples: int
     seed: int
     speakers: Mapping[str, str | None]
+    keep: bool = False
 
     @classmethod
     def choose(
@@ -119,8 +121,8 @@ class Bootstrap:
         question is what other utterances of theirs may give, and of few speakers no spread can be estimated.
 
         Args:
-            settings: ``downstream.bootstrap``: ``unit`` and ``samples``. What is missing has its default.
-            seed: Seed of the run.
+            settings: ``downstream.bootstrap``: ``unit``, ``samples``, ``seed`` and ``keep``. What is missing has its default.
+            seed: Seed of the run, which is that of the draws unless they have their own.
             speakers: Id of each utterance of the test → its speaker, None if it has none or several.
             training: Function that gives the speakers of training. It is called only if the choice depends on them.
 
@@ -137,6 +139,11 @@ class Bootstrap:
             raise ValueError(
                 f"downstream.bootstrap.samples must be at least {FEWEST_SAMPLES}, or 0 for no intervals, found {samples!r}"
             )
+        own, keep = given["seed"], given["keep"]
+        if own is not None and (type(own) is not int or own < 0):
+            raise ValueError(f"downstream.bootstrap.seed must be null, which is the run's, or at least 0, found {own!r}")
+        if type(keep) is not bool or (keep and not samples):
+            raise ValueError(f"downstream.bootstrap.keep must be true or false, and false without samples, found {keep!r}")
         nameless = next((name for name, speaker in speakers.items() if speaker is None), None)
         if unit == "speaker" and nameless is not None:
             raise ValueError(
@@ -146,7 +153,7 @@ class Bootstrap:
         why = "as downstream.bootstrap.unit says"
         if unit == "auto":
             unit, why = _automatic(speakers, nameless, training)
-        return cls(unit, why, samples, seed, speakers)
+        return cls(unit, why, samples, seed if own is None else own, speakers, keep)
 
     def intervals(self, measured: Measured | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Intervals of the test's metrics, as they go to ``metrics.json``.
@@ -157,7 +164,8 @@ class Bootstrap:
 
         Returns:
             ``intervals``: name of each metric → ``[low, high]``; and ``bootstrap``: how they were computed, and in ``without``
-            the names of metrics that have no interval, each with the reason. Empty if ``samples`` is 0.
+            the names of metrics that have no interval, each with the reason. Empty if ``samples`` is 0. With `keep` also
+            ``draws``: name of each metric → its values in all resampled tests, (samples,).
         """
         if self.samples == 0:
             return {}
@@ -182,7 +190,8 @@ class Bootstrap:
                 without[name] = reason
             else:
                 intervals[name] = found[~found.isnan()].quantile(found.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
-        return {"intervals": intervals, "bootstrap": how | ({"without": without} if without else {})}
+        kept = {"draws": {name: values[name.removeprefix("test/")] for name in names if name not in without}} if self.keep else {}
+        return {"intervals": intervals, "bootstrap": how | ({"without": without} if without else {}), **kept}
 
     def _values(self, measured: Measured, units: Tensor, number: int) -> Metrics:
         """Each metric of all resampled tests, (samples,)."""

@@ -387,7 +387,10 @@ def test_a_unit_that_is_given_is_drawn():
         ({"samples": 99}, "downstream.bootstrap.samples must be at least 100, or 0 for no intervals, found 99"),
         ({"samples": -1}, "downstream.bootstrap.samples must be at least 100, or 0 for no intervals, found -1"),
         ({"samples": 1e3}, "downstream.bootstrap.samples must be at least 100, or 0 for no intervals, found 1000.0"),
-        ({"level": 0.9}, "downstream.bootstrap has no setting 'level'; there are samples, unit"),
+        ({"level": 0.9}, "downstream.bootstrap has no setting 'level'; there are keep, samples, seed, unit"),
+        ({"seed": 1.5}, "downstream.bootstrap.seed must be null, which is the run's, or at least 0, found 1.5"),
+        ({"keep": 1}, "downstream.bootstrap.keep must be true or false, and false without samples, found 1"),
+        ({"samples": 0, "keep": True}, "downstream.bootstrap.keep must be true or false, and false without samples, found True"),
         (
             {"unit": "speaker"},
             "downstream.bootstrap.unit=speaker: utterance u2 of the test has no speaker, or several: set it to",
@@ -397,6 +400,20 @@ def test_a_unit_that_is_given_is_drawn():
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"^{message}".replace("(", r"\(")):
         Bootstrap.choose(settings, 0, {"u1": "a", "u2": None}, lambda: [])
+
+
+def test_runs_of_different_seeds_can_draw_the_same_tests_and_keep_their_metrics():
+    """So that two runs can be compared test by test."""
+    measured = accuracy_of([3, 2, 4, 0, 1], [4, 4, 4, 4, 4])
+    kept = []
+    for seed in (0, 1):
+        chosen = Bootstrap.choose({"seed": 7, "keep": True, "samples": 200, "unit": "utterance"}, seed, {}, list)
+        found = chosen.intervals(measured, {"test/accuracy": 0.5})
+        assert np.quantile(found["draws"]["test/accuracy"], [0.025, 0.975]) == pytest.approx(found["intervals"]["test/accuracy"])
+        kept.append(found["draws"]["test/accuracy"])
+    assert kept[0].tolist() == kept[1].tolist()
+    assert len(kept[0]) == 200
+    assert "draws" not in UTTERANCES.intervals(measured, {"test/accuracy": 0.5})
 
 
 def test_a_line_says_what_was_drawn_and_what_has_no_interval():
