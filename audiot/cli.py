@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "make a corpus ready for training",
     "align": "write phone or character times of a transcribed corpus",
     "benchmark": "measure the speed and memory of attention mechanisms",
+    "study": "what each mechanism costs and buys, under which objective, over seeds",
 }
 TOOLS = {  # of plain arguments, without a config
     "compare": "the results of several runs in one table",

@@ -243,6 +243,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "frames_per_s": round(throughput.average),
             "data_wait": round(throughput.data_wait, 4),
             "first_step_s": round(throughput.first_step_s, 1),
+            "train_s": round(throughput.total_s, 1),
             "precision": trainer.precision,
             "parameters": parameters,
             "steps": trainer.global_step,

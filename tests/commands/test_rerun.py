@@ -42,7 +42,7 @@ def test_a_run_is_repeated_exactly(short, tmp_path):
     first, second = (weights(folder / "checkpoints" / "step=4.ckpt") for folder in (short, repeat))
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
-    speed = ("frames_per_s", "data_wait", "first_step_s", "wall_s")
+    speed = ("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s")
     figures = [
         {name: value for name, value in read(each / "summary.json").items() if name not in speed} for each in (short, repeat)
     ]

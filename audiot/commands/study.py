@@ -1,0 +1,69 @@
+"""``audiot study``: what each attention mechanism costs and buys, under which objective, and how sure that is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from audiot.base.console import say
+from audiot.base.quoting import path, quoted
+from audiot.data.prepare import usable_cores
+from audiot.study.design import Study
+from audiot.study.gathering import gather, report_folder
+from audiot.study.report import write_report
+from audiot.study.running import Worker
+
+ON_A_GPU = 2  # runs at a time on each card
+
+
+def main(cfg: DictConfig) -> None:
+    """Run what is left of a study, and write its report.
+
+    Raises:
+        ValueError: a setting is wrong, or runs failed, which is told after all else is done.
+    """
+    given = HydraConfig.get().overrides.task
+    device = [override for override in given if override.startswith(("trainer=", "trainer."))]
+    settings = {**cfg.study, "pretrain": [*cfg.study.pretrain, *device], "finetune": [*cfg.study.finetune, *device]}
+    study: Study = instantiate(settings)
+    folder = Path(cfg.folder)
+    if study.rehearsal:
+        say(f"rehearsal: {study.rehearsal}")
+    worker = Worker(study, folder, _at_a_time(cfg.jobs))
+    worker.work()
+    records = worker.records.load()
+    command = " ".join(["audiot study", *map(quoted, given)])
+    findings = gather(study, records, worker.failed, command)
+    files = write_report(findings, report_folder(folder))
+    for sentence in findings.summary:
+        say(sentence)
+    say(f"report  {', '.join(str(file) for file in files)}")
+    if worker.failed:
+        job, why = next(iter(worker.failed.values()))
+        raise ValueError(f"{len(worker.failed)} runs failed, the same command tries them again; the first, {job.name}: {why}")
+    say(f"next:   open {path(files[0])}")
+
+
+def _at_a_time(jobs: int | str) -> int:
+    """Runs at a time.
+
+    Raises:
+        ValueError: it is no number of runs.
+    """
+    if jobs == "auto":
+        cards = torch.cuda.device_count()
+        return ON_A_GPU * cards if cards else usable_cores()
+    if isinstance(jobs, int) and jobs >= 1:
+        return jobs
+    raise ValueError(f"jobs must be auto or at least 1, found {jobs}")
+
+
+if __name__ == "__main__":
+    from audiot.commands.launch import run
+
+    run("study", sys.argv[1:])

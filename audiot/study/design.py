@@ -1,0 +1,312 @@
+"""What a study runs: mechanisms under objectives over seeds, and the tasks of every encoder, each as a command of audiot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from audiot.base.config import compose_command
+from audiot.base.groups import nearest, options
+from audiot.base.quoting import override
+from audiot.benchmark.entries import Entry, check_labels
+from audiot.study.findings import Measure
+from audiot.study.records import Record
+
+# Keys of a config that no figure depends on.
+ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "probe_jobs", "resume", "trusted")
+BUDGETS = ("steps", "time")
+UNTRAINED, FEATURES = "untrained", "features"
+CONTROLS = (UNTRAINED, FEATURES)
+
+
+@cache
+def fingerprint(command: str, overrides: tuple[str, ...]) -> str:
+    """Digest of the config that a command composes, so that what changes a default changes it too."""
+    config = OmegaConf.to_container(compose_command(command, [*overrides, "run_dir=run", "data_dir=data"]))
+    assert isinstance(config, dict)
+    return _digest({name: value for name, value in config.items() if name not in ASIDE})
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a study.
+
+    Args:
+        name: What it is, in words that slashes part.
+        command: Command of audiot.
+        shared: Overrides that many runs have, in Hydra's grammar.
+        own: Overrides of this run.
+        encoder: The pre-training whose encoder it takes; None where it takes none.
+        task: Name of the task that it measures; empty for pre-training.
+    """
+
+    name: str
+    command: str
+    shared: tuple[str, ...]
+    own: tuple[str, ...]
+    encoder: Job | None = None
+    task: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all that its figures depend on."""
+        heard = None if self.encoder is None else self.encoder.key
+        return _digest([self.command, fingerprint(self.command, self.shared), self.own, heard])[:16]
+
+    @property
+    def folder(self) -> str:
+        """Folder of its run in the study's."""
+        return f"runs/{re.sub(r'[^0-9A-Za-z_.=-]+', '-', self.name)}-{self.key[:8]}"
+
+    def arguments(self, study: Path) -> list[str]:
+        """Overrides of its command line, without the place of its run."""
+        path = [] if self.encoder is None else [override("upstream.path", str(study / self.encoder.folder / "encoder"))]
+        return [*self.shared, *self.own, *path]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured of every encoder.
+
+    Args:
+        measure: Its figure.
+        command: ``finetune`` or ``abx``.
+        overrides: Overrides of the command.
+        features: Overrides in place of these where the features themselves are measured; None: they are not.
+        figure: Name of the figure in ``metrics.json``; ``abx`` has the error of its best layer.
+    """
+
+    measure: Measure
+    command: str
+    overrides: tuple[str, ...]
+    features: tuple[str, ...] | None
+    figure: str
+
+    @classmethod
+    def of(cls, name: str, given: Mapping[str, Any]) -> Task:
+        """A task of the config."""
+        known = ["command", "overrides", "features", "figure", "title", "higher_is_better", "margin"]
+        if unknown := [key for key in given if key not in known]:
+            raise ValueError(f"study.tasks.{name}: no key {unknown[0]!r}{nearest(unknown[0], known)}; keys: {', '.join(known)}")
+        command = given.get("command", "finetune")
+        if command not in ("finetune", "abx"):
+            raise ValueError(f"study.tasks.{name}.command is {command!r}: expected finetune or abx")
+        features = given.get("features")
+        measure = Measure(name, given.get("title", name), given.get("higher_is_better", command != "abx"), given.get("margin"))
+        overrides = tuple(given.get("overrides", ()))
+        figure = "abx" if command == "abx" else given.get("figure", "test/accuracy")
+        return cls(measure, command, overrides, None if features is None else tuple(features), figure)
+
+
+class Study:
+    """Mechanisms × objectives × seeds, in pairs: runs of one seed have the same batches and masks.
+
+    Each mechanism's learning rate is the one of the best validation loss, of the same few for all, on the first seed.
+
+    Args:
+        name: Its name, that of its folder.
+        title: Title of its report.
+        rehearsal: Why nothing may be concluded from it; empty where something may.
+        baseline: Label of the mechanism that the others are compared with.
+        mechanisms: Entries: a name in `conf/attention`, or ``{name, label, overrides}``; ``all`` stands for all others.
+        control_mechanisms: Labels of those that are controls.
+        objectives: Names in `conf/objective`, or ``{name, label, overrides}``.
+        seeds: Seeds of the runs.
+        learning_rates: Learning rates to choose from.
+        budgets: ``steps``: all train equally many; ``time``: all train as long as the baseline does for its steps, by the frames
+            per second that their runs have measured.
+        controls: ``untrained``: the baseline's architecture with random weights; ``features``: what the encoder hears.
+        data: Overrides of all commands that name the data and the features.
+        pretrain: Overrides of all pre-training.
+        finetune: Overrides of all fine-tuning.
+        tasks: What is measured of every encoder, by name.
+        alpha: Probability of a wrong verdict that is accepted, for each measure.
+        resamples: Draws of the bootstrap over seeds and test units.
+
+    Raises:
+        ValueError: an entry is none, or two have one label.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        rehearsal: str,
+        baseline: str,
+        mechanisms: Sequence[str | Mapping[str, Any]],
+        control_mechanisms: Sequence[str],
+        objectives: Sequence[str | Mapping[str, Any]],
+        seeds: Sequence[int],
+        learning_rates: Sequence[float],
+        budgets: Sequence[str],
+        controls: Sequence[str],
+        data: Sequence[str],
+        pretrain: Sequence[str],
+        finetune: Sequence[str],
+        tasks: Mapping[str, Mapping[str, Any]],
+        alpha: float = 0.05,
+        resamples: int = 2000,
+    ) -> None:
+        self.name, self.title, self.rehearsal = name, title, rehearsal
+        self.baseline, self.alpha, self.resamples = baseline, alpha, resamples
+        self.mechanisms = {entry.label: entry for entry in _mechanisms(mechanisms)}
+        self.objectives = dict(map(_objective, objectives))
+        self.seeds, self.learning_rates = list(seeds), list(learning_rates)
+        self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
+        self.data, self.pretrain, self.finetune = tuple(data), tuple(pretrain), tuple(finetune)
+        self.tasks = {name: Task.of(name, task) for name, task in tasks.items()}
+        self._check()
+
+    def _check(self) -> None:
+        for what, found, known in (
+            ("baseline", [self.baseline], [*self.mechanisms]),
+            ("control_mechanisms", self.control_mechanisms, [*self.mechanisms]),
+            ("budgets", self.budgets, BUDGETS),
+            ("controls", self.controls, CONTROLS),
+        ):
+            for name in found:
+                if name not in known:
+                    raise ValueError(f"study.{what}: no {name!r}{nearest(name, [*known])}; there are {', '.join(known)}")
+        for what, several in (("seeds", self.seeds), ("learning_rates", self.learning_rates), ("budgets", self.budgets)):
+            if not several or len(set(several)) < len(several):
+                raise ValueError(f"study.{what} is {several}: expected one or more, each once")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"study.alpha is {self.alpha}: expected a probability, such as 0.05")
+        if "steps" not in self.budgets:
+            raise ValueError("study.budgets lacks steps: how long equal time is, is measured by runs of equal steps")
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is compared."""
+        return tuple(task.measure for task in self.tasks.values())
+
+    def jobs(self, records: Mapping[str, Record]) -> Iterator[Job]:
+        """All runs that are known by now, each after what it needs.
+
+        Args:
+            records: Key of each run that is finished → its record. Learning rates and equal times follow from them.
+        """
+        for objective in self.objectives:
+            for mechanism in self.mechanisms:
+                yield from self.searched(objective, mechanism)
+                for seed in self.seeds:
+                    for budget in self.budgets:
+                        job = self.training(objective, mechanism, seed, budget, records)
+                        if job is not None:
+                            yield job
+                            yield from (self.task(name, job, seed) for name in self.tasks)
+        for name in self.tasks:
+            for seed in self.seeds:
+                for control in self.controls:
+                    job = self.control(name, control, seed, records)
+                    if job is not None:
+                        yield job
+
+    def searched(self, objective: str, mechanism: str) -> list[Job]:
+        """The runs of which validation chooses the learning rate."""
+        return [self._training(objective, mechanism, self.seeds[0], rate) for rate in self.learning_rates]
+
+    def learning_rate(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> float | None:
+        """The learning rate of a mechanism; None until all that it is chosen from have run."""
+        found = [records.get(job.key) for job in self.searched(objective, mechanism)]
+        if any(record is None for record in found):
+            return None
+        losses = [record.figures["validation"] for record in found if record is not None]
+        return self.learning_rates[losses.index(min(losses))]
+
+    def training(
+        self, objective: str, mechanism: str, seed: int, budget: str, records: Mapping[str, Record]
+    ) -> Job | None:
+        """A pre-training; None until what it depends on is known. The baseline's is the same for every budget."""
+        rate = self.learning_rate(objective, mechanism, records)
+        if rate is None:
+            return None
+        if budget == "steps" or mechanism == self.baseline:
+            return self._training(objective, mechanism, seed, rate)
+        speed, reference = (self._speed(objective, name, records) for name in (mechanism, self.baseline))
+        if speed is None or reference is None:
+            return None
+        steps = self._steps(objective, mechanism, records)
+        return self._training(objective, mechanism, seed, rate, max(1, round(steps * speed / reference)))
+
+    def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
+        shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism].arguments, "probe=false")
+        name = f"{objective}/{mechanism}/lr={rate:g}/seed={seed}"
+        own = (f"optimizer.lr={rate}", f"seed={seed}")
+        if steps is not None:
+            name, own = f"{name}/steps={steps}", (*own, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}")
+        return Job(name, "pretrain", shared, own)
+
+    def _all_seeds(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> list[Record] | None:
+        """The finished runs of equal steps; None until there are those of all seeds."""
+        rate = self.learning_rate(objective, mechanism, records)
+        if rate is None:
+            return None
+        found = [records.get(self._training(objective, mechanism, seed, rate).key) for seed in self.seeds]
+        return None if None in found else [record for record in found if record is not None]
+
+    def _speed(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> float | None:
+        """Median frames per second over the seeds; None until they have run."""
+        found = self._all_seeds(objective, mechanism, records)
+        return None if found is None else median(record.figures["frames_per_s"] for record in found)
+
+    def _steps(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> int:
+        found = self._all_seeds(objective, mechanism, records)
+        assert found is not None
+        return int(found[0].figures["steps"])
+
+    def task(self, name: str, training: Job, seed: int) -> Job:
+        """A task on an encoder."""
+        task = self.tasks[name]
+        shared = (*self.data, *self._common(task), *task.overrides, "upstream=checkpoint")
+        return Job(f"{training.name}/{name}", task.command, shared, (f"seed={seed}",), training, name)
+
+    def control(self, name: str, control: str, seed: int, records: Mapping[str, Record]) -> Job | None:
+        """A task on a control; None until what it depends on is known, or where the task has none."""
+        task = self.tasks[name]
+        if control == FEATURES:
+            if task.features is None:
+                return None
+            shared = (*self.data, *self._common(task), *task.features, "upstream=features")
+            return Job(f"{control}/{name}/seed={seed}", task.command, shared, (f"seed={seed}",), task=name)
+        training = self.training(next(iter(self.objectives)), self.baseline, self.seeds[0], "steps", records)
+        if training is None:
+            return None
+        shared = (*self.data, *self._common(task), *task.overrides, "upstream=random")
+        return Job(f"{control}/{name}/seed={seed}", task.command, shared, (f"seed={seed}",), training, name)
+
+    def _common(self, task: Task) -> tuple[str, ...]:
+        if task.command == "abx":
+            return ("compare=false",)
+        return (*self.finetune, "logger=none", f"downstream.bootstrap.seed={self.seeds[0]}", "downstream.bootstrap.keep=true")
+
+
+def _mechanisms(entries: Sequence[str | Mapping[str, Any]]) -> list[Entry]:
+    found = Entry.all_of(entries, "study.mechanisms")
+    check_labels(found, "study.mechanisms")
+    return found
+
+
+def _objective(entry: str | Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Label and overrides of an objective."""
+    given = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = str(given.get("name"))
+    if name not in options("objective"):
+        known = options("objective")
+        raise ValueError(f"study.objectives: no objective {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    if unknown := set(given) - {"name", "label", "overrides"}:
+        raise ValueError(f"study.objectives: no key {min(unknown)!r}; keys: name, label, overrides")
+    return str(given.get("label", name)), [f"objective={name}", *given.get("overrides", ())]

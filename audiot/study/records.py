@@ -1,0 +1,110 @@
+"""What is kept of a finished run: a small file, which may travel without the run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from audiot.base.files import read_json, write_json
+from audiot.runs import read_results
+
+if TYPE_CHECKING:
+    from audiot.study.design import Job
+
+FORMAT = 1
+FROM_SUMMARY = ("frames_per_s", "parameters", "steps", "train_s", "peak_gib")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures of a run.
+
+    Args:
+        name: What it is.
+        run: Folder of the run in the study's.
+        arguments: Its command line.
+        figures: Its figures.
+        draws: Name of a figure → its values on resampled tests.
+        environment: Versions and machine.
+    """
+
+    name: str
+    run: str
+    arguments: tuple[str, ...]
+    figures: dict[str, float]
+    draws: dict[str, list[float]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Records:
+    """The finished runs of a study, a file each.
+
+    Args:
+        folder: Folder of the study.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, Record] = {}
+
+    def load(self) -> Mapping[str, Record]:
+        """Key of each finished run → its record. Files that are there already are not read again.
+
+        Raises:
+            ValueError: a file is no record.
+        """
+        for path in sorted((self.folder / "results").glob("*.json")):
+            if path.stem not in self._known:
+                self._known[path.stem] = _read(path)
+        return self._known
+
+    def write(self, job: Job, record: Record) -> None:
+        """Keep a record."""
+        content = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        write_json(self.folder / "results" / f"{job.key}.json", {"format": FORMAT, **content})
+
+
+def _read(path: Path) -> Record:
+    found = read_json(path, "the record of a run")
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {str(found.get('format'))[:40]!r} of a record, expected {FORMAT}: delete it to run it again")
+    try:
+        record = Record(
+            str(found["name"]),
+            str(found["run"]),
+            tuple(map(str, found["arguments"])),
+            {str(name): float(value) for name, value in found["figures"].items()},
+            {str(name): [float(value) for value in values] for name, values in found["draws"].items()},
+            {str(name): str(value) for name, value in found["environment"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of a run ({error}): delete it to run it again") from error
+    return record
+
+
+def collect(command: str, run: Path, figure: str = "") -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Figures of a finished run and their values on resampled tests.
+
+    Args:
+        command: The command that made it.
+        run: Its folder.
+        figure: Name of the figure of a task in ``metrics.json``.
+    """
+    if command == "pretrain":
+        summary = read_results(run / "summary.json", ["monitor"])
+        costs = {name: float(summary[name]) for name in FROM_SUMMARY if name in summary}
+        return {"validation": float(summary[summary["monitor"]]), **costs}, {}
+    if command == "abx":
+        from audiot.commands.abx import abx_error
+
+        return {"value": min(map(abx_error, read_json(run / "abx.json", "ABX errors")["layers"]))}, {}
+    metrics = read_results(run / "metrics.json", [figure])
+    return {"value": float(metrics[figure])}, {"value": _column(run / "draws.csv", figure)} if (run / "draws.csv").is_file() else {}
+
+
+def _column(path: Path, name: str) -> list[float]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [float(row[name]) for row in csv.DictReader(stream) if name in row]

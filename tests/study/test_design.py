@@ -1,0 +1,144 @@
+"""What a study runs, and what of it runs again when something changes. Nothing is trained here."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import initialize_config_module
+from hydra.utils import instantiate
+
+from audiot.base.config import compose_command, plain
+from audiot.base.groups import options
+from audiot.study.design import Study
+from audiot.study.records import Record
+
+
+@pytest.fixture(autouse=True)
+def hydra_started():
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        yield
+
+
+def settings(**changes):
+    """Settings of the rehearsal with changes."""
+    return plain(compose_command("study", ["run_dir=run", "folder=study"]))["study"] | changes
+
+
+def made(**changes) -> Study:
+    few = {"mechanisms": ["query_key", "local", "none"], "objectives": ["mockingjay"], "seeds": [0, 1, 2]}
+    return instantiate(settings(**(few | changes)))
+
+
+def record(**figures) -> Record:
+    return Record("a run", "runs/a", (), figures)
+
+
+def finished(study, speeds=None):
+    """Records of all runs, made up: 0.003 is the better learning rate."""
+    records = {}
+    for _ in range(4):  # learning rates, then all seeds, then equal times
+        for job in study.jobs(records):
+            mechanism = job.name.split("/")[1]
+            loss = 1.0 if "lr=0.003" in job.name else 2.0
+            speed = (speeds or {}).get(mechanism, 1000.0)
+            records[job.key] = record(validation=loss, frames_per_s=speed, steps=100.0, value=0.5)
+    return records
+
+
+def names(study, records):
+    return [job.name for job in study.jobs(records)]
+
+
+@pytest.mark.parametrize("option", options("study"))
+def test_every_study_of_the_config_is_made_and_has_jobs(option):
+    study = instantiate(plain(compose_command("study", [f"study={option}", "run_dir=run", "folder=study"]))["study"])
+    assert any(study.jobs({}))
+
+
+def test_first_the_learning_rates_are_tried_on_one_seed():
+    study = made()
+    found = names(study, {})
+    trained = [name for name in found if not name.startswith("features/")]
+    assert trained == [f"mockingjay/{name}/lr={rate}/seed=0" for name in ("query_key", "local", "none") for rate in ("0.001", "0.003")]
+    assert sum(name.startswith("features/") for name in found) == 9  # three tasks, three seeds
+
+
+def test_all_seeds_take_the_learning_rate_of_the_best_validation():
+    study = made()
+    records = finished(study)
+    assert study.learning_rate("mockingjay", "local", records) == 0.003
+    others = [name for name in names(study, records) if name.startswith("mockingjay/local/") and "seed=0" not in name]
+    assert others
+    assert all("/lr=0.003/" in name for name in others)
+
+
+def test_equal_time_is_as_long_as_the_baseline_takes_for_its_steps():
+    """One that is half as fast takes half as many steps, and the baseline itself runs once for both."""
+    study = made()
+    records = finished(study, {"query_key": 1000.0, "local": 500.0, "none": 2500.0})
+    steps = {name: study.training("mockingjay", name, 1, "time", records) for name in ("query_key", "local", "none")}
+    assert steps["query_key"] == study.training("mockingjay", "query_key", 1, "steps", records)
+    assert "trainer.max_steps=50" in steps["local"].own
+    assert "trainer.max_steps=250" in steps["none"].own
+
+
+def test_every_job_is_there_once_and_after_what_it_needs():
+    study = made()
+    jobs = list(study.jobs(finished(study)))
+    place = {job.key: number for number, job in reversed(list(enumerate(jobs)))}
+    assert all(job.encoder is None or place[job.encoder.key] < place[job.key] for job in jobs)
+    # 3 mechanisms: one more learning rate each, 3 seeds, and 3 of equal time for two of them; 3 tasks of each but the first.
+    assert len(place) == 3 + 15 + 3 * 15 + 2 * 9
+
+
+def changed(before, after):
+    """Names of the runs of two studies that differ."""
+    old = {job.key for job in before.jobs(finished(before))}
+    return {job.name for job in after.jobs(finished(after)) if job.key not in old}
+
+
+def test_what_is_the_same_has_the_same_key():
+    assert changed(made(), made(title="another", alpha=0.01)) == set()
+
+
+def test_a_changed_task_runs_again_and_nothing_else():
+    tasks = settings()["tasks"]
+    other = tasks | {"phone_linear": tasks["phone_linear"] | {"overrides": ["downstream=phone_linear", "downstream.layers=last"]}}
+    found = changed(made(), made(tasks=other))
+    assert found
+    assert all(name.endswith("/phone_linear") or name.startswith("untrained/phone_linear") for name in found)
+
+
+def test_a_changed_training_runs_again_with_its_tasks_and_the_features_do_not():
+    found = changed(made(), made(pretrain=["trainer.max_steps=50", "trainer.val_check_interval=50"]))
+    assert not any(name.startswith("features/") for name in found)
+    assert len(found) == 3 + 15 + 3 * 15 + 9
+
+
+def test_another_mechanism_or_seed_adds_its_runs():
+    more = changed(made(), made(mechanisms=["query_key", "local", "none", "uniform"]))
+    assert more
+    assert all(name.startswith("mockingjay/uniform/") for name in more)
+    more = changed(made(), made(seeds=[0, 1, 2, 3]))
+    assert more
+    assert all("seed=3" in name for name in more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "query_kee"}, r"study.baseline: no 'query_kee' \(did you mean query_key\?\)"),
+        ({"mechanisms": ["query_kee"]}, r"study.mechanisms: no attention 'query_kee'"),
+        ({"objectives": ["cluster"]}, r"study.objectives: no objective 'cluster' \(did you mean clusters\?\)"),
+        ({"seeds": [1, 1]}, r"study.seeds is \[1, 1\]: expected one or more, each once"),
+        ({"learning_rates": []}, r"study.learning_rates is \[\]: expected one or more"),
+        ({"budgets": ["time"]}, "study.budgets lacks steps"),
+        ({"budgets": ["steps", "hours"]}, "study.budgets: no 'hours'"),
+        ({"controls": ["nothing"]}, "study.controls: no 'nothing'"),
+        ({"alpha": 5}, "study.alpha is 5: expected a probability"),
+        ({"tasks": {"phone": {"overides": []}}}, r"study.tasks.phone: no key 'overides' \(did you mean overrides\?\)"),
+        ({"tasks": {"phone": {"command": "predict"}}}, "study.tasks.phone.command is 'predict': expected finetune or abx"),
+    ],
+)
+def test_what_makes_no_study_is_refused_in_one_line(changes, message):
+    with pytest.raises(Exception, match=message):
+        made(**changes)
