@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -221,7 +222,9 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def _inline(figure: Figure, prefix: str, texts: tuple[str, str]) -> str:
     """The figure as an element of a page: ids begin with the prefix, colours are variables of the page's style."""
     stream = StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser brings the fonts
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ElementTree.fromstring(stream.getvalue())
     for parent in root.iter():
         for child in [child for child in parent if child.tag.endswith(("}metadata", "}style"))]:

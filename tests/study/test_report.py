@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import re
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -22,7 +23,14 @@ from audiot.study.saved import read_findings
 from audiot.study.tables import latex
 from audiot.study.wording import interval, number, verdict
 
-HOSTILE = ("<script>alert(1)</script>", "\"two\" & 'one' {three}", r"_ % & # $ ~ ^ \ [x]", "=cmd()", "$x$ <g id=", "long " * 30)
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"two\" & 'one' {three}",
+    r"_ % & # $ ~ ^ \ [x]",
+    "=cmd()",
+    "線形 $x$ <g id=-- -->",
+    "long " * 30,
+)
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 
 
@@ -74,7 +82,9 @@ def page(written):
 def hostile(tmp_path_factory):
     """A report whose mechanisms have names of strangers, and its folder."""
     folder = tmp_path_factory.mktemp("hostile")
-    write_report(example(HOSTILE, rehearsal="<b>Only</b> a try."), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        write_report(example(HOSTILE, rehearsal="<b>Only</b> a try."), folder)
     return folder
 
 
