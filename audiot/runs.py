@@ -342,7 +342,17 @@ def check_fresh(run: Path) -> None:
 
 
 FIGURES = ("pretrain/", "probe/", "finetune/", "valid/", "test/", "targets/")  # beginnings of the names of figures
-NUMBERS = ("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "parameters", "steps", "resumed_step", "train_utterances")
+NUMBERS = (
+    "frames_per_s",
+    "data_wait",
+    "first_step_s",
+    "train_s",
+    "wall_s",
+    "parameters",
+    "steps",
+    "resumed_step",
+    "train_utterances",
+)
 
 
 def read_results(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:

@@ -242,7 +242,18 @@ def test_pretraining_leaves_a_whole_run_behind(made):
         *("targets/codes", "targets/used", "targets/perplexity", "targets/stability", "monitor"),
         *(f"probe/{task}/{upstream}" for task in ("phone", "speaker") for upstream in ("encoder", "random", "features")),
         *(f"finetune/phone/{upstream}" for upstream in ("encoder", "random")),
-        *("frames_per_s", "data_wait", "first_step_s", "train_s", "precision", "parameters", "steps", "wall_s", "resumed_step", "intervals"),
+        *(
+            "frames_per_s",
+            "data_wait",
+            "first_step_s",
+            "train_s",
+            "precision",
+            "parameters",
+            "steps",
+            "wall_s",
+            "resumed_step",
+            "intervals",
+        ),
     }
     assert summary["steps"] == 4
     for name, value in summary.items():

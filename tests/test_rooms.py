@@ -31,6 +31,7 @@ ORDER = (  # from the ground up: packages, and the modules at the top of the pac
     "extraction",
     "measures",
     "benchmark",
+    "study",
     "commands",
     "cli",
     "__main__",

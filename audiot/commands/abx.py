@@ -28,7 +28,7 @@ from audiot.extraction.extract import Utterance
 from audiot.extraction.states import Failures as Unreadable
 from audiot.following import same_data
 from audiot.measures.abx import SPEAKERS, Unit
-from audiot.measures.measure import Settings, measure
+from audiot.measures.measure import Settings, abx_error, measure
 from audiot.measures.units import item_units, recording_units, tier_units
 from audiot.runs import choices, run_overrides, write_config
 
@@ -134,12 +134,6 @@ def matched(units: Sequence[Unit], utterances: Sequence[Utterance], where: str, 
             raise ValueError(f"the item file names the utterance {unit.utterance!r}, which {why} ({where})")
         found.append(Unit(**{**vars(unit), "utterance": named[0]}))
     return found
-
-
-def abx_error(row: Mapping[str, Any]) -> float:
-    """The mean of a layer's ABX errors."""
-    errors = [row[speaker]["error"] for speaker in SPEAKERS if speaker in row]
-    return sum(errors) / len(errors)
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from omegaconf import DictConfig
 
 from audiot.base.console import say
 from audiot.base.quoting import path, quoted
+from audiot.commands import launch
 from audiot.data.prepare import usable_cores
 from audiot.study.design import Study
-from audiot.study.gathering import gather, report_folder
+from audiot.study.gathering import gather
 from audiot.study.report import write_report
 from audiot.study.running import Worker
 
 ON_A_GPU = 2  # runs at a time on each card
+MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx")
 
 
 def main(cfg: DictConfig) -> None:
@@ -34,12 +36,12 @@ def main(cfg: DictConfig) -> None:
     folder = Path(cfg.folder)
     if study.rehearsal:
         say(f"rehearsal: {study.rehearsal}")
-    worker = Worker(study, folder, _at_a_time(cfg.jobs))
+    worker = Worker(study, folder, _at_a_time(cfg.jobs), launch.run, MODULES)
     worker.work()
     records = worker.records.load()
     command = " ".join(["audiot study", *map(quoted, given)])
     findings = gather(study, records, worker.failed, command)
-    files = write_report(findings, report_folder(folder))
+    files = write_report(findings, folder)
     for sentence in findings.summary:
         say(sentence)
     say(f"report  {', '.join(str(file) for file in files)}")

@@ -144,6 +144,12 @@ def measure(
     return rows, compared
 
 
+def abx_error(row: Mapping[str, Any]) -> float:
+    """The mean of a layer's ABX errors."""
+    errors = [row[speaker]["error"] for speaker in SPEAKERS if speaker in row]
+    return sum(errors) / len(errors)
+
+
 def _of_layer(frames: Tensor, spans: Spans, cells: dict[str, Cells], settings: Settings) -> dict[str, Any]:
     distance = Distance(settings.distance)
     compared = frames.softmax(1) if settings.distance == "kl" else frames

@@ -227,9 +227,7 @@ class Study:
         losses = [record.figures["validation"] for record in found if record is not None]
         return self.learning_rates[losses.index(min(losses))]
 
-    def training(
-        self, objective: str, mechanism: str, seed: int, budget: str, records: Mapping[str, Record]
-    ) -> Job | None:
+    def training(self, objective: str, mechanism: str, seed: int, budget: str, records: Mapping[str, Record]) -> Job | None:
         """A pre-training; None until what it depends on is known. The baseline's is the same for every budget."""
         rate = self.learning_rate(objective, mechanism, records)
         if rate is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -60,9 +59,7 @@ def _trained(study: Study, records: Mapping[str, Record]) -> list[Setting]:
             for mechanism in study.mechanisms:
                 runs = {seed: study.training(objective, mechanism, seed, budget, records) for seed in study.seeds}
                 jobs = {seed: job for seed, job in runs.items() if job is not None}
-                figures = {
-                    name: {seed: study.task(name, job, seed) for seed, job in jobs.items()} for name in study.tasks
-                }
+                figures = {name: {seed: study.task(name, job, seed) for seed, job in jobs.items()} for name in study.tasks}
                 found.append(
                     Setting(
                         objective,
@@ -124,9 +121,19 @@ def summary(study: Study, settings: list[Setting]) -> tuple[str, ...]:
             continue
         verdicts = [(each, name, found) for each in rivals for name, found in each.comparisons.items()]
         count = {word: sum(found.verdict == word for _, _, found in verdicts) for word in (EQUIVALENT, UNKNOWN)}
-        won = sorted({f"{each.mechanism} ({each.objective}, {_title(study, name)})" for each, name, found in verdicts if found.winner == each.mechanism})
+        won = sorted(
+            {
+                f"{each.mechanism} ({each.objective}, {_title(study, name)})"
+                for each, name, found in verdicts
+                if found.winner == each.mechanism
+            }
+        )
         lost = sum(found.verdict == BETTER and found.winner == study.baseline for _, _, found in verdicts)
-        ahead = f"{', '.join(won)} {'is' if len(won) == 1 else 'are'} better than {study.baseline}" if won else f"no mechanism is better than {study.baseline}"
+        ahead = (
+            f"{', '.join(won)} {'is' if len(won) == 1 else 'are'} better than {study.baseline}"
+            if won
+            else f"no mechanism is better than {study.baseline}"
+        )
         sentences.append(
             f"By {words}, {ahead}; of {len(verdicts)} comparisons {study.baseline} is better in {lost}, {count[EQUIVALENT]} are "
             f"equivalent, and {count[UNKNOWN]} can't be told."
@@ -166,8 +173,3 @@ def methods(study: Study) -> tuple[str, ...]:
         f"comparisons of a measure at {study.alpha:g}. Better: the corrected test says so and the interval excludes zero. Equivalent: the "
         "corrected tests say so and the interval lies within the margins.",
     )
-
-
-def report_folder(folder: Path) -> Path:
-    """Where the report of a study lies."""
-    return folder / "report"

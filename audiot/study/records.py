@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audiot.base.files import read_json, write_json
+from audiot.measures.measure import abx_error
 from audiot.runs import read_results
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class Records:
 def _read(path: Path) -> Record:
     found = read_json(path, "the record of a run")
     if found.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {str(found.get('format'))[:40]!r} of a record, expected {FORMAT}: delete it to run it again")
+        raise ValueError(
+            f"{path}: format {str(found.get('format'))[:40]!r} of a record, expected {FORMAT}: delete it to run it again"
+        )
     try:
         record = Record(
             str(found["name"]),
@@ -98,11 +101,11 @@ def collect(command: str, run: Path, figure: str = "") -> tuple[dict[str, float]
         costs = {name: float(summary[name]) for name in FROM_SUMMARY if name in summary}
         return {"validation": float(summary[summary["monitor"]]), **costs}, {}
     if command == "abx":
-        from audiot.commands.abx import abx_error
-
         return {"value": min(map(abx_error, read_json(run / "abx.json", "ABX errors")["layers"]))}, {}
     metrics = read_results(run / "metrics.json", [figure])
-    return {"value": float(metrics[figure])}, {"value": _column(run / "draws.csv", figure)} if (run / "draws.csv").is_file() else {}
+    return {"value": float(metrics[figure])}, {"value": _column(run / "draws.csv", figure)} if (
+        run / "draws.csv"
+    ).is_file() else {}
 
 
 def _column(path: Path, name: str) -> list[float]:

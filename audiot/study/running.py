@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -26,7 +27,6 @@ from audiot.study.design import Job, Study
 from audiot.study.records import Record, Records, collect
 
 LOOK_S = 1.0  # between looks at what other processes have finished
-MODULES = ("audiot.study.running", "audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx")
 
 
 @dataclass
@@ -55,16 +55,20 @@ class Worker:
         study: The study.
         folder: Its folder.
         at_a_time: Runs at a time. They share out the cores, and the GPUs where there are several.
+        command: Function that runs a command with its arguments, in a process of its own.
+        modules: What that function imports. It is imported once for all processes.
     """
 
-    def __init__(self, study: Study, folder: Path, at_a_time: int) -> None:
-        self.study, self.folder, self.at_a_time = study, folder, at_a_time
+    def __init__(
+        self, study: Study, folder: Path, at_a_time: int, command: Callable[[str, list[str]], None], modules: Sequence[str]
+    ) -> None:
+        self.study, self.folder, self.at_a_time, self.command = study, folder, at_a_time, command
         self.cards = torch.cuda.device_count()
         self.records = Records(folder)
         self.failed: dict[str, tuple[Job, str]] = {}
         self.running: list[Running] = []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(MODULES))
+        self.context.set_forkserver_preload([__name__, *modules])
 
     def work(self) -> None:
         """Run all that is left. What fails is in `failed`, with the reason.
@@ -133,7 +137,7 @@ class Worker:
             arguments = [*job.arguments(self.folder), override("hydra.run.dir", run)]
             figure = self.study.tasks[job.task].figure if job.task else ""
             card = str(place % self.cards) if self.cards > 1 else None
-            process = self.context.Process(target=_run, args=(job, arguments, self.folder, figure, threads, card))
+            process = self.context.Process(target=_run, args=(self.command, job, arguments, self.folder, figure, threads, card))
             process.start()
             self.running.append(Running(job, process, claim, place))
 
@@ -184,10 +188,16 @@ def _reason(output: Path, code: int | None) -> str:
     return f"its process ended with {code}; {output} has what it said"
 
 
-def _run(job: Job, arguments: list[str], study: Path, figure: str, threads: int, card: str | None) -> None:
+def _run(
+    command: Callable[[str, list[str]], None],
+    job: Job,
+    arguments: list[str],
+    study: Path,
+    figure: str,
+    threads: int,
+    card: str | None,
+) -> None:
     """Run a command in this process, and keep its record."""
-    from audiot.cli import main
-
     run = study / job.folder
     with (run / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -199,7 +209,7 @@ def _run(job: Job, arguments: list[str], study: Path, figure: str, threads: int,
     torch.set_num_threads(threads)
     if card is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = card
-    main([job.command, *arguments])
+    command(job.command, arguments)
     figures, draws = collect(job.command, run, figure)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}

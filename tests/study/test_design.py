@@ -58,7 +58,9 @@ def test_first_the_learning_rates_are_tried_on_one_seed():
     study = made()
     found = names(study, {})
     trained = [name for name in found if not name.startswith("features/")]
-    assert trained == [f"mockingjay/{name}/lr={rate}/seed=0" for name in ("query_key", "local", "none") for rate in ("0.001", "0.003")]
+    assert trained == [
+        f"mockingjay/{name}/lr={rate}/seed=0" for name in ("query_key", "local", "none") for rate in ("0.001", "0.003")
+    ]
     assert sum(name.startswith("features/") for name in found) == 9  # three tasks, three seeds
 
 
