@@ -37,8 +37,8 @@ class Sample:
     Args:
         seed: Seed of the run.
         value: The figure on the whole test.
-        draws: The figure on resampled tests (tests,); runs of a study resample alike, so that number `i` is one test for all. None
-            where the figure has none, as costs.
+        draws: The figure on resampled tests (tests,), NaN where it has no value; runs of a study resample alike, so that number
+            `i` is one test for all. None where the figure has none, as costs.
         run: Folder of the run, relative to the study's, with slashes.
     """
 
@@ -54,7 +54,8 @@ class Estimate:
 
     Args:
         mean: The mean.
-        low, high: Ends of the interval; None where one seed without resampled tests allows none.
+        low, high: Ends of the interval; None where one seed without resampled tests allows none, or where the figure has no value
+            on more than 1% of the resampled tests.
         samples: The runs' figures.
     """
 
@@ -70,9 +71,10 @@ class Comparison:
 
     Args:
         difference: The setting less the baseline.
-        p_different: Probability of such a difference if there were none, corrected by Holm; None with fewer than two pairs.
-        p_equivalent: Probability of so small a difference if it were as large as the margin (TOST), corrected by Holm; None without
-            a margin or with fewer than two pairs.
+        p_different: Probability of such a difference if there were none, corrected by Holm; None with fewer than two pairs, or if
+            all pairs differ by the same.
+        p_equivalent: Probability of so small a difference if it were as large as the margin (TOST), corrected by Holm; None also
+            without a margin.
         verdict: ``better``, ``equivalent`` or ``can't be told``.
         winner: Name of the better one where the verdict is ``better``, else empty.
     """
@@ -96,7 +98,8 @@ class Setting:
         learning_rate: The one that validation chose.
         figures: Name of each measure → its estimate.
         costs: Name of each cost → its estimate.
-        comparisons: Name of each measure → the comparison with the baseline of the same objective and budget; empty for that itself.
+        comparisons: Name of each measure → the comparison with the baseline of the same objective and budget; empty for that
+            itself.
     """
 
     objective: str
