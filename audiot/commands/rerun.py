@@ -39,14 +39,8 @@ from audiot.runs import (
 )
 from audiot.training.saved import read_checkpoint
 
-SPEED = (
-    "frames_per_s",
-    "data_wait",
-    "first_step_s",
-    "train_s",
-    "wall_s",
-    "resumed_step",
-)  # figures of how it went, not of what came out
+# Figures of how it went, not of what came out.
+SPEED = ("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "resumed_step")
 NAMED = 6  # differences that a line names
 
 

@@ -243,10 +243,11 @@ class Study:
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
         shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism].arguments, "probe=false")
         name = f"{objective}/{mechanism}/lr={rate:g}/seed={seed}"
-        own = (f"optimizer.lr={rate}", f"seed={seed}")
+        own = [f"optimizer.lr={rate}", f"seed={seed}"]
         if steps is not None:
-            name, own = f"{name}/steps={steps}", (*own, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}")
-        return Job(name, "pretrain", shared, own)
+            name += f"/steps={steps}"
+            own += [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+        return Job(name, "pretrain", shared, tuple(own))
 
     def _all_seeds(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> list[Record] | None:
         """The finished runs of equal steps; None until there are those of all seeds."""

@@ -34,10 +34,10 @@ from audiot.study.wording import (
 CLASSES = {UP: "up", DOWN: "down", EQUAL: "even", OPEN: "open"}
 WORDS = {
     BETTER: "The difference in pairs of one seed is too large to be chance: its p value, corrected by Holm for many comparisons, "
-    f"is below 0.05. The winner is named. {UP} stands beside a setting that is better than the baseline, {DOWN} beside one that "
-    "the baseline beats.",
-    EQUIVALENT: f"The difference is smaller than the margin, either way: both one-sided tests (TOST) say so, and their p value, "
-    f"corrected by Holm, is below 0.05. The sign is {EQUAL}.",
+    "is below the level that the methods say, and its interval excludes zero. The winner is named. "
+    f"{UP} stands beside a setting that is better than the baseline, {DOWN} beside one that the baseline beats.",
+    EQUIVALENT: "The difference is smaller than the margin, either way: both one-sided tests (TOST) say so, corrected by Holm, and "
+    f"the interval lies within the margin. The sign is {EQUAL}.",
     UNKNOWN: f"Neither holds. The study is too small to tell, which is no sign that both are alike. The sign is {OPEN}.",
     "95% interval": "The means that agree with what was measured: those outside would make it unlikely. Brackets hold its ends.",
     "on the front": "No other setting is at least as good and at least as cheap, and better in one of both.",

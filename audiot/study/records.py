@@ -71,9 +71,8 @@ class Records:
 def _read(path: Path) -> Record:
     found = read_json(path, "the record of a run")
     if found.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: format {str(found.get('format'))[:40]!r} of a record, expected {FORMAT}: delete it to run it again"
-        )
+        other = str(found.get("format"))[:40]
+        raise ValueError(f"{path}: format {other!r} of a record, expected {FORMAT}: delete it to run it again")
     try:
         record = Record(
             str(found["name"]),
@@ -103,9 +102,8 @@ def collect(command: str, run: Path, figure: str = "") -> tuple[dict[str, float]
     if command == "abx":
         return {"value": min(map(abx_error, read_json(run / "abx.json", "ABX errors")["layers"]))}, {}
     metrics = read_results(run / "metrics.json", [figure])
-    return {"value": float(metrics[figure])}, {"value": _column(run / "draws.csv", figure)} if (
-        run / "draws.csv"
-    ).is_file() else {}
+    draws = run / "draws.csv"
+    return {"value": float(metrics[figure])}, {"value": _column(draws, figure)} if draws.is_file() else {}
 
 
 def _column(path: Path, name: str) -> list[float]:
