@@ -129,7 +129,7 @@ class Study:
         budgets: ``steps``: all train equally many; ``time``: all train as long as the baseline does for its steps, by the frames
             per second that their runs have measured.
         controls: ``untrained``: the baseline's architecture with random weights; ``features``: what the encoder hears.
-        data: Overrides of all commands that name the data and the features.
+        data: Name in `conf/data`, or overrides of all commands that choose the data and the features.
         pretrain: Overrides of all pre-training.
         finetune: Overrides of all fine-tuning.
         tasks: What is measured of every encoder, by name.
@@ -153,7 +153,7 @@ class Study:
         learning_rates: Sequence[float],
         budgets: Sequence[str],
         controls: Sequence[str],
-        data: Sequence[str],
+        data: str | Sequence[str],
         pretrain: Sequence[str],
         finetune: Sequence[str],
         tasks: Mapping[str, Mapping[str, Any]],
@@ -166,7 +166,8 @@ class Study:
         self.objectives = dict(map(_objective, objectives))
         self.seeds, self.learning_rates = list(seeds), list(learning_rates)
         self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
-        self.data, self.pretrain, self.finetune = tuple(data), tuple(pretrain), tuple(finetune)
+        self.data = (f"data={data}",) if isinstance(data, str) else tuple(data)
+        self.pretrain, self.finetune = tuple(pretrain), tuple(finetune)
         self.tasks = {name: Task.of(name, task) for name, task in tasks.items()}
         self._check()
 

@@ -36,8 +36,8 @@ WORDS = {
     BETTER: "The difference in pairs of one seed is too large to be chance: its p value, corrected by Holm for many comparisons, "
     "is below the level that the methods say, and its interval excludes zero. The winner is named. "
     f"{UP} stands beside a setting that is better than the baseline, {DOWN} beside one that the baseline beats.",
-    EQUIVALENT: "The difference is smaller than the margin, either way: both one-sided tests (TOST) say so, corrected by Holm, and "
-    f"the interval lies within the margin. The sign is {EQUAL}.",
+    EQUIVALENT: "The difference is smaller than the margin, either way: both one-sided tests (TOST) say so, corrected by Holm, "
+    f"and the interval lies within the margin. The sign is {EQUAL}.",
     UNKNOWN: f"Neither holds. The study is too small to tell, which is no sign that both are alike. The sign is {OPEN}.",
     "95% interval": "The means that agree with what was measured: those outside would make it unlikely. Brackets hold its ends.",
     "on the front": "No other setting is at least as good and at least as cheap, and better in one of both.",
@@ -145,7 +145,12 @@ def _results(findings: Findings) -> str:
 
 def _controls(findings: Findings) -> str:
     controls = [setting for setting in findings.settings if setting.is_control]
-    return _figure_table("Controls: what is reached without the training compared here", controls, findings.measures, findings)
+    untrained = [setting for setting in controls if not setting.objective]
+    tables = [("Controls without pre-training", untrained)]
+    for budget, words in BUDGETS.items():
+        trained = [setting for setting in controls if setting.objective and setting.budget == budget]
+        tables.append((f"Controls, {words.lower()}", trained))
+    return "".join(_figure_table(caption, settings, findings.measures, findings) for caption, settings in tables)
 
 
 def _costs(findings: Findings) -> str:

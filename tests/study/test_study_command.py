@@ -1,0 +1,100 @@
+"""The whole of a study, tiny: it runs, goes on, travels, and tells of what failed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from audiot.cli import main
+
+TINY = [
+    "study.mechanisms=[query_key,none]",
+    "study.control_mechanisms=[]",
+    "study.objectives=[mockingjay]",
+    "study.learning_rates=[1e-3]",
+    "study.budgets=[steps]",
+    "study.controls=[]",
+    'study.data=["data.hours=0.01","data.num_speakers=2","data.corpus.num_valid_speakers=1","data.corpus.num_test_speakers=2",'
+    '"data.corpus.heldout_utterances=4","data.corpus.speaker_utterances=2"]',
+    'study.pretrain=["model.embed_dim=24","model.num_heads=2","model.ffn_dim=48","data.num_workers=0","data.batch_s=10",'
+    '"trainer.max_steps=2","trainer.val_check_interval=2"]',
+    'study.finetune=["data.num_workers=0","trainer.max_steps=2","trainer.val_check_interval=2"]',
+    "~study.tasks.speaker_utterance",
+    "~study.tasks.abx",
+    "study.resamples=200",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a finished study in it."""
+    pytest.importorskip("espeakng_loader")
+    home = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("AUDIOT_DATA", str(home / "data"))
+        patch.setattr("sys.argv", ["audiot"])
+        main(["study", "folder=tiny", *TINY])
+        yield home
+
+
+def records(study):
+    return {path.name: path.stat().st_mtime_ns for path in (study / "results").iterdir()}
+
+
+def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
+    found = [json.loads((home / "tiny" / "results" / name).read_text()) for name in records(home / "tiny")]
+    assert sorted(each["name"] for each in found) == sorted(
+        f"mockingjay/{mechanism}/lr=0.001/seed={seed}{task}"
+        for mechanism in ("query_key", "none")
+        for seed in (0, 1)
+        for task in ("", "/phone_linear")
+    )
+    assert all((home / "tiny" / each["run"] / "output.txt").is_file() for each in found)
+    page = (home / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert "Rehearsal: nothing may be concluded" in page
+    probes = [each for each in found if "phone_linear" in each["name"]]
+    rows = (home / "tiny" / "runs.csv").read_text().splitlines()[1:]
+    assert sorted(f"{each['figures']['value']:.6f}" for each in probes) == sorted(
+        f"{float(row.split(',')[5]):.6f}" for row in rows if ",phone_linear," in row
+    )
+    assert all(len(each["draws"]["value"]) == 1000 for each in probes)
+
+
+def test_what_is_finished_never_runs_again(home, capsys):
+    before = records(home / "tiny")
+    main(["study", "folder=tiny", *TINY])
+    assert records(home / "tiny") == before
+    assert capsys.readouterr().out.splitlines()[-1] == "next:   open tiny/report.html"
+
+
+def test_records_travel_without_their_runs(home):
+    shutil.copytree(home / "tiny" / "results", home / "elsewhere" / "results")
+    main(["study", "folder=elsewhere", *TINY])
+    assert records(home / "elsewhere").keys() == records(home / "tiny").keys()
+    assert not (home / "elsewhere" / "runs").exists()
+    assert (home / "elsewhere" / "runs.csv").read_text() == (home / "tiny" / "runs.csv").read_text()
+
+
+def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
+    path = next(path for path in (home / "tiny" / "results").iterdir() if "phone_linear" in path.read_text())
+    before, content = records(home / "tiny"), json.loads(path.read_text())
+    path.unlink()
+    main(["study", "folder=tiny", *TINY])
+    after = records(home / "tiny")
+    assert {name for name in after if after[name] != before[name]} == {path.name}
+    again = json.loads(path.read_text())
+    assert (again["figures"], again["draws"]) == (content["figures"], content["draws"])
+
+
+def test_what_fails_is_told_with_its_reason_and_the_rest_is_done(home, capsys):
+    broken = '+study.tasks.broken={title:Broken,overrides:["downstream=phone_linear","downstream.layers=[9]"]}'
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "folder=tiny", *TINY, broken])
+    assert "4 runs failed, the same command tries them again; the first, mockingjay/query_key/lr=0.001/seed=0/broken: " in str(
+        stop.value
+    )
+    assert "\n" not in str(stop.value)
+    assert "Broken" in (home / "tiny" / "report.html").read_text(encoding="utf-8")
