@@ -6,14 +6,10 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from audiot.base.files import read_json, write_json
 from audiot.measures.measure import abx_error
 from audiot.runs import read_results
-
-if TYPE_CHECKING:
-    from audiot.study.design import Job
 
 FORMAT = 1
 FROM_SUMMARY = ("frames_per_s", "parameters", "steps", "train_s", "peak_gib")
@@ -62,10 +58,10 @@ class Records:
                 self._known[path.stem] = _read(path)
         return self._known
 
-    def write(self, job: Job, record: Record) -> None:
-        """Keep a record."""
+    def write(self, key: str, record: Record) -> None:
+        """Keep the record of the run with a key."""
         content = {name: getattr(record, name) for name in Record.__dataclass_fields__}
-        write_json(self.folder / "results" / f"{job.key}.json", {"format": FORMAT, **content})
+        write_json(self.folder / "results" / f"{key}.json", {"format": FORMAT, **content})
 
 
 def _read(path: Path) -> Record:

@@ -213,4 +213,4 @@ def _run(
     figures, draws = collect(job.command, run, figure)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}
-    Records(study).write(job, Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine))
+    Records(study).write(job.key, Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine))
