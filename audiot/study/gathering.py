@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from audiot.study.comparison import estimate, settings_judged
 from audiot.study.design import CONTROLS, Job, Study, Task
 from audiot.study.findings import EQUIVALENT, UNKNOWN, Estimate, Findings, Measure, Sample, Setting
 from audiot.study.records import Record
-from audiot.study.comparison import estimate, settings_judged
 
 COSTS = {
     "train_s": Measure("train_s", "training time", False, is_rate=False, unit="s"),

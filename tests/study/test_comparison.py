@@ -14,8 +14,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Estimate, Measure, Sample, Setting
 from audiot.study.comparison import Uncorrected, compare, difference, estimate, judge, settings_judged
+from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Estimate, Measure, Sample, Setting
 
 ACCURACY = Measure("phone", "Phones", higher_is_better=True, margin=0.01)
 ERRORS = Measure("per", "Phone errors", higher_is_better=False, margin=0.01)
