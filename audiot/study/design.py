@@ -129,7 +129,8 @@ class Study:
         budgets: ``steps``: all train equally many; ``time``: all train as long as the baseline does for its steps, by the frames
             per second that their runs have measured.
         controls: ``untrained``: the baseline's architecture with random weights; ``features``: what the encoder hears.
-        data: Name in `conf/data`, or overrides of all commands that choose the data and the features.
+        data: Name in `conf/data`.
+        shared: Overrides of all commands, for the data and the features.
         pretrain: Overrides of all pre-training.
         finetune: Overrides of all fine-tuning.
         tasks: What is measured of every encoder, by name.
@@ -153,7 +154,8 @@ class Study:
         learning_rates: Sequence[float],
         budgets: Sequence[str],
         controls: Sequence[str],
-        data: str | Sequence[str],
+        data: str,
+        shared: Sequence[str],
         pretrain: Sequence[str],
         finetune: Sequence[str],
         tasks: Mapping[str, Mapping[str, Any]],
@@ -166,7 +168,7 @@ class Study:
         self.objectives = dict(map(_objective, objectives))
         self.seeds, self.learning_rates = list(seeds), list(learning_rates)
         self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
-        self.data = (f"data={data}",) if isinstance(data, str) else tuple(data)
+        self.data = (f"data={data}", *shared)
         self.pretrain, self.finetune = tuple(pretrain), tuple(finetune)
         self.tasks = {name: Task.of(name, task) for name, task in tasks.items()}
         self._check()

@@ -16,7 +16,7 @@ TINY = [
     "study.learning_rates=[1e-3]",
     "study.budgets=[steps]",
     "study.controls=[]",
-    'study.data=["data.hours=0.01","data.num_speakers=2","data.corpus.num_valid_speakers=1","data.corpus.num_test_speakers=2",'
+    'study.shared=["data.hours=0.01","data.num_speakers=2","data.corpus.num_valid_speakers=1","data.corpus.num_test_speakers=2",'
     '"data.corpus.heldout_utterances=4","data.corpus.speaker_utterances=2"]',
     'study.pretrain=["model.embed_dim=24","model.num_heads=2","model.ffn_dim=48","data.num_workers=0","data.batch_s=10",'
     '"trainer.max_steps=2","trainer.val_check_interval=2"]',
