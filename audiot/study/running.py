@@ -63,7 +63,8 @@ class Worker:
         self, study: Study, folder: Path, at_a_time: int, command: Callable[[str, list[str]], None], modules: Sequence[str]
     ) -> None:
         self.study, self.folder, self.at_a_time, self.command = study, folder, at_a_time, command
-        self.cards = torch.cuda.device_count()
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.cards = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
         self.records = Records(folder)
         self.failed: dict[str, tuple[Job, str]] = {}
         self.running: list[Running] = []
@@ -136,7 +137,7 @@ class Worker:
             threads = max(1, usable_cores() // self.at_a_time)
             arguments = [*job.arguments(self.folder), override("hydra.run.dir", run)]
             figure = self.study.tasks[job.task].figure if job.task else ""
-            card = str(place % self.cards) if self.cards > 1 else None
+            card = self.cards[place % len(self.cards)] if self.cards else None
             process = self.context.Process(target=_run, args=(self.command, job, arguments, self.folder, figure, threads, card))
             process.start()
             self.running.append(Running(job, process, claim, place))
