@@ -13,7 +13,7 @@ import pytest
 
 from audiot.base.groups import read_option
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: threads would only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # more processes than cores: threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     import torch
 
@@ -28,6 +28,13 @@ def pytest_configure(config):
     hypothesis.settings.register_profile("few", max_examples=20, **steady)
     hypothesis.settings.register_profile("many", max_examples=1000, **steady)
     hypothesis.settings.load_profile(config.getoption("--hypothesis-profile") or "few")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores, as many tests wait for the processes that they start."""
+    from audiot.data.prepare import usable_cores
+
+    return usable_cores() + 1
 
 
 def pytest_collection_modifyitems(items):

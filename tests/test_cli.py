@@ -429,7 +429,7 @@ def test_a_probe_that_is_killed_fails_and_says_how_to_do_without(monkeypatch):
 
 @blank
 @pytest.mark.parametrize("attempt", tries())
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_that_goes_on(made, tmp_path, number, attempt):
     folder = tmp_path / "run"
     endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", "checkpoint.every_n_steps=2"]

@@ -212,7 +212,13 @@ def published_probes():
         return OmegaConf.to_container(compose("pretrain", ["probes=librispeech_phones", *GIVEN]).probes)
 
 
-@pytest.mark.parametrize("name", [*RUNNING, "mockingjay_librispeech360 attention=synthesizer_dense"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=() if name.startswith(("attention_study", "tera")) else pytest.mark.slow) for name in RUNNING),
+        "mockingjay_librispeech360 attention=synthesizer_dense",
+    ],
+)
 def test_a_pretraining_preset_runs_to_its_probes(mini, name, folder):
     short = {"trainer.max_steps=20000": "trainer.max_steps=2", "trainer.val_check_interval=2000": "trainer.val_check_interval=2"}
     probes = {}

@@ -118,6 +118,8 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         }  # have a strategy of their own, which one process can do
         training = [each for each in TRAINING if not several or each != "trainer.strategy=auto"]
         rest += training if any(argument.startswith("init=") for argument in rest) else [*MODEL, *training]
+    if "features=waveform" in rest:  # its convolutions have 512 channels
+        rest += ["data.batch_s=2", "data.crop_s=0.5"]
     if command == "pretrain":
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
     if "downstream=asr" in rest:
