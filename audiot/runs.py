@@ -225,7 +225,7 @@ def _resumes(run: Path) -> list[dict[str, Any]]:
     for resume in resumes:
         overrides = resume.get("overrides") if isinstance(resume, dict) else None
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
-            raise ValueError(f"{path} is not a run's: expected a step and overrides in every entry, found {resume}")
+            raise ValueError(f"{path} is not a run's: expected a step and overrides in every entry, found {str(resume)[:80]}")
     return resumes
 
 

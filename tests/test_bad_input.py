@@ -12,6 +12,7 @@ import soundfile
 import yaml
 from test_cli import DATA, MODEL, TINY, TRAINER, prepared, read, run, succeed
 
+from audiot.commands.launch import describe
 from audiot.runs import checkpoints
 
 RATE = 16000
@@ -457,6 +458,13 @@ def test_audio_that_went_away_after_preparation(folder, tmp_path, num_workers):
     # Nothing of the worker's traceback, which comes inside the error's message.
     assert message.startswith(f"Reading audio from '{tmp_path / 'audio'}/")
     assert message.endswith(".wav' failed: was it moved? Put it back, or delete the prepared corpus")
+
+
+def test_a_value_of_any_length_leaves_an_error_of_one_readable_line():
+    said = describe(ValueError(f"overrides.yaml: found {'x' * 100_000}: expected a number"))
+    assert len(said) < 1600
+    assert said.startswith("overrides.yaml: found xxx")
+    assert said.endswith("xxx: expected a number")
 
 
 # W&B

@@ -57,6 +57,7 @@ TRAINING = ("pretrain", "finetune")  # commands whose runs can be resumed
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
 CONFIG_DIR = ("--config-dir", "-cd")  # a folder of config groups beside those of audiot
+LONGEST_ERROR = 1500  # characters of an error's line
 VALUED = ("--cfg", "-c", "--package", "-p")  # flags of Hydra that a value follows
 # Flags of Hydra with which the config comes from elsewhere, and one that has no overrides.
 ELSEWHERE = ("--config-path", "-cp", "--config-name", "-cn", "-sc", "--shell-completion", "--hydra-help")
@@ -473,7 +474,9 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException):
         words = re.sub(r"^\w+ raised while resolving interpolation: ", "", words.split("\n")[0])
     words = " ".join(words.split()) or type(error).__name__
-    return f"{key}: {words}" if key and not isinstance(error, (ValueError, OSError)) else words
+    words = f"{key}: {words}" if key and not isinstance(error, (ValueError, OSError)) else words
+    half = LONGEST_ERROR // 2  # a value from a file may be of any length
+    return words if len(words) <= LONGEST_ERROR else f"{words[:half]} […] {words[-half:]}"
 
 
 def quieten_libraries() -> None:

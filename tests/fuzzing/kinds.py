@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from audiot import cli
 from audiot.checkpoint import AudioEncoder, load_encoder, load_objective, save_encoder, save_objective
-from audiot.commands import launch
+from audiot.commands import environment, launch
 from audiot.commands.launch import run_tool
 from audiot.data.corpora.folder import FolderCorpus, audio_cut
 from audiot.data.corpora.manifest import ManifestCorpus
@@ -551,13 +551,14 @@ class Run:
             self._run(command, "run=run")
 
     def _quick(self):
-        """Leave out what takes long and reads nothing: pictures, and composing the defaults again."""
+        """Leave out what takes long and reads nothing of a case: pictures, composing the defaults, asking git about audiot."""
         from matplotlib.figure import Figure
 
         Figure.savefig = lambda figure, path, **options: Path(path).touch()
         compose = launch.compose
         known = functools.lru_cache(maxsize=32)(lambda command, overrides: compose(command, list(overrides)))
         launch.compose = lambda command, overrides: known(command, tuple(overrides))
+        environment.git_state = functools.cache(environment.git_state)
 
     def _run(self, *arguments):
         cli.main(list(arguments))
