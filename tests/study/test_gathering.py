@@ -1,0 +1,101 @@
+"""From records to what a report says. The records are made up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hydra import initialize_config_module
+from test_design import made
+
+from audiot.study.gathering import gather
+from audiot.study.records import Record
+
+SEEDS = [0, 1, 2, 3, 4]
+WORTH = {"query_key": 0.8, "local": 0.6, "none": 0.8, "untrained": 0.5, "features": 0.55}  # of each mechanism and control
+
+
+@pytest.fixture(autouse=True)
+def hydra_started():
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        yield
+
+
+def finished(study):
+    """Records of all runs: a figure is its mechanism's worth, but for noise that seeds and test speakers have in common."""
+    records = {}
+    for _ in range(4):
+        for job in study.jobs(records):
+            mechanism = job.name.split("/")[1 if job.name.startswith("mockingjay/") else 0]
+            seed = int(job.name.split("seed=")[1].split("/")[0])
+            own = np.random.default_rng(int(job.key, 16) % 2**32).normal(0, 0.002)
+            value = WORTH[mechanism] + 0.01 * seed + own
+            draws = value + np.random.default_rng(1).normal(0, 0.02, 200)
+            costs = {"validation": 1.0, "frames_per_s": 1000.0, "steps": 100.0, "train_s": 9.0, "parameters": 5e6}
+            is_task = job.task != ""
+            figures = {"value": value} if is_task else costs
+            records[job.key] = Record(
+                job.name, job.folder, (), figures, {"value": draws.tolist()} if is_task else {}, {"torch": "2"}
+            )
+    return records
+
+
+def study_of(**changes):
+    tasks = {"phone_linear": {"title": "Phones", "margin": 0.02, "overrides": ["downstream=phone_linear"], "features": []}}
+    given = {"seeds": SEEDS, "tasks": tasks, "control_mechanisms": [], "learning_rates": [1e-3], "resamples": 400}
+    return made(**(given | changes))
+
+
+def test_the_sentences_and_verdicts_follow_from_the_records():
+    study = study_of()
+    found = gather(study, finished(study), {}, "audiot study")
+    verdicts = {
+        (each.mechanism, each.budget): (comparison.verdict, comparison.winner)
+        for each in found.settings
+        for comparison in each.comparisons.values()
+    }
+    assert verdicts == {
+        ("local", "steps"): ("better", "query_key"),
+        ("local", "time"): ("better", "query_key"),
+        ("none", "steps"): ("equivalent", ""),
+        ("none", "time"): ("equivalent", ""),
+    }
+    assert found.summary == (
+        "Equal steps: no mechanism is better than query_key. Of 2 comparisons, query_key is better in 1, 1 are equivalent, and 0 "
+        "can't be told.",
+        "Equal time: no mechanism is better than query_key. Of 2 comparisons, query_key is better in 1, 1 are equivalent, and 0 "
+        "can't be told.",
+        "Each verdict rests on 5 pairs of runs, and the probability of a wrong one is at most 5% for each measure.",
+    )
+    assert not found.unfinished
+    assert found.environment == {"torch": "2"}
+
+
+def test_controls_stand_apart_and_costs_are_those_of_the_training():
+    study = study_of()
+    found = gather(study, finished(study), {}, "audiot study")
+    controls = {each.mechanism: each for each in found.settings if each.is_control}
+    assert controls.keys() == {"untrained", "features"}
+    assert all(not each.objective and not each.comparisons for each in controls.values())
+    assert controls["untrained"].figures["phone_linear"].mean == pytest.approx(0.5 + 0.02, abs=0.005)
+    local = next(each for each in found.settings if each.mechanism == "local")
+    assert {name: cost.mean for name, cost in local.costs.items()} == {
+        "train_s": 9.0,
+        "frames_per_s": 1000.0,
+        "parameters": 5e6,
+        "steps": 100.0,
+    }
+    assert [cost.name for cost in found.costs] == ["train_s", "frames_per_s", "parameters", "steps"]
+
+
+def test_what_has_not_run_is_listed_with_its_reason():
+    study = study_of(budgets=["steps"])
+    records = finished(study)
+    jobs = {job.name: job for job in study.jobs(records)}
+    lost, broken = "mockingjay/local/lr=0.001/seed=3/phone_linear", "mockingjay/none/lr=0.001/seed=4/phone_linear"
+    for name in (lost, broken):
+        del records[jobs[name].key]
+    found = gather(study, records, {jobs[broken].key: (jobs[broken], "no room")}, "audiot study")
+    assert found.unfinished == {broken: "no room", lost: "it has not run"}
+    local = next(each for each in found.settings if each.mechanism == "local")
+    assert len(local.figures["phone_linear"].samples) == 4  # the others are compared in their pairs
+    assert local.comparisons["phone_linear"].winner == "query_key"
