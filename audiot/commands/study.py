@@ -14,6 +14,7 @@ from audiot.base.console import say
 from audiot.base.quoting import path, quoted
 from audiot.commands import launch
 from audiot.data.prepare import usable_cores
+from audiot.study.comparison import check_statsmodels
 from audiot.study.design import Study
 from audiot.study.gathering import gather
 from audiot.study.report import write_report
@@ -27,8 +28,10 @@ def main(cfg: DictConfig) -> None:
     """Run what is left of a study, and write its report.
 
     Raises:
+        ModuleNotFoundError: statsmodels is not installed.
         ValueError: a setting is wrong, or runs failed, which is told after all else is done.
     """
+    check_statsmodels()
     given = HydraConfig.get().overrides.task
     device = [override for override in given if override.startswith(("trainer=", "trainer."))]
     settings = {**cfg.study, "pretrain": [*cfg.study.pretrain, *device], "finetune": [*cfg.study.finetune, *device]}

@@ -286,8 +286,17 @@ def _holm(p: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _statsmodels(part: str) -> Any:
-    """Import a module of statsmodels."""
+def check_statsmodels() -> None:
+    """Look for statsmodels before anything runs.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     if importlib.util.find_spec("statsmodels") is None:
         raise ModuleNotFoundError("the study needs statsmodels: pip install 'audiot[study]'", name="statsmodels")
+
+
+def _statsmodels(part: str) -> Any:
+    """Import a module of statsmodels."""
+    check_statsmodels()
     return importlib.import_module(f"statsmodels.{part}")

@@ -89,6 +89,13 @@ def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
     assert (again["figures"], again["draws"]) == (content["figures"], content["draws"])
 
 
+def test_without_statsmodels_nothing_is_begun(home, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^audiot: error: the study needs statsmodels: pip install 'audiot\[study\]'$"):
+        main(["study", "folder=never", *TINY])
+    assert not (home / "never").exists()
+
+
 def test_what_fails_is_told_with_its_reason_and_the_rest_is_done(home, capsys):
     broken = '+study.tasks.broken={title:Broken,overrides:["downstream=phone_linear","downstream.layers=[9]"]}'
     with pytest.raises(SystemExit) as stop:
