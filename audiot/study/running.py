@@ -198,7 +198,7 @@ def _run(
     threads: int,
     card: str | None,
 ) -> None:
-    """Run a command in this process, and keep its record."""
+    """Run a command in this process, and keep its record. Its checkpoints have served then, and take most of its room."""
     run = study / job.folder
     with (run / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -215,3 +215,4 @@ def _run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}
     Records(study).write(job.key, Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)

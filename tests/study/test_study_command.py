@@ -53,6 +53,8 @@ def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
         for task in ("", "/phone_linear")
     )
     assert all((home / "tiny" / each["run"] / "output.txt").is_file() for each in found)
+    trained = [home / "tiny" / each["run"] for each in found if each["arguments"][0] == "pretrain"]
+    assert all((run / "encoder" / "model.safetensors").is_file() and not (run / "checkpoints").exists() for run in trained)
     page = (home / "tiny" / "report.html").read_text(encoding="utf-8")
     assert "Rehearsal: nothing may be concluded" in page
     probes = [each for each in found if "phone_linear" in each["name"]]
