@@ -34,8 +34,9 @@ ENVIRONMENT, PATCH = "environment.json", "uncommitted.patch"  # what a run was m
 FIRST_CONFIG = ".hydra/config.yaml"  # of runs of the first format, which Hydra wrote
 HEADER = "# What this run was started with. audiot reads it again; .hydra/ holds what Hydra notes of it.\n"
 DATA_DIR = "${oc.env:AUDIOT_DATA,data}"  # where corpora are, unless a config says otherwise
-COMPUTED = (  # what audiot's config files computed in the first format
+COMPUTED = (  # what audiot's config files compute; a run's own file has its value, but in the first format
     DATA_DIR,
+    "${data_dir}/${data.name}-${data.num_speakers}x${float:${data.hours}}h",
     "${frames:${data.crop_s},${features}}",
     "${oc.select:data.trials,null}",
     "${oc.decode:${oc.env:SLURM_JOB_NUM_NODES,1}}",

@@ -38,8 +38,8 @@ def hydra_started():
 
 def command_of(group, option):
     """A command that has the group."""
-    if group == "benchmark":
-        return "benchmark"
+    if group in ("benchmark", "study"):
+        return group
     if group in ("downstream", "upstream") or (group, option) == ("callbacks", "downstream"):
         return "finetune"
     if group == "experiment" and option.startswith(("s3prl_", "superb_")):

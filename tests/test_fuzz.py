@@ -19,7 +19,7 @@ WRONG = (  # what is said of each of `fuzzing.kinds.Wrong.READERS` behind the th
     "an error that no command turns into a line",
     "its refusal names none of x.txt",
     "its refusal names none of x.txt",
-    "its refusal takes 11,005 characters",
+    "its refusal takes 11,006 characters",
     "a traceback was printed",
     "something in it was run",
     "it did what no file may: os.system",

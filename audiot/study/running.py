@@ -137,8 +137,11 @@ class Worker:
             threads = max(1, usable_cores() // self.at_a_time)
             arguments = [*job.arguments(self.folder), override("hydra.run.dir", run)]
             figure = self.study.tasks[job.task].figure if job.task else ""
-            card = self.cards[place % len(self.cards)] if self.cards else None
-            process = self.context.Process(target=_run, args=(self.command, job, arguments, self.folder, figure, threads, card))
+            environment = dict(os.environ)  # that of the server, from which it forks, may be older
+            if self.cards:
+                environment["CUDA_VISIBLE_DEVICES"] = self.cards[place % len(self.cards)]
+            given = (self.command, job, arguments, self.folder, figure, threads, environment)
+            process = self.context.Process(target=_run, args=given)
             process.start()
             self.running.append(Running(job, process, claim, place))
 
@@ -196,7 +199,7 @@ def _run(
     study: Path,
     figure: str,
     threads: int,
-    card: str | None,
+    environment: dict[str, str],
 ) -> None:
     """Run a command in this process, and keep its record. Its checkpoints have served then, and take most of its room."""
     run = study / job.folder
@@ -208,8 +211,8 @@ def _run(
     start_worker()
     multiprocessing.set_start_method("fork", force=True)  # of its loaders
     torch.set_num_threads(threads)
-    if card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = card
+    os.environ.clear()
+    os.environ.update(environment)
     command(job.command, arguments)
     figures, draws = collect(job.command, run, figure)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -648,7 +649,7 @@ class Wrong:
         lambda: fail(KeyError("header")),
         lambda: fail(ValueError("no header")),
         lambda: fail(ValueError("")),
-        lambda: fail(ValueError(f"x.txt {'is damaged ' * 1000}")),
+        lambda: sys.exit(f"audiot: error: x.txt {'is damaged ' * 1000}"),  # not told by `describe`, which shortens
         lambda: print("Traceback (most recent call last)"),
         lambda: fire(),
         lambda: os.system("true"),
