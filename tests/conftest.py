@@ -42,6 +42,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.fixture(scope="module")
+def composed_once():
+    """Compose the config of a command and its overrides once in a module: what checks a command line only reads it."""
+    from audiot import following
+    from audiot.commands import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((launch, "compose"), (following, "compose_command")):
+            function = functools.cache(lambda command, overrides, compose=getattr(module, name): compose(command, list(overrides)))
+            patch.setattr(module, name, lambda command, overrides, once=function: once(command, tuple(overrides)))
+        yield
+
+
 TINY = {
     "features": {"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 3},
     "model": {

@@ -145,6 +145,7 @@ def test_a_run_is_not_resumed_while_it_runs_nor_is_its_round(where, start):
     assert not (where / "running" / "rounds").exists()
 
 
+@pytest.mark.slow
 def test_runs_without_a_folder_have_folders_of_their_own_and_ranks_share_one(where, start):
     given = [*TINY, "trainer.max_steps=2", "trainer.val_check_interval=2"]
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_s=2"]

@@ -179,7 +179,7 @@ def blank(figure: Figure, path: Path, **options: object) -> None:
     Path(path).touch()
 
 
-def test_commands_run(folder, monkeypatch):
+def test_commands_run(folder, monkeypatch, composed_once):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)  # PYTHONPATH=.
     monkeypatch.setenv("AUDIOT_DATA", str(folder / "data"))

@@ -104,6 +104,7 @@ def test_a_start_that_failed_leaves_no_folder(made, tmp_path):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_two_rounds(made, tmp_path):  # noqa: F811
     given = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "objective.rounds=2", "hydra.run.dir=run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "AUDIOT_DATA": str(made.data)}
