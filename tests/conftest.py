@@ -48,10 +48,13 @@ def composed_once():
     from audiot import following
     from audiot.commands import launch
 
+    def once(compose):
+        known = functools.cache(lambda command, overrides: compose(command, list(overrides)))
+        return lambda command, overrides: known(command, tuple(overrides))
+
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((launch, "compose"), (following, "compose_command")):
-            function = functools.cache(lambda command, overrides, compose=getattr(module, name): compose(command, list(overrides)))
-            patch.setattr(module, name, lambda command, overrides, once=function: once(command, tuple(overrides)))
+        patch.setattr(launch, "compose", once(launch.compose))
+        patch.setattr(following, "compose_command", once(following.compose_command))
         yield
 
 
