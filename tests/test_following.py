@@ -144,7 +144,7 @@ def test_what_an_experiment_changed_of_the_data_is_carried_on(here):
 
 @pytest.mark.filterwarnings("error")  # a stray one, on data as small as this
 @pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labelled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_command_that_a_first_run_prints_runs(here, labelled):
     name = "it's, [a=b] {é} #1"
     tones(here / name, words())

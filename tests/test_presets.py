@@ -215,8 +215,8 @@ def published_probes():
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=() if name.startswith(("attention_study", "tera")) else pytest.mark.slow) for name in RUNNING),
-        "mockingjay_librispeech360 attention=synthesizer_dense",
+        *(pytest.param(name, marks=() if name.startswith("attention_study") else pytest.mark.slow) for name in RUNNING),
+        pytest.param("mockingjay_librispeech360 attention=synthesizer_dense", marks=pytest.mark.slow),
     ],
 )
 def test_a_pretraining_preset_runs_to_its_probes(mini, name, folder):

@@ -65,6 +65,7 @@ def test_what_is_said_to_run_next_runs(stranger):
     stranger(*shlex.split(out.splitlines()[-1].removeprefix("next:   audiot ")))
 
 
+@pytest.mark.slow
 def test_it_is_analysed_and_measured_again(stranger):
     out = stranger("analyze", "run=run", "trusted=[summary_mixing]").splitlines()
     assert "no picture of attention: SummaryMixing has no weights" in out

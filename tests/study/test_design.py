@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from hydra import initialize_config_module
 from hydra.utils import instantiate
@@ -18,9 +20,14 @@ def hydra_started():
         yield
 
 
+@functools.cache
+def rehearsal():
+    return plain(compose_command("study", ["run_dir=run", "folder=study"]))["study"]
+
+
 def settings(**changes):
     """Settings of the rehearsal with changes."""
-    return plain(compose_command("study", ["run_dir=run", "folder=study"]))["study"] | changes
+    return rehearsal() | changes
 
 
 def made(**changes) -> Study:

@@ -14,6 +14,7 @@ TINY = [
     "study.control_mechanisms=[]",
     "study.objectives=[mockingjay]",
     "study.learning_rates=[1e-3]",
+    "study.seeds=[0]",
     "study.budgets=[steps]",
     "study.controls=[]",
     'study.shared=["data.hours=0.01","data.num_speakers=2","data.corpus.num_valid_speakers=1","data.corpus.num_test_speakers=2",'
@@ -47,10 +48,7 @@ def records(study):
 def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
     found = [json.loads((home / "tiny" / "results" / name).read_text()) for name in records(home / "tiny")]
     assert sorted(each["name"] for each in found) == sorted(
-        f"mockingjay/{mechanism}/lr=0.001/seed={seed}{task}"
-        for mechanism in ("query_key", "none")
-        for seed in (0, 1)
-        for task in ("", "/phone_linear")
+        f"mockingjay/{mechanism}/lr=0.001/seed=0{task}" for mechanism in ("query_key", "none") for task in ("", "/phone_linear")
     )
     assert all((home / "tiny" / each["run"] / "output.txt").is_file() for each in found)
     trained = [home / "tiny" / each["run"] for each in found if each["arguments"][0] == "pretrain"]
@@ -102,7 +100,7 @@ def test_what_fails_is_told_with_its_reason_and_the_rest_is_done(home, capsys):
     broken = '+study.tasks.broken={title:Broken,overrides:["downstream=phone_linear","downstream.layers=[9]"]}'
     with pytest.raises(SystemExit) as stop:
         main(["study", "folder=tiny", *TINY, broken])
-    assert "4 runs failed, the same command tries them again; the first, mockingjay/query_key/lr=0.001/seed=0/broken: " in str(
+    assert "2 runs failed, the same command tries them again; the first, mockingjay/query_key/lr=0.001/seed=0/broken: " in str(
         stop.value
     )
     assert "\n" not in str(stop.value)
