@@ -49,7 +49,8 @@ def main(cfg: DictConfig) -> None:
         say(sentence)
     say(f"report  {', '.join(str(file) for file in files)}")
     if worker.failed:
-        job, why = next(iter(worker.failed.values()))
+        # In the study's order: that in which runs end differs from time to time.
+        job, why = next(worker.failed[job.key] for job in study.jobs(records) if job.key in worker.failed)
         raise ValueError(f"{len(worker.failed)} runs failed, the same command tries them again; the first, {job.name}: {why}")
     say(f"next:   open {path(files[0])}")
 
