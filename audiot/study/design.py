@@ -18,12 +18,11 @@ from audiot.base.config import compose_command
 from audiot.base.groups import nearest, options
 from audiot.base.quoting import override
 from audiot.benchmark.entries import Entry, check_labels
-from audiot.study.findings import Measure
+from audiot.study.findings import BUDGETS, Measure
 from audiot.study.records import Record
 
 # Keys of a config that no figure depends on.
 ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "probe_jobs", "resume", "trusted")
-BUDGETS = ("steps", "time")
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
 
@@ -237,11 +236,12 @@ class Study:
             return None
         if budget == "steps" or mechanism == self.baseline:
             return self._training(objective, mechanism, seed, rate)
-        speed, reference = (self._speed(objective, name, records) for name in (mechanism, self.baseline))
-        if speed is None or reference is None:
+        own, reference = (self._of_equal_steps(objective, name, records) for name in (mechanism, self.baseline))
+        if own is None or reference is None:
             return None
-        steps = self._steps(objective, mechanism, records)
-        return self._training(objective, mechanism, seed, rate, max(1, round(steps * speed / reference)))
+        speed, baseline = (median(record.figures["frames_per_s"] for record in found) for found in (own, reference))
+        steps = round(int(own[0].figures["steps"]) * speed / baseline)
+        return self._training(objective, mechanism, seed, rate, max(1, steps))
 
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
         shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism].arguments, "probe=false")
@@ -252,23 +252,13 @@ class Study:
             own += [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
         return Job(name, "pretrain", shared, tuple(own))
 
-    def _all_seeds(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> list[Record] | None:
+    def _of_equal_steps(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> list[Record] | None:
         """The finished runs of equal steps; None until there are those of all seeds."""
         rate = self.learning_rate(objective, mechanism, records)
         if rate is None:
             return None
         found = [records.get(self._training(objective, mechanism, seed, rate).key) for seed in self.seeds]
         return None if None in found else [record for record in found if record is not None]
-
-    def _speed(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> float | None:
-        """Median frames per second over the seeds; None until they have run."""
-        found = self._all_seeds(objective, mechanism, records)
-        return None if found is None else median(record.figures["frames_per_s"] for record in found)
-
-    def _steps(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> int:
-        found = self._all_seeds(objective, mechanism, records)
-        assert found is not None
-        return int(found[0].figures["steps"])
 
     def task(self, name: str, training: Job, seed: int) -> Job:
         """A task on an encoder."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+BUDGETS = ("steps", "time")  # what runs have equally much of
 BETTER, EQUIVALENT, UNKNOWN = "better", "equivalent", "can't be told"  # the only words for a comparison
 
 

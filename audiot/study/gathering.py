@@ -86,25 +86,20 @@ def _controls(study: Study, records: Mapping[str, Record]) -> list[Setting]:
 
 
 def _estimates(study: Study, tasks: Mapping[str, Mapping[int, Job]], records: Mapping[str, Record]) -> dict[str, Estimate]:
-    found = {}
-    for name, jobs in tasks.items():
-        samples = [_sample(seed, records[job.key], "value") for seed, job in jobs.items() if job.key in records]
-        if samples:
-            found[name] = estimate(samples, study.resamples)
-    return found
+    found = {name: _estimate(study, jobs, records, "value") for name, jobs in tasks.items()}
+    return {name: figure for name, figure in found.items() if figure is not None}
 
 
 def _costs(study: Study, jobs: Mapping[int, Job], records: Mapping[str, Record]) -> dict[str, Estimate]:
-    found = {}
-    for name in COSTS:
-        samples = [
-            _sample(seed, records[job.key], name)
-            for seed, job in jobs.items()
-            if job.key in records and name in records[job.key].figures
-        ]
-        if samples:
-            found[name] = estimate(samples, study.resamples)
-    return found
+    found = {name: _estimate(study, jobs, records, name) for name in COSTS}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _estimate(study: Study, jobs: Mapping[int, Job], records: Mapping[str, Record], figure: str) -> Estimate | None:
+    """The estimate of a figure; None where no run of these has it."""
+    found = {seed: records[job.key] for seed, job in jobs.items() if job.key in records}
+    samples = [_sample(seed, record, figure) for seed, record in found.items() if figure in record.figures]
+    return estimate(samples, study.resamples) if samples else None
 
 
 def _sample(seed: int, record: Record, figure: str) -> Sample:

@@ -13,10 +13,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from audiot.base.files import read_json, write_json
-from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Findings
+from audiot.study.findings import BETTER, BUDGETS, EQUIVALENT, UNKNOWN, Findings
 
 FORMAT_VERSION = 1
-BUDGETS = ("steps", "time")
 
 
 def write_findings(findings: Findings, path: str | Path) -> None:
