@@ -236,7 +236,9 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
         raise ValueError(f"training diverged, {module.monitor} is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
     throughput = next(callback for callback in work.callbacks if isinstance(callback, Throughput))
     device = trainer.strategy.root_device
-    peak = {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
+    on_device = {} if device.type != "cuda" else {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)}
+    if throughput.energy_wh is not None:
+        on_device["energy_wh"] = round(throughput.energy_wh, 3)
     return (
         {name: value for name, value in validation.items() if name.startswith("pretrain/")}
         | work.targets
@@ -251,7 +253,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "steps": trainer.global_step,
             "resumed_step": module.trained_steps,
         }
-        | peak
+        | on_device
     )
 
 

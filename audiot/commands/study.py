@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from audiot.base.config import compose_command
 from audiot.base.console import say
-from audiot.base.quoting import path, quoted
+from audiot.base.quoting import override, path, quoted
 from audiot.commands import launch
+from audiot.data.opening import open_corpus
 from audiot.data.prepare import usable_cores
 from audiot.study.comparison import check_statsmodels
 from audiot.study.design import Study
@@ -20,7 +23,7 @@ from audiot.study.gathering import gather
 from audiot.study.report import write_report
 from audiot.study.running import Worker
 
-ON_A_GPU = 2  # runs at a time on each card
+ON_A_GPU = 8  # runs at a time on each card, if there are two cores for each
 MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx")
 
 
@@ -39,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     folder = Path(cfg.folder)
     if study.rehearsal:
         say(f"rehearsal: {study.rehearsal}")
-    worker = Worker(study, folder, _at_a_time(cfg.jobs), launch.run, MODULES)
+    worker = Worker(study, folder, _at_a_time(cfg.jobs), launch.run, partial(_corpus, study, cfg), cfg.data_dir, MODULES)
     worker.work()
     records = worker.records.load()
     command = " ".join(["audiot study", *map(quoted, given)])
@@ -55,6 +58,12 @@ def main(cfg: DictConfig) -> None:
     say(f"next:   open {path(files[0])}")
 
 
+def _corpus(study: Study, cfg: DictConfig) -> Path:
+    """Prepare the corpus of the runs before several of them ask for it."""
+    settings = [*study.data, override("data_dir", cfg.data_dir), override("run_dir", cfg.run_dir)]
+    return open_corpus(compose_command("pretrain", settings)).directory
+
+
 def _at_a_time(jobs: int | str) -> int:
     """Runs at a time.
 
@@ -63,7 +72,7 @@ def _at_a_time(jobs: int | str) -> int:
     """
     if jobs == "auto":
         cards = torch.cuda.device_count()
-        return ON_A_GPU * cards if cards else usable_cores()
+        return cards * max(1, min(ON_A_GPU, usable_cores() // (2 * cards))) if cards else usable_cores()
     if isinstance(jobs, int) and jobs >= 1:
         return jobs
     raise ValueError(f"jobs must be auto or at least 1, found {jobs}")

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -50,6 +49,7 @@ class Job:
         own: Overrides of this run.
         encoder: The pre-training whose encoder it takes; None where it takes none.
         task: Name of the task that it measures; empty for pre-training.
+        alone: Whether it has its device to itself, because it measures what the device does in a time.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Job:
     own: tuple[str, ...]
     encoder: Job | None = None
     task: str = ""
+    alone: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -125,12 +126,13 @@ class Study:
         objectives: Names in `conf/objective`, or ``{name, label, overrides}``.
         seeds: Seeds of the runs.
         learning_rates: Learning rates to choose from.
-        budgets: ``steps``: all train equally many; ``time``: all train as long as the baseline does for its steps, by the frames
-            per second that their runs have measured.
+        budgets: ``steps``: all train equally many; ``time``: all but controls train as long as the baseline does for its steps,
+            by the time per frame that the runs of costs have measured.
         controls: ``untrained``: the baseline's architecture with random weights; ``features``: what the encoder hears.
         data: Name in `conf/data`.
         shared: Overrides of all commands, for the data and the features.
         pretrain: Overrides of all pre-training.
+        cost: More overrides of the short pre-training that measures a mechanism's costs, alone on its device.
         finetune: Overrides of all fine-tuning.
         tasks: What is measured of every encoder, by name.
         alpha: Probability of a wrong verdict that is accepted, for each measure.
@@ -156,6 +158,7 @@ class Study:
         data: str,
         shared: Sequence[str],
         pretrain: Sequence[str],
+        cost: Sequence[str],
         finetune: Sequence[str],
         tasks: Mapping[str, Mapping[str, Any]],
         alpha: float = 0.05,
@@ -168,7 +171,7 @@ class Study:
         self.seeds, self.learning_rates = list(seeds), list(learning_rates)
         self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
         self.data = (f"data={data}", *shared)
-        self.pretrain, self.finetune = tuple(pretrain), tuple(finetune)
+        self.pretrain, self.cost, self.finetune = tuple(pretrain), tuple(cost), tuple(finetune)
         self.tasks = {name: Task.of(name, task) for name, task in tasks.items()}
         self._check()
 
@@ -188,7 +191,7 @@ class Study:
         if not 0 < self.alpha < 1:
             raise ValueError(f"study.alpha is {self.alpha}: expected a probability, such as 0.05")
         if "steps" not in self.budgets:
-            raise ValueError("study.budgets lacks steps: how long equal time is, is measured by runs of equal steps")
+            raise ValueError("study.budgets lacks steps: the learning rate is chosen by runs of equal steps")
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -201,9 +204,13 @@ class Study:
         Args:
             records: Key of each run that is finished → its record. Learning rates and equal times follow from them.
         """
+        pairs = [(objective, mechanism) for objective in self.objectives for mechanism in self.mechanisms]
+        for objective, mechanism in pairs:
+            yield self.costs(objective, mechanism)
+        for objective, mechanism in pairs:
+            yield from self.searched(objective, mechanism)
         for objective in self.objectives:
             for mechanism in self.mechanisms:
-                yield from self.searched(objective, mechanism)
                 for seed in self.seeds:
                     for budget in self.budgets:
                         job = self.training(objective, mechanism, seed, budget, records)
@@ -216,6 +223,13 @@ class Study:
                     job = self.control(name, control, seed, records)
                     if job is not None:
                         yield job
+
+    def costs(self, objective: str, mechanism: str) -> Job:
+        """The run that measures time, memory and energy."""
+        job = self._training(objective, mechanism, self.seeds[0], self.learning_rates[0])
+        return Job(
+            f"{objective}/{mechanism}/cost/seed={self.seeds[0]}", "pretrain", (*job.shared, *self.cost), job.own, alone=True
+        )
 
     def searched(self, objective: str, mechanism: str) -> list[Job]:
         """The runs of which validation chooses the learning rate."""
@@ -230,17 +244,22 @@ class Study:
         return self.learning_rates[losses.index(min(losses))]
 
     def training(self, objective: str, mechanism: str, seed: int, budget: str, records: Mapping[str, Record]) -> Job | None:
-        """A pre-training; None until what it depends on is known. The baseline's is the same for every budget."""
+        """A pre-training; None until what it depends on is known.
+
+        The baseline's is the same for every budget. Controls train equally many steps only.
+        """
         rate = self.learning_rate(objective, mechanism, records)
         if rate is None:
             return None
         if budget == "steps" or mechanism == self.baseline:
             return self._training(objective, mechanism, seed, rate)
-        own, reference = (self._of_equal_steps(objective, name, records) for name in (mechanism, self.baseline))
+        if mechanism in self.control_mechanisms:
+            return None
+        own, reference = (records.get(self.costs(objective, name).key) for name in (mechanism, self.baseline))
         if own is None or reference is None:
             return None
-        speed, baseline = (median(record.figures["frames_per_s"] for record in found) for found in (own, reference))
-        steps = round(int(own[0].figures["steps"]) * speed / baseline)
+        steps = records[self.searched(objective, mechanism)[0].key].figures["steps"]
+        steps = round(steps * reference.figures["s_per_mframe"] / own.figures["s_per_mframe"])
         return self._training(objective, mechanism, seed, rate, max(1, steps))
 
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
@@ -251,14 +270,6 @@ class Study:
             name += f"/steps={steps}"
             own += [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
         return Job(name, "pretrain", shared, tuple(own))
-
-    def _of_equal_steps(self, objective: str, mechanism: str, records: Mapping[str, Record]) -> list[Record] | None:
-        """The finished runs of equal steps; None until there are those of all seeds."""
-        rate = self.learning_rate(objective, mechanism, records)
-        if rate is None:
-            return None
-        found = [records.get(self._training(objective, mechanism, seed, rate).key) for seed in self.seeds]
-        return None if None in found else [record for record in found if record is not None]
 
     def task(self, name: str, training: Job, seed: int) -> Job:
         """A task on an encoder."""

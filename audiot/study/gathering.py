@@ -11,13 +11,14 @@ from audiot.study.design import CONTROLS, Job, Study, Task
 from audiot.study.findings import EQUIVALENT, UNKNOWN, Estimate, Findings, Measure, Sample, Setting
 from audiot.study.records import Record
 
-COSTS = {
-    "train_s": Measure("train_s", "training time", False, is_rate=False, unit="s"),
-    "frames_per_s": Measure("frames_per_s", "frames per second of training", True, is_rate=False, unit="1/s"),
-    "peak_gib": Measure("peak_gib", "peak memory of the GPU", False, is_rate=False, unit="GiB"),
-    "parameters": Measure("parameters", "parameters", False, is_rate=False, unit=""),
-    "steps": Measure("steps", "steps", False, is_rate=False, unit=""),
-}
+COSTS = (
+    Measure("s_per_mframe", "training time per million frames, without waiting for data", False, is_rate=False, unit="s"),
+    Measure("peak_gib", "peak memory of training", False, is_rate=False, unit="GiB"),
+    Measure("wh_per_mframe", "energy of training per million frames", False, is_rate=False, unit="Wh"),
+    Measure("gflops", "matrix products of the encoder per second of audio", False, is_rate=False, unit="GFLOP"),
+    Measure("parameters", "parameters", False, is_rate=False, unit=""),
+)
+STEPS = Measure("steps", "steps", False, is_rate=False, unit="")
 
 
 def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tuple[Job, str]], command: str) -> Findings:
@@ -31,7 +32,7 @@ def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tup
     """
     settings = [*_trained(study, records), *_controls(study, records)]
     judged = settings_judged(settings, study.measures, study.baseline, study.alpha, study.resamples)
-    costs = tuple(cost for name, cost in COSTS.items() if any(name in setting.costs for setting in judged))
+    costs = tuple(cost for cost in (*COSTS, STEPS) if any(cost.name in setting.costs for setting in judged))
     unfinished = {job.name: why for job, why in failed.values()}
     for job in study.jobs(records):
         if job.key not in records and job.name not in unfinished:
@@ -57,6 +58,9 @@ def _trained(study: Study, records: Mapping[str, Record]) -> list[Setting]:
     for budget in study.budgets:
         for objective in study.objectives:
             for mechanism in study.mechanisms:
+                is_control = mechanism in study.control_mechanisms
+                if is_control and budget == "time":
+                    continue
                 runs = {seed: study.training(objective, mechanism, seed, budget, records) for seed in study.seeds}
                 jobs = {seed: job for seed, job in runs.items() if job is not None}
                 figures = {name: {seed: study.task(name, job, seed) for seed, job in jobs.items()} for name in study.tasks}
@@ -65,10 +69,10 @@ def _trained(study: Study, records: Mapping[str, Record]) -> list[Setting]:
                         objective,
                         mechanism,
                         budget,
-                        mechanism in study.control_mechanisms,
+                        is_control,
                         study.learning_rate(objective, mechanism, records),
                         _estimates(study, figures, records),
-                        _costs(study, jobs, records),
+                        _costs(study, study.costs(objective, mechanism), jobs, records),
                     )
                 )
     return found
@@ -90,8 +94,10 @@ def _estimates(study: Study, tasks: Mapping[str, Mapping[int, Job]], records: Ma
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _costs(study: Study, jobs: Mapping[int, Job], records: Mapping[str, Record]) -> dict[str, Estimate]:
-    found = {name: _estimate(study, jobs, records, name) for name in COSTS}
+def _costs(study: Study, alone: Job, jobs: Mapping[int, Job], records: Mapping[str, Record]) -> dict[str, Estimate]:
+    """What the run that measures them has found, and the steps of the trainings themselves."""
+    found = {cost.name: _estimate(study, {study.seeds[0]: alone}, records, cost.name) for cost in COSTS}
+    found[STEPS.name] = _estimate(study, jobs, records, STEPS.name)
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -146,7 +152,10 @@ def methods(study: Study) -> tuple[str, ...]:
         f"{', '.join(map(str, study.seeds))}. Runs of one seed have the same batches and masks.",
         f"Every run: audiot pretrain {' '.join([*study.data, *study.pretrain])}. The learning rates {rates} were tried for each "
         f"mechanism and objective on seed {study.seeds[0]}. All seeds have the one with the best validation loss. Runs of equal "
-        "time have as many steps as fit in the baseline's time at the mechanism's frames per second, medians over the seeds.",
+        "time have as many steps as fit in the baseline's time at the mechanism's time per frame. Controls train "
+        "equal steps only.",
+        f"Costs: those of a short training that has its device to itself: {' '.join(study.cost) or 'the same command'}. Matrix "
+        "products: those of the encoder's forward pass on an input as long as the longest training crop.",
         f"Tasks: {'; '.join(map(_described, study.tasks.values()))}. All runs are tested on the same resampled tests.",
         "Intervals (95%) are percentiles of a bootstrap over seeds and test units together. With five seeds they are too narrow: "
         "where seeds alone vary, they hold the truth in 84 of 100 studies. Differences are tested by a paired t test over seeds, "

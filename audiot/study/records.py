@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from audiot.base.console import say
 from audiot.base.files import read_json, write_json
+from audiot.benchmark.products import products
+from audiot.checkpoint import load_encoder
 from audiot.measures.measure import abx_error
 from audiot.runs import read_results
 
 FORMAT = 1
-FROM_SUMMARY = ("frames_per_s", "parameters", "steps", "train_s", "peak_gib")
+FROM_SUMMARY = ("frames_per_s", "data_wait", "parameters", "steps", "train_s", "peak_gib", "energy_wh")
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,42 @@ def _read(path: Path) -> Record:
     return record
 
 
-def collect(command: str, run: Path, figure: str = "") -> tuple[dict[str, float], dict[str, list[float]]]:
+def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a finished run and their values on resampled tests.
 
     Args:
         command: The command that made it.
         run: Its folder.
         figure: Name of the figure of a task in ``metrics.json``.
+        alone: Whether it had its device to itself, so that it tells what the training costs.
     """
     if command == "pretrain":
         summary = read_results(run / "summary.json", ["monitor"])
         costs = {name: float(summary[name]) for name in FROM_SUMMARY if name in summary}
-        return {"validation": float(summary[summary["monitor"]]), **costs}, {}
+        derived = _derived(costs, run / "encoder") if alone else {}
+        return {"validation": float(summary[summary["monitor"]]), **costs, **derived}, {}
     if command == "abx":
         return {"value": min(map(abx_error, read_json(run / "abx.json", "ABX errors")["layers"]))}, {}
     metrics = read_results(run / "metrics.json", [figure])
     draws = run / "draws.csv"
     return {"value": float(metrics[figure])}, {"value": _column(draws, figure)} if draws.is_file() else {}
+
+
+def _derived(costs: Mapping[str, float], encoder: Path) -> dict[str, float]:
+    """Costs for a number of frames or seconds, which the length of the training does not change."""
+    mframes = costs["frames_per_s"] * costs["train_s"] / 1e6
+    found = {"s_per_mframe": (1 - costs["data_wait"]) * 1e6 / costs["frames_per_s"]}  # waiting for data is no cost of attention
+    if "energy_wh" in costs:
+        found["wh_per_mframe"] = costs["energy_wh"] / mframes
+    model = load_encoder(encoder)
+    frames = model.encoder.max_frames  # some mechanisms take no longer inputs
+    seconds = model.features.num_samples(frames) / model.features.sample_rate
+    try:
+        work = products(model.encoder, 1, frames, model.features.embed_dim)
+    except RuntimeError as error:  # it looks at values to choose its products
+        say(f"matrix products not counted: {error}")
+        return found
+    return found | {"gflops": work.flops / seconds / 1e9}
 
 
 def _column(path: Path, name: str) -> list[float]:

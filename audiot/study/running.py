@@ -23,6 +23,7 @@ from audiot.base.lock import owned
 from audiot.base.quoting import override
 from audiot.benchmark.machine import describe_machine
 from audiot.data.prepare import start_worker, usable_cores
+from audiot.study import opened
 from audiot.study.design import Job, Study
 from audiot.study.records import Record, Records, collect
 
@@ -54,22 +55,33 @@ class Worker:
     Args:
         study: The study.
         folder: Its folder.
-        at_a_time: Runs at a time. They share out the cores, and the GPUs where there are several.
+        at_a_time: Runs at a time. They share out the cores, and the GPUs where there are several. A run that measures costs has
+            its GPU (or the machine) to itself, as far as this process can tell.
         command: Function that runs a command with its arguments, in a process of its own.
+        corpus: Function that prepares the corpus of the runs, and gives its folder.
+        data_dir: Folder of the corpora.
         modules: What that function imports. It is imported once for all processes.
     """
 
     def __init__(
-        self, study: Study, folder: Path, at_a_time: int, command: Callable[[str, list[str]], None], modules: Sequence[str]
+        self,
+        study: Study,
+        folder: Path,
+        at_a_time: int,
+        command: Callable[[str, list[str]], None],
+        corpus: Callable[[], Path],
+        data_dir: str,
+        modules: Sequence[str],
     ) -> None:
         self.study, self.folder, self.at_a_time, self.command = study, folder, at_a_time, command
+        self.corpus, self.data_dir = corpus, data_dir
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.cards = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
         self.records = Records(folder)
         self.failed: dict[str, tuple[Job, str]] = {}
         self.running: list[Running] = []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__, *modules])
+        self.context.set_forkserver_preload([__name__, opened.__name__, *modules])
 
     def work(self) -> None:
         """Run all that is left. What fails is in `failed`, with the reason.
@@ -77,7 +89,9 @@ class Worker:
         Raises:
             KeyboardInterrupt: by Ctrl-C; what had not finished runs anew next time.
         """
-        forkserver.ensure_running()
+        records = self.records.load()
+        if any(job.key not in records for job in self.study.jobs(records)):
+            self._serve()
         with tqdm(desc="study", unit="run", smoothing=0) as bar:
             try:
                 while True:
@@ -100,6 +114,12 @@ class Worker:
                     each.process.kill()
                     each.claim.close()
 
+    def _serve(self) -> None:
+        """Start the server from which the runs fork, with all that they import and read."""
+        os.environ[opened.VARIABLE] = str(self.corpus())
+        forkserver.ensure_running()
+        del os.environ[opened.VARIABLE]
+
     def _left(self, bar: tqdm) -> list[Job]:
         """What is not finished, has not failed, and does not wait for what has failed; each once, and what it needs before it."""
         records = self.records.load()
@@ -120,30 +140,48 @@ class Worker:
         return list(left.values())
 
     def _start(self, left: list[Job]) -> None:
-        """Start as many runs as there are places."""
+        """Start as many runs as there are places. One that must be alone waits for a free device, and the others for it."""
         busy = {each.job.key for each in self.running}
         for job in left:
-            if len(self.running) >= self.at_a_time:
-                return
             if job.key in busy:
                 continue
+            place = self._place(job)
+            if place is None:
+                return
             claim = self._claimed(job)
             if claim is None:
                 continue
             run = self.folder / job.folder
             shutil.rmtree(run, ignore_errors=True)  # what an earlier process left unfinished
             run.mkdir(parents=True)
-            place = min(set(range(self.at_a_time)) - {each.place for each in self.running})
-            threads = max(1, usable_cores() // self.at_a_time)
-            arguments = [*job.arguments(self.folder), override("hydra.run.dir", run)]
+            shared_by = self.num_devices if job.alone else self.at_a_time
+            threads = max(1, usable_cores() // shared_by)
+            arguments = [*job.arguments(self.folder), override("hydra.run.dir", run), override("data_dir", self.data_dir)]
             figure = self.study.tasks[job.task].figure if job.task else ""
             environment = dict(os.environ)  # that of the server, from which it forks, may be older
             if self.cards:
-                environment["CUDA_VISIBLE_DEVICES"] = self.cards[place % len(self.cards)]
+                environment["CUDA_VISIBLE_DEVICES"] = self.cards[place % self.num_devices]
             given = (self.command, job, arguments, self.folder, figure, threads, environment)
             process = self.context.Process(target=_run, args=given)
             process.start()
             self.running.append(Running(job, process, claim, place))
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that the runs share."""
+        return max(1, len(self.cards))
+
+    def _place(self, job: Job) -> int | None:
+        """A free place for a run; None where there is none by now."""
+        taken = {each.place for each in self.running}
+        on_device: list[list[Job]] = [[] for _ in range(self.num_devices)]
+        for each in self.running:
+            on_device[each.place % self.num_devices].append(each.job)
+        for place in range(self.at_a_time):
+            others = on_device[place % self.num_devices]
+            if place not in taken and not (others and (job.alone or any(other.alone for other in others))):
+                return place
+        return None
 
     def _claimed(self, job: Job) -> ExitStack | None:
         """A claim on a run; None where another process has it, or has just finished it."""
@@ -214,7 +252,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     command(job.command, arguments)
-    figures, draws = collect(job.command, run, figure)
+    figures, draws = collect(job.command, run, figure, job.alone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}
     Records(study).write(job.key, Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine))

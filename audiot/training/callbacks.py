@@ -6,6 +6,7 @@ import gc
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from audiot.base.failures import Failures
 from audiot.base.files import replacing
 from audiot.data.batches import Batch, to_device
 from audiot.training.accumulation import WeightedSteps
+from audiot.training.energy import energy_counter
 
 MAX_WAIT = 0.05  # share of the time that a GPU may wait for data without a warning
 IN_FILES_S = 30.0  # seconds between two drawings of a progress bar that is no terminal's
@@ -96,7 +98,8 @@ class Throughput(Callback):
     """Log real (unpadded) spectrogram frames per second over all processes, and the share of the time spent waiting for data.
 
     Validation and the first step of a process, which compiles, are not counted. Waiting means that the device is idle when a
-    batch arrives. On a GPU, CUDA events measure it, and their times are read once they are there.
+    batch arrives. On a GPU, CUDA events measure it, and their times are read once they are there. The energy of a single device
+    is counted over the same time, where it tells.
     """
 
     def __init__(self) -> None:
@@ -109,11 +112,17 @@ class Throughput(Callback):
         self.rate: float | None = None  # the latest logged rate
         self.since = self.last = 0.0
         self.warned = False
+        self.joules: float | None = 0.0  # None: it has not been counted from the beginning
+        self._counter: Callable[[], float] | None = None
+        self._joules_before: float | None = None
         self._ended: torch.cuda.Event | float | None = None
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
+        self._counter = energy_counter(pl_module.device) if trainer.world_size == 1 else None
+        if self._counter is None:
+            self.joules = None
         self._start()
 
     def _start(self) -> None:
@@ -157,6 +166,7 @@ class Throughput(Callback):
             synchronise(pl_module.device)
             self.first_step_s = time.monotonic() - self.since
             self._start()
+            self._start_energy()
             return
         features = pl_module.model.features  # type: ignore[union-attr]
         tokens = features.num_tokens(batch["lengths"]).sum()  # type: ignore[union-attr, operator]
@@ -185,28 +195,46 @@ class Throughput(Callback):
         """Stop the clock at the end of the last batch. Starting the validation loaders is not training."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._count(self.last)
+            self._count_energy()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock again."""
         self._start()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._start_energy()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the last batches."""
         self._count()
+        self._count_energy()
 
-    def state_dict(self) -> dict[str, float]:
+    def _start_energy(self) -> None:
+        self._joules_before = None if self._counter is None else self._counter()
+
+    def _count_energy(self) -> None:
+        if self._counter is not None and self._joules_before is not None and self.joules is not None:
+            self.joules += self._counter() - self._joules_before
+            self._joules_before = None
+
+    def state_dict(self) -> dict[str, float | None]:
         """Totals, which a resumed run continues."""
-        return {"frames": self.total_frames, "seconds": self.total_s, "waited": self.total_waited_s}
+        return {"frames": self.total_frames, "seconds": self.total_s, "waited": self.total_waited_s, "joules": self.joules}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the totals of the earlier part of the run."""
         self.total_frames, self.total_s = int(state_dict["frames"]), state_dict["seconds"]
         self.total_waited_s = state_dict.get("waited", 0.0)
+        self.joules = state_dict.get("joules")
 
     @property
     def average(self) -> float:
         """Frames per second over the whole training."""
         return self.total_frames / max(self.total_s, 1e-9)
+
+    @property
+    def energy_wh(self) -> float | None:
+        """Energy of the whole training in watt-hours; None where it was not counted."""
+        return None if self.joules is None else self.joules / 3600
 
     @property
     def data_wait(self) -> float:

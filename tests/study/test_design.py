@@ -31,7 +31,8 @@ def settings(**changes):
 
 
 def made(**changes) -> Study:
-    few = {"mechanisms": ["query_key", "local", "none"], "objectives": ["mockingjay"], "seeds": [0, 1, 2]}
+    few = {"mechanisms": ["query_key", "local", "none"], "control_mechanisms": []}
+    few |= {"objectives": ["mockingjay"], "seeds": [0, 1, 2]}
     return instantiate(settings(**(few | changes)))
 
 
@@ -39,15 +40,15 @@ def record(**figures) -> Record:
     return Record("a run", "runs/a", (), figures)
 
 
-def finished(study, speeds=None):
-    """Records of all runs, made up: 0.003 is the better learning rate."""
+def finished(study, times=None):
+    """Records of all runs, made up: 0.003 is the better learning rate. `times` are those of mechanisms for a million frames."""
     records = {}
     for _ in range(4):  # learning rates, then all seeds, then equal times
         for job in study.jobs(records):
             mechanism = job.name.split("/")[1]
             loss = 1.0 if "lr=0.003" in job.name else 2.0
-            speed = (speeds or {}).get(mechanism, 1000.0)
-            records[job.key] = record(validation=loss, frames_per_s=speed, steps=100.0, value=0.5)
+            time = {"s_per_mframe": (times or {}).get(mechanism, 10.0)} if job.alone else {}
+            records[job.key] = record(validation=loss, steps=100.0, value=0.5, **time)
     return records
 
 
@@ -61,11 +62,11 @@ def test_every_study_of_the_config_is_made_and_has_jobs(option):
     assert any(study.jobs({}))
 
 
-def test_first_the_learning_rates_are_tried_on_one_seed():
+def test_first_costs_are_measured_and_learning_rates_tried_on_one_seed():
     study = made()
     found = names(study, {})
     trained = [name for name in found if not name.startswith("features/")]
-    assert trained == [
+    assert trained == [f"mockingjay/{name}/cost/seed=0" for name in ("query_key", "local", "none")] + [
         f"mockingjay/{name}/lr={rate}/seed=0" for name in ("query_key", "local", "none") for rate in ("0.001", "0.003")
     ]
     assert sum(name.startswith("features/") for name in found) == 9  # three tasks, three seeds
@@ -83,11 +84,20 @@ def test_all_seeds_take_the_learning_rate_of_the_best_validation():
 def test_equal_time_is_as_long_as_the_baseline_takes_for_its_steps():
     """One that is half as fast takes half as many steps, and the baseline itself runs once for both."""
     study = made()
-    records = finished(study, {"query_key": 1000.0, "local": 500.0, "none": 2500.0})
+    records = finished(study, {"query_key": 10.0, "local": 20.0, "none": 4.0})
     steps = {name: study.training("mockingjay", name, 1, "time", records) for name in ("query_key", "local", "none")}
     assert steps["query_key"] == study.training("mockingjay", "query_key", 1, "steps", records)
     assert "trainer.max_steps=50" in steps["local"].own
     assert "trainer.max_steps=250" in steps["none"].own
+
+
+def test_a_control_trains_equal_steps_only_and_costs_are_measured_alone():
+    study = made(control_mechanisms=["local"])
+    records = finished(study)
+    assert study.training("mockingjay", "local", 1, "time", records) is None
+    assert [job.name for job in study.jobs(records) if job.alone] == [
+        f"mockingjay/{name}/cost/seed=0" for name in ("query_key", "local", "none")
+    ]
 
 
 def test_every_job_is_there_once_and_after_what_it_needs():
@@ -95,8 +105,8 @@ def test_every_job_is_there_once_and_after_what_it_needs():
     jobs = list(study.jobs(finished(study)))
     place = {job.key: number for number, job in reversed(list(enumerate(jobs)))}
     assert all(job.encoder is None or place[job.encoder.key] < place[job.key] for job in jobs)
-    # 3 mechanisms: one more learning rate each, 3 seeds, and 3 of equal time for two of them; 3 tasks of each but the first.
-    assert len(place) == 3 + 15 + 3 * 15 + 2 * 9
+    # 3 mechanisms: costs and one more learning rate each; 3 seeds, and 3 of equal time for two of them; 3 tasks of each.
+    assert len(place) == 6 + 15 + 3 * 15 + 2 * 9
 
 
 def changed(before, after):
@@ -120,7 +130,7 @@ def test_a_changed_task_runs_again_and_nothing_else():
 def test_a_changed_training_runs_again_with_its_tasks_and_the_features_do_not():
     found = changed(made(), made(pretrain=["trainer.max_steps=50", "trainer.val_check_interval=50"]))
     assert not any(name.startswith("features/") for name in found)
-    assert len(found) == 3 + 15 + 3 * 15 + 9
+    assert len(found) == 3 + 15 + 3 * 15 + 9  # costs have steps of their own
 
 
 def test_another_mechanism_or_seed_adds_its_runs():

@@ -30,9 +30,12 @@ def finished(study):
             own = np.random.default_rng(int(job.key, 16) % 2**32).normal(0, 0.002)
             value = WORTH[mechanism] + 0.01 * seed + own
             draws = value + np.random.default_rng(1).normal(0, 0.02, 200)
-            costs = {"validation": 1.0, "frames_per_s": 1000.0, "steps": 100.0, "train_s": 9.0, "parameters": 5e6}
             is_task = job.task != ""
-            figures = {"value": value} if is_task else costs
+            figures = (
+                {"value": value} if is_task else {"validation": 1.0, "frames_per_s": 1000.0, "steps": 100.0, "parameters": 4e6}
+            )
+            if job.alone:
+                figures |= {"s_per_mframe": 1000.0, "parameters": 5e6, "steps": 9.0}
             records[job.key] = Record(
                 job.name, job.folder, (), figures, {"value": draws.tolist()} if is_task else {}, {"torch": "2"}
             )
@@ -70,7 +73,7 @@ def test_the_sentences_and_verdicts_follow_from_the_records():
     assert found.environment == {"torch": "2"}
 
 
-def test_controls_stand_apart_and_costs_are_those_of_the_training():
+def test_controls_stand_apart_and_costs_are_those_of_the_run_that_is_alone():
     study = study_of()
     found = gather(study, finished(study), {}, "audiot study")
     controls = {each.mechanism: each for each in found.settings if each.is_control}
@@ -79,12 +82,18 @@ def test_controls_stand_apart_and_costs_are_those_of_the_training():
     assert controls["untrained"].figures["phone_linear"].mean == pytest.approx(0.5 + 0.02, abs=0.005)
     local = next(each for each in found.settings if each.mechanism == "local")
     assert {name: cost.mean for name, cost in local.costs.items()} == {
-        "train_s": 9.0,
-        "frames_per_s": 1000.0,
+        "s_per_mframe": 1000.0,
         "parameters": 5e6,
         "steps": 100.0,
     }
-    assert [cost.name for cost in found.costs] == ["train_s", "frames_per_s", "parameters", "steps"]
+    assert [cost.name for cost in found.costs] == ["s_per_mframe", "parameters", "steps"]
+
+
+def test_a_mechanism_that_is_a_control_has_no_setting_of_equal_time():
+    study = study_of(control_mechanisms=["local"])
+    found = gather(study, finished(study), {}, "audiot study")
+    assert [each.budget for each in found.settings if each.mechanism == "local"] == ["steps"]
+    assert [each.budget for each in found.settings if each.mechanism == "none"] == ["steps", "time"]
 
 
 def test_what_has_not_run_is_listed_with_its_reason():

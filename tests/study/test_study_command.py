@@ -48,8 +48,12 @@ def records(study):
 def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
     found = [json.loads((home / "tiny" / "results" / name).read_text()) for name in records(home / "tiny")]
     assert sorted(each["name"] for each in found) == sorted(
-        f"mockingjay/{mechanism}/lr=0.001/seed=0{task}" for mechanism in ("query_key", "none") for task in ("", "/phone_linear")
+        f"mockingjay/{mechanism}/{run}/seed=0{task}"
+        for mechanism in ("query_key", "none")
+        for run, task in (("cost", ""), ("lr=0.001", ""), ("lr=0.001", "/phone_linear"))
     )
+    alone = [each["figures"] for each in found if "/cost/" in each["name"]]
+    assert all(figures["s_per_mframe"] > 0 and figures["gflops"] > 0 for figures in alone)
     assert all((home / "tiny" / each["run"] / "output.txt").is_file() for each in found)
     trained = [home / "tiny" / each["run"] for each in found if each["arguments"][0] == "pretrain"]
     assert all((run / "encoder" / "model.safetensors").is_file() and not (run / "checkpoints").exists() for run in trained)

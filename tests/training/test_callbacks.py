@@ -163,7 +163,7 @@ def test_throughput_counts_the_real_frames_of_every_step_but_the_first(pretraini
     assert throughput.total_frames == expected
 
 
-def test_throughput_leaves_validation_out(pretraining, tmp_path, monkeypatch):
+def test_throughput_and_energy_leave_validation_out(pretraining, tmp_path, monkeypatch):
     class Clock(Callback):
         """A training batch takes 1 s, a validation batch 100 s. The first training batch isn't counted."""
 
@@ -177,6 +177,7 @@ def test_throughput_leaves_validation_out(pretraining, tmp_path, monkeypatch):
 
     clock, throughput = Clock(), Throughput()
     monkeypatch.setattr("audiot.training.callbacks.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("audiot.training.callbacks.energy_counter", lambda device: lambda: 500.0 * clock.now)  # 500 W
     trainer = pretraining.trainer(tmp_path, [clock, throughput], max_steps=5, val_check_interval=2)
     model, source = pretraining.module(), pretraining.data()
     trainer.fit(model, source)
@@ -186,6 +187,15 @@ def test_throughput_leaves_validation_out(pretraining, tmp_path, monkeypatch):
     trainer.validate(model, source, verbose=False)  # none of training's time
     assert throughput.total_s == 4.0
     assert throughput.average == throughput.total_frames / 4.0
+    assert throughput.energy_wh == pytest.approx(500.0 * 4.0 / 3600)
+
+
+def test_no_energy_is_told_where_it_was_not_counted_from_the_beginning():
+    throughput = Throughput()
+    throughput.load_state_dict({"frames": 10, "seconds": 1.0})  # of a checkpoint from before energy was counted
+    assert throughput.energy_wh is None
+    throughput.load_state_dict({"frames": 10, "seconds": 1.0, "joules": 7200.0})
+    assert throughput.energy_wh == 2.0
 
 
 def test_every_validation_draws_one_picture(pretraining, tmp_path):
