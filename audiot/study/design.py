@@ -24,11 +24,13 @@ from audiot.study.records import Record
 ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "probe_jobs", "resume", "trusted")
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
+_PLACE = re.compile(r"data\.(root|num_workers|prepare\.num_jobs)=")  # where the corpus is and who reads it, not what it is
 
 
 @cache
 def fingerprint(command: str, overrides: tuple[str, ...]) -> str:
     """Digest of the config that a command composes, so that what changes a default changes it too."""
+    overrides = tuple(each for each in overrides if not _PLACE.match(each))
     config = OmegaConf.to_container(compose_command(command, [*overrides, "run_dir=run", "data_dir=data"]))
     assert isinstance(config, dict)
     return _digest({name: value for name, value in config.items() if name not in ASIDE})

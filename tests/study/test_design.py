@@ -119,6 +119,13 @@ def test_what_is_the_same_has_the_same_key():
     assert changed(made(), made(title="another", alpha=0.01)) == set()
 
 
+def test_where_the_corpus_lies_and_who_loads_it_change_nothing():
+    here, there = ([f"data.root={place}", f"data.num_workers={number}"] for place, number in (("a", 0), ("b", 2)))
+    digits = {"data": "fsdd", "tasks": {}}
+    assert changed(made(shared=here, **digits), made(shared=there, **digits)) == set()
+    assert changed(made(shared=here, **digits), made(shared=[*there, "data.partial=true"], **digits))
+
+
 def test_a_changed_task_runs_again_and_nothing_else():
     tasks = settings()["tasks"]
     other = tasks | {"phone_linear": tasks["phone_linear"] | {"overrides": ["downstream=phone_linear", "downstream.layers=last"]}}
