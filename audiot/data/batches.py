@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import warnings
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
+from multiprocessing.util import Finalize
 from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
 WINDOW = 20_000  # cuts that are shuffled together when a manifest is streamed from disk
+STOPS = (signal.SIGINT, signal.SIGTERM)  # reach all processes of a job
 AHEAD = 4  # batches that a loader process makes in advance
 LOOK_S = 5  # seconds after which a loader looks whether its processes live
 PATIENCE_S = 50  # seconds without a batch after which a loader gives up
@@ -409,12 +413,32 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def ignore_signals(worker: int) -> None:
-    """Start of a loader worker: ignore Ctrl-C and SIGTERM, which reach all processes of a job.
+    """Start of a loader worker: ignore Ctrl-C and SIGTERM.
 
     The main process, which needs its workers until it has saved, ends them itself.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM for this process and those that it starts; what has come takes effect afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_this_process(workers: Iterable[Any]) -> None:
+    """Kill workers before Python waits for them at its end: they ignore the SIGTERM that it sends, so it would wait for ever.
+
+    That is so where an error ends a run whose loader nobody has closed.
+    """
+    alive = weakref.WeakSet(workers)
+    Finalize(None, lambda: [worker.kill() for worker in alive], exitpriority=10)
 
 
 class LoaderStoppedError(OSError):
@@ -430,8 +454,10 @@ class WatchedLoader(DataLoader[Batch]):
         Raises:
             LoaderStoppedError: a process died, or none has given a batch for 50 seconds.
         """
-        batches = super().__iter__()
+        with _signals_later():  # workers inherit it, until they ignore them
+            batches = super().__iter__()
         _leave_dead_workers_alone()
+        _end_with_this_process(worker_processes(batches))
         return self._watched(batches)
 
     @staticmethod

@@ -14,7 +14,7 @@ import pytest
 import torch
 from faults import tries
 from pytorch_lightning.callbacks import Callback
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from audiot.data import batches
 from audiot.data.batches import LoaderStoppedError, WatchedLoader, ignore_signals
@@ -227,6 +227,45 @@ def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number, attempt):
     assert handler in (signal.SIG_DFL, None)
     worker.join(5)
     assert not worker.is_alive()
+
+
+def noting_signals(worker):
+    """Start of a worker that notes which signals it holds back before and after it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    os.kill(os.getpid(), signal.SIGTERM)  # reaches it before it has got so far
+    ignore_signals(worker)
+    after = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    get_worker_info().dataset.noted = [int(signal.SIGTERM in held) for held in (before, after)]
+
+
+class Noted(Numbers):
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"noted": self.noted}
+
+
+def test_a_worker_is_not_ended_by_a_signal_that_comes_while_it_starts():
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    stream = iter(WatchedLoader(Noted(), batch_size=None, num_workers=1, worker_init_fn=noting_signals, timeout=5))
+    assert next(stream)["noted"] == [1, 0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held
+
+
+KEPT = []
+
+
+def keep_a_loader_open():
+    KEPT.append(iter(WatchedLoader(Numbers(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals, timeout=5)))
+    next(KEPT[-1])
+
+
+def test_a_process_ends_though_its_loader_is_open():
+    """As where an error ends a run. Python sends the workers SIGTERM, which they ignore, and would wait for them."""
+    process = multiprocessing.get_context("fork").Process(target=keep_a_loader_open)
+    process.start()
+    process.join(30)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
 
 
 @pytest.mark.parametrize("attempt", tries())
