@@ -12,13 +12,13 @@ from audiot.study.findings import EQUIVALENT, UNKNOWN, Estimate, Findings, Measu
 from audiot.study.records import Record
 
 COSTS = (
-    Measure("s_per_mframe", "training time per million frames, without waiting for data", False, is_rate=False, unit="s"),
-    Measure("peak_gib", "peak memory of training", False, is_rate=False, unit="GiB"),
-    Measure("wh_per_mframe", "energy of training per million frames", False, is_rate=False, unit="Wh"),
-    Measure("gflops", "matrix products of the encoder per second of audio", False, is_rate=False, unit="GFLOP"),
-    Measure("parameters", "parameters", False, is_rate=False, unit=""),
+    Measure("s_per_mframe", "Training time", False, is_rate=False, unit="s per million frames"),
+    Measure("peak_gib", "Peak memory", False, is_rate=False, unit="GiB"),
+    Measure("wh_per_mframe", "Energy", False, is_rate=False, unit="Wh per million frames"),
+    Measure("gflops", "Matrix products", False, is_rate=False, unit="GFLOP per second of audio"),
+    Measure("parameters", "Parameters", False, is_rate=False, unit=""),
 )
-STEPS = Measure("steps", "steps", False, is_rate=False, unit="")
+STEPS = Measure("steps", "Steps", False, is_rate=False, unit="")
 
 
 def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tuple[Job, str]], command: str) -> Findings:
@@ -154,8 +154,9 @@ def methods(study: Study) -> tuple[str, ...]:
         f"mechanism and objective on seed {study.seeds[0]}. All seeds have the one with the best validation loss. Runs of equal "
         "time have as many steps as fit in the baseline's time at the mechanism's time per frame. Controls train "
         "equal steps only.",
-        f"Costs: those of a short training that has its device to itself: {' '.join(study.cost) or 'the same command'}. Matrix "
-        "products: those of the encoder's forward pass on an input as long as the longest training crop.",
+        "Costs: those of a short training that has its device to itself, without waiting for data: "
+        f"{' '.join(study.cost) or 'the same command'}. Matrix products: those of the encoder's forward pass on an input as long "
+        "as the longest training crop.",
         f"Tasks: {'; '.join(map(_described, study.tasks.values()))}. All runs are tested on the same resampled tests.",
         "Intervals (95%) are percentiles of a bootstrap over seeds and test units together. With five seeds they are too narrow: "
         "where seeds alone vary, they hold the truth in 84 of 100 studies. Differences are tested by a paired t test over seeds, "

@@ -6,6 +6,8 @@ import gc
 import os
 from pathlib import Path
 
+import librosa
+
 from audiot.data.datamodule import open_cuts, open_pieces
 from audiot.data.prepare import PreparedCorpus
 
@@ -24,4 +26,5 @@ def hold(directory: Path) -> None:
 
 
 if VARIABLE in os.environ:
+    librosa.filters.mel(sr=16_000, n_fft=512)  # the first call loads much
     hold(Path(os.environ[VARIABLE]))
