@@ -106,7 +106,7 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         place = len(list(folder.glob("abx*")))
         two = [*DEMO, "data.corpus.num_test_speakers=2", f"data_dir={folder / 'two-speakers'}"]  # across speakers
         demo = [] if any(argument.startswith("item=") for argument in rest) else two
-        return [command, *rest, *demo, "codes=10", "resamples=10", f"hydra.run.dir={folder / 'abx'}{place}"]
+        return [command, *rest, *demo, "codes=10", "bootstrap.samples=100", f"hydra.run.dir={folder / 'abx'}{place}"]
     if command not in ("pretrain", "finetune", "prepare") or any(argument.startswith("resume=") for argument in rest):
         return [command, *rest]
     rest = [argument for argument in rest if not argument.startswith("trainer.max_steps")]

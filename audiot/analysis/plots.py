@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -297,7 +298,8 @@ def plot_measures(layers: Sequence[Mapping[str, Any]], features: Mapping[str, An
     """Plot ABX errors and, if it was measured, PNMI by layer. Dashed lines are the features without an encoder.
 
     Args:
-        layers: Figures of each layer: ``layer``, ``within`` and ``across`` (``error``, ``low``, ``high``), ``pnmi``.
+        layers: Figures of each layer: ``layer``, ``within`` and ``across`` (``error``, ``low``, ``high``), ``pnmi``. Without an
+            interval ``low`` and ``high`` are None.
         features: The same figures of the features.
         title: Title of the figure.
         path: Path of the PNG.
@@ -310,9 +312,10 @@ def plot_measures(layers: Sequence[Mapping[str, Any]], features: Mapping[str, An
     for speaker, colour in (("within", BLUE), ("across", ORANGE)):
         if speaker not in layers[0]:
             continue
-        error, low, high = ([100 * row[speaker][part] for row in layers] for part in ("error", "low", "high"))
-        axes[0].plot(numbers, error, color=colour, marker="o", label=f"{speaker} speakers")
-        axes[0].fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+        error, low, high = ([row[speaker][part] for row in layers] for part in ("error", "low", "high"))
+        axes[0].plot(numbers, [100 * value for value in error], color=colour, marker="o", label=f"{speaker} speakers")
+        ends = ([math.nan if value is None else 100 * value for value in bound] for bound in (low, high))
+        axes[0].fill_between(numbers, *ends, color=colour, alpha=0.15, linewidth=0)
         if features and speaker in features:
             axes[0].axhline(100 * features[speaker]["error"], color=colour, linestyle="--", label="features")
     axes[0].set(ylabel="ABX error, %", title="Phones told apart (lower is better)")

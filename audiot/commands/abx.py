@@ -23,6 +23,7 @@ from audiot.commands.extract import chosen_layers, find_utterances
 from audiot.data.labels import SILENCE
 from audiot.data.opening import note_data, open_corpus
 from audiot.data.prepare import PreparedCorpus
+from audiot.downstream.bootstrap import in_words, write_draws
 from audiot.downstream.upstream import FeaturesUpstream, Upstream
 from audiot.extraction.extract import Utterance
 from audiot.extraction.states import Failures as Unreadable
@@ -40,9 +41,8 @@ def main(cfg: DictConfig) -> float:
     """Measure every layer and, beside them, the features; the least ABX error, for a sweep that searches."""
     run = Path(cfg.run_dir)
     write_config(cfg, run)
-    settings = Settings(
-        **{name: cfg[name] for name in Settings.__dataclass_fields__ if name != "batch_s"}, batch_s=cfg.data.batch_s
-    )
+    given = {name: cfg[name] for name in Settings.__dataclass_fields__ if name not in ("batch_s", "bootstrap")}
+    settings = Settings(**given, batch_s=cfg.data.batch_s, bootstrap=plain(cfg.bootstrap))
     device = find_device(cfg.device, f"no device {cfg.device!r} here")
     upstream: Upstream = instantiate(cfg.upstream, _recursive_=False, _convert_="all")  # before a corpus is prepared for nothing
     text = ",".join(map(str, cfg.layers)) if isinstance(cfg.layers, ListConfig) else str(cfg.layers)
@@ -51,26 +51,32 @@ def main(cfg: DictConfig) -> float:
     silent = sum(unit.silent for unit in units)
     seconds = sum(utterance.seconds for utterance in utterances)
     say(f"units   {len(units) - silent:,} of {len(utterances):,} utterances, {seconds / 3600:.2f} h")
-    rows, compared = measure(upstream, utterances, units, layers, settings, device)
+    measured = measure(upstream, utterances, units, layers, settings, device)
+    rows, draws = measured.layers, measured.draws
     control = None
     if cfg.compare and not isinstance(upstream, FeaturesUpstream):
         features = FeaturesUpstream(upstream.config.get("features") or plain(cfg.features), context=1)
-        (control,), _ = measure(features, utterances, units, [0], settings, device)
+        beside = measure(features, utterances, units, [0], settings, device)
+        (control,) = beside.layers
         del control["layer"]
+        draws = {f"features{name.removeprefix('0')}": values for name, values in beside.draws.items()} | draws
     given = {name: cfg[name] for name in ("item", "audio", "tier", "field", "split")}
-    found = {"settings": asdict(settings) | given, "compared": compared, "layers": rows, "features": control}
-    write_json(run / "abx.json", found)
+    about = {"settings": asdict(settings) | given, "compared": measured.compared, "bootstrap": measured.bootstrap}
+    write_json(run / "abx.json", {**about, "layers": rows, "features": control})
     named = [*([{"layer": "features", **control}] if control else []), *rows]
     write_csv(run / "abx.csv", map(flat, named))
     failures = Failures()
     files = ["abx.json", "abx.csv"]
+    if draws:
+        write_draws(run / "draws.csv", draws)
+        files.append("draws.csv")
     with failures.noted("abx.png"):
         plot_measures(rows, control, f"{settings.distance} distance, context: {settings.context}", run / "abx.png")
         files.append("abx.png")
-    say("\n" + describe(named))
+    say("\n" + describe(named, measured.bootstrap))
     best = min(rows, key=abx_error)
     lines = {"best": f"layer {best['layer']}, ABX error {100 * abx_error(best):.2f}%", "run": f"{run}: {', '.join(files)}"}
-    if lost := compared["units_without_frames"]:
+    if lost := measured.compared["units_without_frames"]:
         lines = {"left out": f"{lost:,} units, too short to hold the middle of a frame"} | lines
     say("\n" + table(lines))
     failures.tell(cfg.debug)
@@ -147,17 +153,27 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def describe(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Table of the figures for the terminal."""
+def describe(rows: Sequence[Mapping[str, Any]], how: Mapping[str, Any]) -> str:
+    """Table of the figures for the terminal.
+
+    Args:
+        rows: Figures of the features and the layers.
+        how: How the intervals were computed.
+    """
     speakers = [speaker for speaker in SPEAKERS if speaker in rows[0]]
     others = [name for name in COLUMNS if name in rows[0]]
     lines = [["layer", *(f"{speaker}, %" for speaker in speakers), *(COLUMNS[name] for name in others)]]
+    intervals = {}
     for row in rows:
-        bounds = [[100 * row[speaker][part] for part in ("error", "low", "high")] for speaker in speakers]
-        cells = [f"{error:.2f} ({low:.2f} to {high:.2f})" for error, low, high in bounds]
+        cells = []
+        for speaker in speakers:
+            error, *ends = (row[speaker][part] for part in ("error", "low", "high"))
+            if None not in ends:
+                intervals[f"{row['layer']}/{speaker}"] = ends
+            cells.append(f"{100 * error:.2f}" + (f" ({100 * ends[0]:.2f} to {100 * ends[1]:.2f})" if None not in ends else ""))
         lines.append([str(row["layer"]), *cells, *(f"{row[name]:.{1 if name == 'perplexity' else 3}f}" for name in others)])
-    drawn = rows[0][speakers[0]]["resampled"]
-    return f"ABX error by layer, 50% is chance; in brackets 95% of the bootstrap over {drawn}\n{aligned(lines)}"
+    brackets = f"{'; in brackets' if intervals else '; intervals:'} {in_words(how, intervals)}" if how else ""
+    return f"ABX error by layer, 50% is chance{brackets}\n{aligned(lines)}"
 
 
 def next_command(cfg: DictConfig, layer: int, corpus: PreparedCorpus | None, upstream: Upstream) -> str:

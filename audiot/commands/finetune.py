@@ -14,7 +14,7 @@ from audiot.analysis.plots import plot_layer_weights
 from audiot.base.config import plain
 from audiot.base.console import say, table
 from audiot.base.failures import Failures
-from audiot.base.files import write_csv, write_json
+from audiot.base.files import write_json
 from audiot.base.quoting import path
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
@@ -24,7 +24,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.labels import Framing, speaker_of
 from audiot.data.opening import corpus_folder, data_options, note_data, open_corpus
 from audiot.data.prepare import PreparedCorpus
-from audiot.downstream.bootstrap import Bootstrap, in_words
+from audiot.downstream.bootstrap import Bootstrap, in_words, write_draws
 from audiot.downstream.cache import CachedStates
 from audiot.downstream.classifier import without_trials
 from audiot.downstream.module import DownstreamModule
@@ -211,8 +211,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         files += module.objective.write(run, title)
     if trainer.is_global_zero:
         if draws:
-            columns = {name: values.tolist() for name, values in draws.items()}
-            write_csv(run / "draws.csv", (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
+            write_draws(run / "draws.csv", draws)
             files.append("draws.csv")
         write_json(run / "metrics.json", metrics)
         if weights is not None:

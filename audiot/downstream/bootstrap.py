@@ -14,11 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from audiot.base.files import write_csv
 from audiot.base.streams import bits, key
 
 LEVEL = 0.95
@@ -129,21 +131,10 @@ class Bootstrap:
         Raises:
             ValueError: a setting is not one of those that exist, or an utterance has no speaker and ``unit`` is ``speaker``.
         """
-        given = DEFAULTS | dict(settings or {})
-        if unknown := given.keys() - DEFAULTS.keys():
-            raise ValueError(f"downstream.bootstrap has no setting {min(unknown)!r}; there are {', '.join(sorted(DEFAULTS))}")
-        unit, samples = given["unit"], given["samples"]
+        given = checked(settings or {}, "downstream.bootstrap", DEFAULTS)
+        unit, samples, own, keep = (given[name] for name in ("unit", "samples", "seed", "keep"))
         if unit not in ("auto", *UNITS):
             raise ValueError(f"downstream.bootstrap.unit must be auto, utterance or speaker, found {unit!r}")
-        if type(samples) is not int or 0 < samples < FEWEST_SAMPLES or samples < 0:
-            raise ValueError(
-                f"downstream.bootstrap.samples must be at least {FEWEST_SAMPLES}, or 0 for no intervals, found {samples!r}"
-            )
-        own, keep = given["seed"], given["keep"]
-        if own is not None and (type(own) is not int or own < 0):
-            raise ValueError(f"downstream.bootstrap.seed must be null, which is the run's, or at least 0, found {own!r}")
-        if type(keep) is not bool or (keep and not samples):
-            raise ValueError(f"downstream.bootstrap.keep must be true or false, and false without samples, found {keep!r}")
         nameless = next((name for name, speaker in speakers.items() if speaker is None), None)
         if unit == "speaker" and nameless is not None:
             raise ValueError(
@@ -165,7 +156,7 @@ class Bootstrap:
         Returns:
             ``intervals``: name of each metric → ``[low, high]``; and ``bootstrap``: how they were computed, and in ``without``
             the names of metrics that have no interval, each with the reason. Empty if ``samples`` is 0. With `keep` also
-            ``draws``: name of each metric → its values in all resampled tests, (samples,).
+            ``draws``: name of each metric → its values in all resampled tests, (samples,), NaN where it has none.
         """
         if self.samples == 0:
             return {}
@@ -184,20 +175,46 @@ class Bootstrap:
         values = self._values(measured, units, len(place))
         without = {}
         for name in names:
-            found = values.get(name.removeprefix("test/"))
-            reason = NO_MEASUREMENTS if found is None else _no_interval(found)
-            if found is None or reason:
+            value = values.get(name.removeprefix("test/"))
+            reason = NO_MEASUREMENTS if value is None else _no_interval(value)
+            if value is None or reason:
                 without[name] = reason
             else:
-                intervals[name] = found[~found.isnan()].quantile(found.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
-        kept = {"draws": {name: values[name.removeprefix("test/")] for name in names if name not in without}} if self.keep else {}
-        return {"intervals": intervals, "bootstrap": how | ({"without": without} if without else {}), **kept}
+                intervals[name] = value[~value.isnan()].quantile(value.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
+        found = {"intervals": intervals, "bootstrap": how | ({"without": without} if without else {})}
+        if self.keep:  # also where there is no interval: runs are compared test by test, and others may have one
+            found["draws"] = {name: values[name.removeprefix("test/")] for name in names if name.removeprefix("test/") in values}
+        return found
 
     def _values(self, measured: Measured, units: Tensor, number: int) -> Metrics:
         """Each metric of all resampled tests, (samples,)."""
         keys = torch.tensor([key("bootstrap", self.seed, sample) for sample in range(self.samples)])
         parts = [measured.metrics(units, drawn(some, number)) for some in keys.split(max(1, DRAWN // number))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def checked(settings: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a bootstrap: ``samples``, ``seed``, ``keep``, and others that the caller checks.
+
+    Args:
+        settings: The settings. What is missing has its default.
+        where: Their key in the config, for errors.
+        defaults: All settings that there are.
+
+    Raises:
+        ValueError: a setting is not one of those that exist.
+    """
+    given = {**defaults, **settings}
+    if unknown := given.keys() - defaults.keys():
+        raise ValueError(f"{where} has no setting {min(unknown)!r}; there are {', '.join(sorted(defaults))}")
+    samples, seed, keep = given["samples"], given["seed"], given["keep"]
+    if type(samples) is not int or 0 < samples < FEWEST_SAMPLES or samples < 0:
+        raise ValueError(f"{where}.samples must be at least {FEWEST_SAMPLES}, or 0 for no intervals, found {samples!r}")
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"{where}.seed must be null, which is the run's, or at least 0, found {seed!r}")
+    if type(keep) is not bool or (keep and not samples):
+        raise ValueError(f"{where}.keep must be true or false, and false without samples, found {keep!r}")
+    return given
 
 
 def in_words(how: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
@@ -214,6 +231,17 @@ def in_words(how: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
         return "; ".join(missing)
     resampled = f"{how['level']:.0%}, {how['units']:,} {how['unit']}s resampled {how['samples']:,} times: {how['why']}"
     return "; ".join([resampled, *missing])
+
+
+def write_draws(path: Path, draws: Mapping[str, Tensor]) -> None:
+    """Write the metrics of the resampled tests, a column for each and a row for each test.
+
+    Args:
+        path: The CSV file.
+        draws: ``draws`` of `Bootstrap.intervals`.
+    """
+    rows = zip(*(values.tolist() for values in draws.values()), strict=True)
+    write_csv(path, (dict(zip(draws, row, strict=True)) for row in rows))
 
 
 def drawn(keys: Tensor, number: int) -> Tensor:

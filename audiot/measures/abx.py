@@ -81,18 +81,6 @@ class Cells:
         return int((self.sizes[self.a] * self.sizes[self.b] * others).sum())
 
 
-@dataclass(frozen=True)
-class Result:
-    """An ABX error, 0 to 1, with the bounds of its 95% interval, and how much was compared."""
-
-    error: float
-    low: float
-    high: float
-    resampled: str
-    cells: int
-    triples: int
-
-
 def make_cells(
     units: Sequence[Unit],
     speaker: str,
@@ -377,53 +365,3 @@ def _gathered(
     place = torch.arange(most, device=distances.device)
     there = place < count[:, None]
     return distances[(base[:, None] + place * steps[:, None]).clamp_(max=len(distances) - 1)].contiguous(), there
-
-
-def average(cells: Cells, found: np.ndarray, resamples: int = 1000, seed: int = 0) -> Result:
-    """The error of all cells, and its 95% interval by the bootstrap over speakers (of A and B).
-
-    Where there is only one speaker, contexts are drawn, and where there is only one context, pairs of phones.
-
-    Args:
-        cells: The cells, at least one.
-        found: Their errors (C,).
-        resamples: Number of draws.
-        seed: Seed of the draws.
-    """
-    phones = int(cells.phones.max()) + 1
-    pair = _dense(cells.phones[cells.a] * phones + cells.phones[cells.b])
-    speaker, context = _dense(cells.speakers[cells.a]), _dense(cells.contexts[cells.a])
-    by_speaker = _means(pair, speaker, found)
-    error = float(np.nanmean(by_speaker, 1).mean())
-    if by_speaker.shape[1] > 1:
-        resampled, table = "speakers", by_speaker
-    elif context.max() > 0:
-        resampled, table = "contexts", _means(pair, context, found)
-    else:
-        resampled, table = "pairs of phones", by_speaker.T
-    draws = np.random.default_rng(key("abx bootstrap", seed) & (2**63 - 1)).integers(
-        table.shape[1], size=(resamples, table.shape[1])
-    )
-    low, high = np.percentile([_drawn(table, draw) for draw in draws], [2.5, 97.5]) if resamples else (error, error)
-    return Result(error, float(low), float(high), resampled, len(found), cells.num_triples())
-
-
-def _dense(values: np.ndarray) -> np.ndarray:
-    return np.unique(values, return_inverse=True)[1]
-
-
-def _means(rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mean of the values of each row and column; NaN where there is none."""
-    shape = rows.max() + 1, columns.max() + 1
-    place = rows * shape[1] + columns
-    count = np.bincount(place, minlength=shape[0] * shape[1])
-    with np.errstate(invalid="ignore"):
-        return (np.bincount(place, values, len(count)) / count).reshape(shape)
-
-
-def _drawn(table: np.ndarray, draw: np.ndarray) -> float:
-    """Mean over rows of the mean over drawn columns, without rows that have none of them."""
-    weights = np.bincount(draw, minlength=table.shape[1])
-    there = ~np.isnan(table) @ weights
-    kept = there > 0
-    return float(((np.nan_to_num(table) @ weights)[kept] / there[kept]).mean())

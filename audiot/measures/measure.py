@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from audiot.base.console import say
 from audiot.base.devices import attention_of_any_shape
 from audiot.base.framing import middles
 from audiot.data.audio import BadAudioError
+from audiot.downstream.bootstrap import Bootstrap, checked
 from audiot.downstream.classifier import by_length, collate
 from audiot.downstream.upstream import FeaturesUpstream, Upstream
 from audiot.extraction.extract import Utterance, num_frames
-from audiot.measures.abx import SPEAKERS, Cells, Unit, average, errors, make_cells
+from audiot.measures.abx import SPEAKERS, Cells, Unit, errors, make_cells
+from audiot.measures.averages import DEFAULTS, Average, Errors, choose_unit
 from audiot.measures.codes import code_quality
 from audiot.measures.warping import Distance
 
@@ -36,7 +38,7 @@ class Settings:
         max_units: Most units of a phone, context and speaker; None takes all.
         max_speakers: Most speakers of X for each A and B; None takes all.
         codes: Number of k-means codes; None measures none.
-        resamples: Draws of the bootstrap.
+        bootstrap: ``samples``, ``seed`` and ``keep`` of the intervals, as in `audiot.downstream.bootstrap`.
         seed: Seed of all choices.
         batch_s: Seconds of audio per batch, padding included.
         memory_gb: Hidden states that are held at once; more layers than fit take another pass over the audio.
@@ -51,7 +53,7 @@ class Settings:
     max_units: int | None = 10
     max_speakers: int | None = 5
     codes: int | None = 100
-    resamples: int = 1000
+    bootstrap: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     batch_s: float = 60.0
     memory_gb: float = 4.0
@@ -60,9 +62,9 @@ class Settings:
         if self.speaker not in (*SPEAKERS, "both"):
             raise ValueError(f"speaker must be within, across or both, found {self.speaker!r}")
         Distance(self.distance)
-        for name, value, least in (("codes", self.codes, 1), ("resamples", self.resamples, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+        checked(self.bootstrap, "bootstrap", DEFAULTS)
+        if self.codes is not None and self.codes < 1:
+            raise ValueError(f"codes must be at least 1, found {self.codes}")
         for name, size in (("data.batch_s", self.batch_s), ("memory_gb", self.memory_gb)):
             if size <= 0:
                 raise ValueError(f"{name} must be above 0, found {size:g}")
@@ -89,6 +91,23 @@ class Spans:
     labels: np.ndarray
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What was measured.
+
+    Attributes:
+        layers: Figures of each layer. ``within`` and ``across`` have the bounds of their 95% intervals, None where there is none.
+        compared: How much was compared.
+        bootstrap: How the intervals were computed, as in ``metrics.json``; empty without any.
+        draws: With ``bootstrap.keep``: ``LAYER/within`` and ``LAYER/across`` → the errors of all resampled tests, (samples,).
+    """
+
+    layers: list[dict[str, Any]]
+    compared: dict[str, Any]
+    bootstrap: dict[str, Any]
+    draws: dict[str, Tensor]
+
+
 def measure(
     upstream: Upstream,
     utterances: Sequence[Utterance],
@@ -96,7 +115,7 @@ def measure(
     layers: Sequence[int],
     settings: Settings,
     device: torch.device,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> Measures:
     """Measure layers.
 
     Args:
@@ -106,9 +125,6 @@ def measure(
         layers: Numbers of hidden states.
         settings: What to measure.
         device: Device that computes.
-
-    Returns:
-        Figures of each layer, and how much was compared.
 
     Raises:
         ValueError: there is no triple, an utterance cannot be read, or hidden states are not finite.
@@ -120,18 +136,22 @@ def measure(
     room = int(settings.memory_gb * 1e9 / max(1, 4 * frames * upstream.state_dim))
     step = max(1, room)
     spans: Spans | None = None
-    cells: dict[str, Cells] = {}
+    cells: dict[str, tuple[Cells, Average]] = {}
     rows: list[dict[str, Any]] = []
+    kind, why = choose_unit(units, settings.context)
+    found: dict[str, tuple[Average, np.ndarray]] = {}
     with tqdm(total=len(layers), desc="layers", leave=False) as bar:
         for first in range(0, len(layers), step):
             some = layers[first : first + step]
             states = encode(upstream, utterances, some, settings.batch_s, device)
             if spans is None:
                 spans = find_spans(upstream, utterances, units, [len(one[0]) for one in states])
-                cells = _cells(units, spans, settings)
+                cells = {name: (own, Average(own, units, kind)) for name, own in _cells(units, spans, settings).items()}
             for place, layer in enumerate(some):
                 own = torch.cat([one[place] for one in states]).to(device)
-                rows.append({"layer": layer, **_of_layer(own, spans, cells, settings)})
+                figures, errors_of_cells = _of_layer(own, spans, cells, settings)
+                rows.append({"layer": layer, **figures})
+                found |= {f"{layer}/{name}": (cells[name][1], errors_of_cells[name]) for name in cells}
                 bar.update()
     assert spans is not None
     spoken = np.array([not unit.silent for unit in units])
@@ -141,7 +161,29 @@ def measure(
         "units": int(spoken.sum()),
         "units_without_frames": int((spans.counts[spoken] == 0).sum()),
     }
-    return rows, compared
+    resampled = _resampled(found, units, kind, why, settings)
+    for row in rows:
+        for name in cells:
+            ends = resampled.get("intervals", {}).get(f"{row['layer']}/{name}", (None, None))
+            row[name] |= zip(("low", "high"), ends, strict=True)
+    return Measures(rows, compared, resampled.get("bootstrap", {}), resampled.get("draws", {}))
+
+
+def _resampled(
+    found: Mapping[str, tuple[Average, np.ndarray]], units: Sequence[Unit], kind: str | None, why: str, settings: Settings
+) -> dict[str, Any]:
+    """Intervals of errors by name, and the rest that `Bootstrap.intervals` gives."""
+    given = checked(settings.bootstrap, "bootstrap", DEFAULTS)
+    if kind is None:
+        return {"bootstrap": {"without": dict.fromkeys(found, why)}} if given["samples"] else {}
+    seed = settings.seed if given["seed"] is None else given["seed"]
+    speakers = {unit.speaker: unit.speaker for unit in units}  # a unit of the bootstrap is a speaker already
+    resampling = Bootstrap(kind, why, given["samples"], seed, speakers, given["keep"])
+    resampled = resampling.intervals(Errors(found), dict.fromkeys(f"test/{name}" for name in found))
+    for part in (resampled, resampled.get("bootstrap", {})):
+        for key in part.keys() & {"intervals", "draws", "without"}:
+            part[key] = {name.removeprefix("test/"): value for name, value in part[key].items()}
+    return resampled
 
 
 def abx_error(row: Mapping[str, Any]) -> float:
@@ -150,19 +192,24 @@ def abx_error(row: Mapping[str, Any]) -> float:
     return sum(errors) / len(errors)
 
 
-def _of_layer(frames: Tensor, spans: Spans, cells: dict[str, Cells], settings: Settings) -> dict[str, Any]:
+def _of_layer(
+    frames: Tensor, spans: Spans, cells: Mapping[str, tuple[Cells, Average]], settings: Settings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Figures of a layer, without intervals, and the errors of the cells of each comparison."""
     distance = Distance(settings.distance)
     compared = frames.softmax(1) if settings.distance == "kl" else frames
     figures: dict[str, Any] = {}
-    for speaker, own in cells.items():
-        found = errors(own, compared, spans.firsts, spans.counts, distance)
-        figures[speaker] = asdict(average(own, found, settings.resamples, settings.seed))
+    found = {}
+    for speaker, (own, average) in cells.items():
+        found[speaker] = errors(own, compared, spans.firsts, spans.counts, distance)
+        figures[speaker] = {"error": average.whole(found[speaker]), "low": None, "high": None}
+        figures[speaker] |= {"cells": len(own.a), "triples": own.num_triples()}
     if settings.codes is not None:
         known = spans.labels >= 0
         labelled = frames[torch.from_numpy(np.flatnonzero(known)).to(frames.device)]
         quality = code_quality(labelled, spans.labels[known], settings.codes, settings.seed)
         figures |= {name: value for name, value in quality._asdict().items() if name != "frames"}
-    return figures
+    return figures, found
 
 
 def _cells(units: Sequence[Unit], spans: Spans, settings: Settings) -> dict[str, Cells]:

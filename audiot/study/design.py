@@ -294,9 +294,10 @@ class Study:
         return Job(f"{control}/{name}/seed={seed}", task.command, shared, (f"seed={seed}",), training, name)
 
     def _common(self, task: Task) -> tuple[str, ...]:
-        if task.command == "abx":
-            return ("compare=false",)
-        return (*self.finetune, "logger=none", f"downstream.bootstrap.seed={self.seeds[0]}", "downstream.bootstrap.keep=true")
+        is_abx = task.command == "abx"
+        where = "bootstrap" if is_abx else "downstream.bootstrap"
+        own = ("compare=false",) if is_abx else (*self.finetune, "logger=none")
+        return (*own, f"{where}.seed={self.seeds[0]}", f"{where}.keep=true")
 
 
 def _mechanisms(entries: Sequence[str | Mapping[str, Any]]) -> list[Entry]:

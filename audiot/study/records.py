@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan, nan
 from pathlib import Path
 
 from audiot.base.console import say
 from audiot.base.files import read_json, write_json
 from audiot.benchmark.products import products
 from audiot.checkpoint import load_encoder
+from audiot.measures.abx import SPEAKERS
 from audiot.measures.measure import abx_error
 from audiot.runs import read_results
 
@@ -27,7 +29,7 @@ class Record:
         run: Folder of the run in the study's.
         arguments: Its command line.
         figures: Its figures.
-        draws: Name of a figure → its values on resampled tests.
+        draws: Name of a figure → its values on resampled tests, NaN where it has none.
         environment: Versions and machine.
     """
 
@@ -64,6 +66,7 @@ class Records:
     def write(self, key: str, record: Record) -> None:
         """Keep the record of the run with a key."""
         content = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        content["draws"] = {name: [None if isnan(value) else value for value in values] for name, values in record.draws.items()}
         write_json(self.folder / "results" / f"{key}.json", {"format": FORMAT, **content})
 
 
@@ -78,7 +81,7 @@ def _read(path: Path) -> Record:
             str(found["run"]),
             tuple(map(str, found["arguments"])),
             {str(name): float(value) for name, value in found["figures"].items()},
-            {str(name): [float(value) for value in values] for name, values in found["draws"].items()},
+            {str(name): [nan if value is None else float(value) for value in values] for name, values in found["draws"].items()},
             {str(name): str(value) for name, value in found["environment"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -101,10 +104,11 @@ def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> t
         derived = _derived(costs, run / "encoder") if alone else {}
         return {"validation": float(summary[summary["monitor"]]), **costs, **derived}, {}
     if command == "abx":
-        return {"value": min(map(abx_error, read_json(run / "abx.json", "ABX errors")["layers"]))}, {}
+        best = min(read_json(run / "abx.json", "ABX errors")["layers"], key=abx_error)
+        columns = [f"{best['layer']}/{speaker}" for speaker in SPEAKERS if speaker in best]
+        return {"value": abx_error(best)}, _draws(run, columns)
     metrics = read_results(run / "metrics.json", [figure])
-    draws = run / "draws.csv"
-    return {"value": float(metrics[figure])}, {"value": _column(draws, figure)} if draws.is_file() else {}
+    return {"value": float(metrics[figure])}, _draws(run, [figure])
 
 
 def _derived(costs: Mapping[str, float], encoder: Path) -> dict[str, float]:
@@ -124,6 +128,13 @@ def _derived(costs: Mapping[str, float], encoder: Path) -> dict[str, float]:
     return found | {"gflops": work.flops / seconds / 1e9}
 
 
-def _column(path: Path, name: str) -> list[float]:
+def _draws(run: Path, columns: Sequence[str]) -> dict[str, list[float]]:
+    """The mean of some columns of ``draws.csv``, as that of a figure; empty where a run has kept none."""
+    path = run / "draws.csv"
+    if not path.is_file():
+        return {}
     with path.open(newline="", encoding="utf-8") as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if name in row]
+        rows = list(csv.DictReader(stream))
+    if not set(columns) <= rows[0].keys():  # a figure without measurements
+        return {}
+    return {"value": [sum(float(row[name]) for name in columns) / len(columns) for row in rows]}

@@ -414,6 +414,9 @@ def test_runs_of_different_seeds_can_draw_the_same_tests_and_keep_their_metrics(
     assert kept[0].tolist() == kept[1].tolist()
     assert len(kept[0]) == 200
     assert "draws" not in UTTERANCES.intervals(measured, {"test/accuracy": 0.5})
+    all_right = chosen.intervals(accuracy_of([4, 4], [4, 4]), {"test/accuracy": 1.0, "test/other": 0.5})  # has no interval
+    assert all_right["draws"].keys() == {"test/accuracy"}
+    assert all_right["draws"]["test/accuracy"].tolist() == [1.0] * 200
 
 
 def test_a_line_says_what_was_drawn_and_what_has_no_interval():

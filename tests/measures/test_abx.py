@@ -1,5 +1,6 @@
 """ABX errors beside triples that are counted one by one, and beside fastabx."""
 
+import functools
 from itertools import permutations
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import torch
 from fixed_set import FRAMES, fixed_set, item_file
 from test_warping import plain_warp
 
+from audiot.downstream.bootstrap import Bootstrap
 from audiot.extraction.extract import Utterance
-from audiot.measures import abx
-from audiot.measures.abx import Unit, average, errors, make_cells
+from audiot.measures import abx, averages
+from audiot.measures.abx import Unit, errors, make_cells
+from audiot.measures.averages import Average, Errors, choose_unit
 from audiot.measures.measure import find_spans
 from audiot.measures.warping import Distance
 
@@ -45,31 +48,43 @@ def error_of(units, states, distance, speaker, context, **limits):
     frames = frames.softmax(1) if distance == "kl" else frames
     spans = spans_of(units, states)
     cells = make_cells(units, speaker, context, **limits)
-    return average(cells, errors(cells, frames, spans.firsts, spans.counts, Distance(distance)))
+    return Average(cells, units, None).whole(errors(cells, frames, spans.firsts, spans.counts, Distance(distance)))
+
+
+def copies(units, name, draw):
+    """The units of the drawn speakers (``name`` is speaker) or contexts (before); each draw is a copy of its own, ``x#1``."""
+    return [
+        Unit(**{**vars(unit), name: f"{drawn}#{number}"})
+        for number, drawn in enumerate(draw)
+        for unit in units
+        if getattr(unit, name) == drawn
+    ]
 
 
 def counted(units, states, distance, speaker, context):
-    """The error, triple by triple, and the number of triples."""
+    """The error, triple by triple, and the number of triples. Copies of a speaker, ``x#1`` and ``x#2``, are no two speakers."""
     spans = spans_of(units, states)
     measure = Distance(distance)
     prepared = measure.prepared(torch.cat(list(states.values())))
 
+    @functools.cache
     def far(one, other):
-        first, second = (prepared[spans.firsts[n] :][: spans.counts[n]] for n in (one, other))
+        first, second = (prepared[first : first + count] for first, count in (one, other))
         return plain_warp(measure.between(first, second).numpy())
 
-    distances = {pair: far(*pair) for pair in permutations(range(len(units)), 2)}
+    places = list(zip(spans.firsts.tolist(), spans.counts.tolist(), strict=True))
+    person = [unit.speaker.partition("#")[0] for unit in units]
     cells, triples = {}, 0
     for a, b, x in permutations(range(len(units)), 3):
         one, two, three = units[a], units[b], units[x]
         if one.phone != three.phone or one.phone == two.phone or one.speaker != two.speaker:
             continue
-        if (three.speaker == one.speaker) != (speaker == "within"):
+        if three.speaker != one.speaker if speaker == "within" else person[x] == person[a]:
             continue
         if context == "within" and len({(unit.before, unit.after) for unit in (one, two, three)}) > 1:
             continue
         around = (one.before, one.after) if context == "within" else ()
-        to_a, to_b = distances[x, a], distances[x, b]
+        to_a, to_b = far(places[x], places[a]), far(places[x], places[b])
         cell = (one.phone, two.phone), one.speaker, (around, three.speaker)
         cells.setdefault(cell, []).append(0.5 if to_a == to_b else float(to_a > to_b))
         triples += 1
@@ -78,7 +93,7 @@ def counted(units, states, distance, speaker, context):
         by_speaker.setdefault((pair, speaker), []).append(np.mean(found))
     for (pair, _), found in by_speaker.items():
         by_pair.setdefault(pair, []).append(np.mean(found))
-    return np.mean([np.mean(found) for found in by_pair.values()]), triples, len(cells)
+    return np.mean([np.mean(found) for found in by_pair.values()]) if cells else np.nan, triples, len(cells)
 
 
 def some(seed=0, count=26):
@@ -97,15 +112,15 @@ def test_errors_are_those_of_triples_counted_one_by_one(monkeypatch, speaker, co
     monkeypatch.setattr(abx, "ROWS", budget)
     units, states = some()
     expected, triples, cells = counted(units, states, "euclidean", speaker, context)
-    found = error_of(units, states, "euclidean", speaker, context)
-    assert found.error == pytest.approx(expected, abs=1e-6)
-    assert (found.triples, found.cells) == (triples, cells)
+    assert error_of(units, states, "euclidean", speaker, context) == pytest.approx(expected, abs=1e-6)
+    found = make_cells(units, speaker, context)
+    assert (found.num_triples(), len(found.a)) == (triples, cells)
 
 
 @pytest.mark.parametrize(("distance", "speaker", "context"), FASTABX)
 def test_errors_are_those_that_fastabx_gave(distance, speaker, context):
     found = error_of(*fixed_set(), distance, speaker, context)
-    assert 100 * found.error == pytest.approx(100 * FASTABX[distance, speaker, context], abs=0.01)
+    assert 100 * found == pytest.approx(100 * FASTABX[distance, speaker, context], abs=0.01)
 
 
 def by_fastabx(folder, distance, speaker, context):
@@ -123,7 +138,7 @@ def by_fastabx(folder, distance, speaker, context):
 def test_errors_are_those_of_fastabx_that_is_installed(tmp_path, distance, speaker, context):
     expected = by_fastabx(tmp_path, distance, speaker, context)
     found = error_of(*fixed_set(), distance, speaker, context)
-    assert 100 * found.error == pytest.approx(100 * expected, abs=0.01)
+    assert 100 * found == pytest.approx(100 * expected, abs=0.01)
 
 
 def one_frame(*phones_and_values, speaker="s", before="", name="file0"):
@@ -134,13 +149,13 @@ def test_an_error_by_hand():
     """A at 0 and 1, B at 0.4: 1 is nearer to 0.4 than to 0, 0 is nearer to 0.4 than to 1. B alone has no X."""
     rows = [("a", 0.0), ("a", 1.0), ("b", 0.4)]
     states = {"file0": torch.tensor([[value] for _, value in rows] + [[9.0]] * (FRAMES - 3))}
-    assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 1
+    assert error_of(one_frame(*rows), states, "euclidean", "within", "any") == 1
     states["file0"][2] = 0.9  # 1 is nearer to 0.9, and so is 0
-    assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 1
+    assert error_of(one_frame(*rows), states, "euclidean", "within", "any") == 1
     states["file0"][2] = 2.0  # 1 is as near to 2 as to 0
-    assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 0.25
+    assert error_of(one_frame(*rows), states, "euclidean", "within", "any") == 0.25
     states["file0"][2] = 0.0  # 0 is nearer to 0, its like; 1 is as near to both
-    assert error_of(one_frame(*rows), states, "euclidean", "within", "any").error == 0.75
+    assert error_of(one_frame(*rows), states, "euclidean", "within", "any") == 0.75
 
 
 def test_limits_take_a_part_by_seed():
@@ -182,27 +197,66 @@ def test_wrong_limits_are_refused():
             make_cells([], **{"speaker": "within", "context": "any", **wrong})
 
 
+def resampled_as_counted(units, states, speaker, context, kind, draws):
+    """Compare the errors of draws with those of corpora that are written out and counted triple by triple."""
+    spans = spans_of(units, states)
+    cells = make_cells(units, speaker, context)
+    found = errors(cells, torch.cat(list(states.values())), spans.firsts, spans.counts, Distance("euclidean"))
+    average = Average(cells, units, kind)
+    name = {"speaker": "speaker", "context": "before"}[kind]
+    names = sorted({getattr(unit, name) for unit in units})
+    counts = torch.tensor([[draw.count(one) for one in names] for draw in draws], dtype=torch.float64)
+    expected = [counted(copies(units, name, draw), states, "euclidean", speaker, context)[0] for draw in draws]
+    assert average.resampled(found, counts).tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    return expected
+
+
+@pytest.mark.parametrize("speaker", ["within", "across"])
+@pytest.mark.parametrize("context", ["within", "any"])
+@pytest.mark.parametrize("entries", [4_000_000, 1])
+def test_errors_of_drawn_speakers_are_those_of_a_corpus_of_them(monkeypatch, speaker, context, entries):
+    monkeypatch.setattr(averages, "ENTRIES", entries)
+    units, states = some(count=34)
+    names = sorted({unit.speaker for unit in units})
+    draws = [[names[0]] * 2 + names[1:2], [names[0]] + [names[1]] * 3, [names[2]] * 2, names]
+    expected = resampled_as_counted(units, states, speaker, context, "speaker", draws)
+    assert len(set(expected)) == len(draws)
+    assert np.isnan(expected).any() == (speaker == "across"), "of one speaker alone"
+
+
+@pytest.mark.parametrize("speaker", ["within", "across"])
+def test_errors_of_drawn_contexts_are_those_of_a_corpus_of_them(speaker):
+    units, states = some(count=34)
+    expected = resampled_as_counted(units, states, speaker, "within", "context", [["p", "p"], ["p", "q", "q"], ["q", "p"]])
+    assert len(set(expected)) == 3
+
+
 def test_the_interval_is_that_of_resampled_speakers():
     """Cells of one pair of phones in both orders, of ten speakers: the mean's own interval, by its standard error."""
     units = [unit for number in range(10) for unit in one_frame(("a", 0), ("a", 0), ("b", 0), ("b", 0), speaker=str(number))]
     cells = make_cells(units, "within", "any")
     draw = np.random.default_rng(0).random(10)
-    found = average(cells, draw[cells.speakers[cells.a]], resamples=4000)
-    assert found.error == pytest.approx(draw.mean())
-    deviation = draw.std() / 10**0.5
-    assert found.low == pytest.approx(draw.mean() - 1.96 * deviation, abs=0.2 * deviation)
-    assert found.high == pytest.approx(draw.mean() + 1.96 * deviation, abs=0.2 * deviation)
-    assert found.resampled == "speakers"
-    assert found == average(cells, draw[cells.speakers[cells.a]], resamples=4000)
-    assert found != average(cells, draw[cells.speakers[cells.a]], resamples=4000, seed=1)
+    of_cells = draw[cells.speakers[cells.a]]
+    average = Average(cells, units, "speaker")
+    assert average.whole(of_cells) == pytest.approx(draw.mean())
+    bootstrap = Bootstrap("speaker", "", 4000, 0, {str(number): str(number) for number in range(10)}, keep=True)
+    found = bootstrap.intervals(Errors({"0/within": (average, of_cells)}), ["test/0/within"])
+    (low, high), deviation = found["intervals"]["test/0/within"], draw.std() / 10**0.5
+    assert low == pytest.approx(draw.mean() - 1.96 * deviation, abs=0.2 * deviation)
+    assert high == pytest.approx(draw.mean() + 1.96 * deviation, abs=0.2 * deviation)
+    assert found["draws"]["test/0/within"].std() == pytest.approx(deviation, rel=0.1)
 
 
-def test_one_speaker_is_resampled_by_contexts_or_pairs():
-    rows = [("a", 0), ("a", 0), ("b", 0), ("b", 0), ("c", 0), ("c", 0)]
-    by_context = [unit for before in "pq" for unit in one_frame(*rows, before=before)]
-    for context, resampled in (("within", "contexts"), ("any", "pairs of phones")):
-        cells = make_cells(by_context, "within", context)
-        draw = np.random.default_rng(0).random(len(cells.a))
-        found = average(cells, draw)
-        assert found.resampled == resampled
-        assert draw.min() < found.low < found.error < found.high < draw.max()
+def test_eight_speakers_are_resampled_and_of_fewer_their_contexts():
+    def units(speakers, contexts):
+        rows = [("a", 0), ("b", 0)]
+        named = [{"speaker": str(one), "before": str(around)} for one in range(speakers) for around in range(contexts)]
+        return [unit for names in named for unit in one_frame(*rows, **names)]
+
+    assert choose_unit(units(8, 1), "any") == ("speaker", "the test has at least 8")
+    few = "the test has fewer than 8 speakers (7)"
+    assert choose_unit(units(7, 8), "within") == ("context", few)
+    assert choose_unit(units(7, 7), "within") == (None, f"{few}, and fewer than 8 contexts (7)")
+    assert choose_unit(units(7, 8), "any") == (None, f"{few}, and with context=any there are no contexts to resample instead")
+    silent = [Unit(**{**vars(unit), "silent": unit.speaker == "7"}) for unit in units(8, 8)]
+    assert choose_unit(silent, "within")[1] == few

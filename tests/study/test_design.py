@@ -115,6 +115,17 @@ def changed(before, after):
     return {job.name for job in after.jobs(finished(after)) if job.key not in old}
 
 
+def test_all_tasks_are_tested_alike():
+    study = made(mechanisms=["query_key"], control_mechanisms=[], controls=[])
+    composed = {(job.command, job.shared) for job in study.jobs(finished(study))}
+    assert len(composed) == 1 + 3
+    for command, shared in composed:
+        config = compose_command(command, [*shared, "run_dir=run", "data_dir=data"])
+        if command != "pretrain":
+            resampled = config.bootstrap if command == "abx" else config.downstream.bootstrap
+            assert (resampled.seed, resampled.keep) == (0, True)
+
+
 def test_what_is_the_same_has_the_same_key():
     assert changed(made(), made(title="another", alpha=0.01)) == set()
 

@@ -8,7 +8,7 @@ from hydra import initialize_config_module
 from test_design import made
 
 from audiot.study.gathering import gather
-from audiot.study.records import Record
+from audiot.study.records import Record, Records
 
 SEEDS = [0, 1, 2, 3, 4]
 WORTH = {"query_key": 0.8, "local": 0.6, "none": 0.8, "untrained": 0.5, "features": 0.55}  # of each mechanism and control
@@ -71,6 +71,12 @@ def test_the_sentences_and_verdicts_follow_from_the_records():
     )
     assert not found.unfinished
     assert found.environment == {"torch": "2"}
+
+
+def test_resampled_tests_without_a_value_travel_in_a_record(tmp_path):
+    Records(tmp_path).write("key", Record("a run", "runs/a", (), {"value": 0.5}, {"value": [0.25, float("nan"), 0.75]}))
+    found = Records(tmp_path).load()["key"]
+    assert np.array_equal(found.draws["value"], [0.25, np.nan, 0.75], equal_nan=True)
 
 
 def test_controls_stand_apart_and_costs_are_those_of_the_run_that_is_alone():
