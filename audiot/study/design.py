@@ -242,7 +242,7 @@ class Study:
         found = [records.get(job.key) for job in self.searched(objective, mechanism)]
         if any(record is None for record in found):
             return None
-        losses = [record.figures["validation"] for record in found if record is not None]
+        losses = [record.figure("validation") for record in found if record is not None]
         return self.learning_rates[losses.index(min(losses))]
 
     def training(self, objective: str, mechanism: str, seed: int, budget: str, records: Mapping[str, Record]) -> Job | None:
@@ -260,8 +260,8 @@ class Study:
         own, reference = (records.get(self.costs(objective, name).key) for name in (mechanism, self.baseline))
         if own is None or reference is None:
             return None
-        steps = records[self.searched(objective, mechanism)[0].key].figures["steps"]
-        steps = round(steps * reference.figures["s_per_mframe"] / own.figures["s_per_mframe"])
+        steps = records[self.searched(objective, mechanism)[0].key].figure("steps")
+        steps = round(steps * reference.figure("s_per_mframe") / own.figure("s_per_mframe"))
         return self._training(objective, mechanism, seed, rate, max(1, steps))
 
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:

@@ -104,13 +104,14 @@ def _costs(study: Study, alone: Job, jobs: Mapping[int, Job], records: Mapping[s
 def _estimate(study: Study, jobs: Mapping[int, Job], records: Mapping[str, Record], figure: str) -> Estimate | None:
     """The estimate of a figure; None where no run of these has it."""
     found = {seed: records[job.key] for seed, job in jobs.items() if job.key in records}
-    samples = [_sample(seed, record, figure) for seed, record in found.items() if figure in record.figures]
+    needed = figure == "value"  # a run without a GPU lacks some costs
+    samples = [_sample(seed, record, figure) for seed, record in found.items() if needed or figure in record.figures]
     return estimate(samples, study.resamples) if samples else None
 
 
 def _sample(seed: int, record: Record, figure: str) -> Sample:
     draws = record.draws.get(figure)
-    return Sample(seed, record.figures[figure], None if draws is None else np.array(draws), record.run)
+    return Sample(seed, record.figure(figure), None if draws is None else np.array(draws), record.run)
 
 
 def summary(study: Study, settings: Sequence[Setting]) -> tuple[str, ...]:

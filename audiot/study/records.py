@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 
 from audiot.base.console import say
@@ -31,6 +31,7 @@ class Record:
         figures: Its figures.
         draws: Name of a figure → its values on resampled tests, NaN where it has none.
         environment: Versions and machine.
+        path: The file that it was read from.
     """
 
     name: str
@@ -39,6 +40,20 @@ class Record:
     figures: dict[str, float]
     draws: dict[str, list[float]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    path: Path | None = field(default=None, compare=False)
+
+    def figure(self, name: str) -> float:
+        """A figure that the study can't do without.
+
+        Raises:
+            ValueError: the record lacks it, or it is not finite. Records come from elsewhere too.
+        """
+        value = self.figures.get(name)
+        if value is None or not isfinite(value):
+            found = "lacks" if value is None else f"has {value} for"
+            where = self.path or self.name
+            raise ValueError(f"{where} {found} the figure {name} of {self.name}: delete that file to run it again")
+        return value
 
 
 class Records:
@@ -65,7 +80,7 @@ class Records:
 
     def write(self, key: str, record: Record) -> None:
         """Keep the record of the run with a key."""
-        content = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        content = {name: getattr(record, name) for name in Record.__dataclass_fields__ if name != "path"}
         content["draws"] = {name: [None if isnan(value) else value for value in values] for name, values in record.draws.items()}
         write_json(self.folder / "results" / f"{key}.json", {"format": FORMAT, **content})
 
@@ -83,6 +98,7 @@ def _read(path: Path) -> Record:
             {str(name): float(value) for name, value in found["figures"].items()},
             {str(name): [nan if value is None else float(value) for value in values] for name, values in found["draws"].items()},
             {str(name): str(value) for name, value in found["environment"].items()},
+            path,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no record of a run ({error}): delete it to run it again") from error

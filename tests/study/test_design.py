@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 
 import pytest
 from hydra import initialize_config_module
@@ -11,7 +13,7 @@ from hydra.utils import instantiate
 from audiot.base.config import compose_command, plain
 from audiot.base.groups import options
 from audiot.study.design import Study
-from audiot.study.records import Record
+from audiot.study.records import Record, Records
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,26 @@ def test_a_control_trains_equal_steps_only_and_costs_are_measured_alone():
     ]
 
 
+@pytest.mark.parametrize(
+    ("figures", "found"),
+    [
+        ({}, "lacks the figure validation"),
+        ({"validation": float("nan")}, "has nan for the figure validation"),
+        ({"validation": 1.0}, "lacks the figure steps"),
+        ({"validation": 1.0, "steps": float("inf")}, "has inf for the figure steps"),
+    ],
+)
+def test_a_record_from_elsewhere_that_lacks_what_the_study_needs_is_named(tmp_path, figures, found):
+    study = made()
+    records, kept = finished(study), Records(tmp_path)
+    job = study.searched("mockingjay", "local")[0]
+    kept.write(job.key, record())
+    path = tmp_path / "results" / f"{job.key}.json"
+    path.write_text(path.read_text().replace('"figures": {}', f'"figures": {json.dumps(figures)}'))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} {found} of a run: delete that file to run it again$"):
+        list(study.jobs(records | kept.load()))
+
+
 def test_every_job_is_there_once_and_after_what_it_needs():
     study = made()
     jobs = list(study.jobs(finished(study)))
@@ -118,7 +140,7 @@ def changed(before, after):
 def test_all_tasks_are_tested_alike():
     study = made(mechanisms=["query_key"], control_mechanisms=[], controls=[])
     composed = {(job.command, job.shared) for job in study.jobs(finished(study))}
-    assert len(composed) == 1 + 3
+    assert len(composed) == 2 + 3  # costs, training, tasks
     for command, shared in composed:
         config = compose_command(command, [*shared, "run_dir=run", "data_dir=data"])
         if command != "pretrain":

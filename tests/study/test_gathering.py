@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hydra import initialize_config_module
@@ -71,6 +73,15 @@ def test_the_sentences_and_verdicts_follow_from_the_records():
     )
     assert not found.unfinished
     assert found.environment == {"torch": "2"}
+
+
+def test_a_task_whose_record_lacks_its_figure_is_named():
+    study = study_of()
+    records = finished(study)
+    job = next(job for job in study.jobs(records) if job.task)
+    records[job.key] = Record(job.name, job.folder, (), {}, path=Path("results/x.json"))
+    with pytest.raises(ValueError, match=r"^results/x.json lacks the figure value of .*: delete that file to run it again$"):
+        gather(study, records, {}, "audiot study")
 
 
 def test_resampled_tests_without_a_value_travel_in_a_record(tmp_path):
