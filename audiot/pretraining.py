@@ -78,6 +78,34 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         return f"pretrain/val_{self.objective.figure}"
 
     @classmethod
+    def from_encoder(cls, path: Path, seed: int = 0, trusted: Collection[str] = ()) -> MaskedAcousticModel:
+        """The module of an exported encoder and the objective beside it, in evaluation mode, on the CPU. It can't be trained on.
+
+        Args:
+            path: The encoder's folder (``RUN/encoder``).
+            seed: Seed of the run.
+            trusted: Packages from outside audiot whose parts its files may name.
+
+        Raises:
+            FileNotFoundError: there is no encoder.
+            ValueError: its files are damaged, or no objective is beside it.
+        """
+        encoder = load_encoder(path, trusted)
+        objective, state = load_objective(path, trusted)
+        if not objective:
+            raise ValueError(f"{path} has no objective.json: an encoder that pre-training exported has one")
+        check_sizes(
+            lambda: make(objective, encoder, inside=False),
+            objective,
+            {name: tuple(each.shape) for name, each in state.items()},
+            path,
+        )
+        module = cls(encoder.config["features"], encoder.config["model"], objective, {}, {}, seed)
+        module.model.load_state_dict(encoder.state_dict())
+        module.objective.load_state_dict(state)
+        return module.eval()
+
+    @classmethod
     def translated(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with today's names: the reconstruction head once stood beside the corruption."""
         return {f"objective.{name}" if name.startswith("head.") else name: value for name, value in state.items()}

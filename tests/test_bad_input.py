@@ -306,6 +306,7 @@ def test_a_damaged_encoder(made, tmp_path, command, damage):
 
 def test_damaged_and_missing_checkpoints(made, tmp_path):
     folder = Path(shutil.copytree(made.run, tmp_path / "run"))
+    shutil.rmtree(folder / "encoder")  # which `analyze` would take where no checkpoint is left
     checkpoint, *others = checkpoints(folder / "checkpoints")
     for other in others:
         other.unlink()

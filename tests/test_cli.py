@@ -356,7 +356,7 @@ def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, 
     result = run("analyze", f"run={folder}")
     pictures = "codes.png, attention.png, attention-untrained.png"
     assert (result.code, result.err) == (1, f"audiot: error: not drawn in {folder / 'plots'}: {pictures}\n")
-    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "heads.png", "pruning.png"}
 
 
 @blank
@@ -644,9 +644,19 @@ def test_analyze_draws_a_run(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     shutil.rmtree(folder / "plots")
     out = succeed("analyze", f"run={folder}")
-    drawn = {"codes", "attention", "attention-untrained", "training", "probes"}
+    drawn = {"codes", "attention", "attention-untrained", "training", "probes", "heads", "pruning"}
     assert {path.stem for path in (folder / "plots").glob("*.png")} == drawn
     assert all(str(folder / "plots" / f"{name}.png") in out for name in drawn)
+    found, arrays = read(folder / "analysis.json"), (folder / "analysis.safetensors").read_bytes()
+    assert len(found["heads"]) == len(found["pruning"]["alone"]) == 2 * 2
+    assert found["pruning"]["removed"][0] == pytest.approx(read(folder / "summary.json")["pretrain/val_cross_entropy"], rel=1e-4)
+    assert found["codes"]["targets"].keys() == {"pnmi", "phone_purity", "cluster_purity", "perplexity", "frames"}
+    assert found["absent"] == {"tables": "QueryKey has no tables"}
+    shutil.rmtree(folder / "checkpoints")  # as a study does
+    again = tmp_path / "again"
+    succeed("analyze", f"run={folder}", "pictures=false", f"hydra.run.dir={again}")
+    assert read(folder / "analysis.json") == read(again / "analysis.json") == found
+    assert (again / "analysis.safetensors").read_bytes() == arrays
 
 
 def test_prepare_says_how_to_train_on_the_corpus(made):

@@ -24,7 +24,7 @@ from audiot.study.report import write_report
 from audiot.study.running import Worker
 
 ON_A_GPU = 8  # runs at a time on each card, if there are two cores for each
-MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx")
+MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx", "audiot.commands.analyze")
 
 
 def main(cfg: DictConfig) -> None:

@@ -273,6 +273,13 @@ class SpeechDataModule(EndlessData):
         for batch in self._loader(cuts, training=False):
             yield to_device(batch, torch.device(device))
 
+    def some(self, role: str, count: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Batches of so many utterances of a role, the same ones whatever the seed; of all where there are fewer."""
+        cuts = self.cuts(role)
+        chosen = {name for _, name in sorted((key("some", cut.id), cut.id) for cut in cuts)[:count]}
+        for batch in self._loader(CutSet.from_cuts(cut for cut in cuts if cut.id in chosen), training=False):
+            yield to_device(batch, torch.device(device))
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move tensors except lengths to the device, where waveforms become floats."""
         return to_device(batch, device)

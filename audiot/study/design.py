@@ -50,7 +50,7 @@ class Job:
         shared: Overrides that many runs have, in Hydra's grammar.
         own: Overrides of this run.
         encoder: The pre-training whose encoder it takes; None where it takes none.
-        task: Name of the task that it measures; empty for pre-training.
+        task: Name of the task that it measures; empty for pre-training and for what was learned.
         alone: Whether it has its device to itself, because it measures what the device does in a time.
     """
 
@@ -75,8 +75,11 @@ class Job:
 
     def arguments(self, study: Path) -> list[str]:
         """Overrides of its command line, without the place of its run."""
-        path = [] if self.encoder is None else [override("upstream.path", str(study / self.encoder.folder / "encoder"))]
-        return [*self.shared, *self.own, *path]
+        if self.encoder is None:
+            return [*self.shared, *self.own]
+        run = study / self.encoder.folder
+        heard = override("run", run) if self.command == "analyze" else override("upstream.path", str(run / "encoder"))
+        return [*self.shared, *self.own, heard]
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Study:
         tasks: What is measured of every encoder, by name.
         alpha: Probability of a wrong verdict that is accepted, for each measure.
         resamples: Draws of the bootstrap over seeds and test units.
+        learned: Whether to measure what every encoder of equal steps has learned (``audiot analyze``).
 
     Raises:
         ValueError: an entry is none, or two have one label.
@@ -165,7 +169,9 @@ class Study:
         tasks: Mapping[str, Mapping[str, Any]],
         alpha: float = 0.05,
         resamples: int = 2000,
+        learned: bool = True,
     ) -> None:
+        self.learned = learned
         self.name, self.title, self.rehearsal = name, title, rehearsal
         self.baseline, self.alpha, self.resamples = baseline, alpha, resamples
         self.mechanisms = {entry.label: entry for entry in _mechanisms(mechanisms)}
@@ -219,6 +225,8 @@ class Study:
                         if job is not None:
                             yield job
                             yield from (self.task(name, job, seed) for name in self.tasks)
+                        if job is not None and budget == "steps" and self.learned:
+                            yield self.analysis(job)
         for name in self.tasks:
             for seed in self.seeds:
                 for control in self.controls:
@@ -278,6 +286,10 @@ class Study:
         task = self.tasks[name]
         shared = (*self.data, *self._common(task), *task.overrides, "upstream=checkpoint")
         return Job(f"{training.name}/{name}", task.command, shared, (f"seed={seed}",), training, name)
+
+    def analysis(self, training: Job) -> Job:
+        """What an encoder has learned, in figures."""
+        return Job(f"{training.name}/learned", "analyze", ("pictures=false",), (), training)
 
     def control(self, name: str, control: str, seed: int, records: Mapping[str, Record]) -> Job | None:
         """A task on a control; None until what it depends on is known, or where the task has none."""

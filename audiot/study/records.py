@@ -7,16 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan, nan
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from audiot.base.console import say
-from audiot.base.files import read_json, write_json
+from audiot.base.files import read_json, replacing, write_json
 from audiot.benchmark.products import products
 from audiot.checkpoint import load_encoder
 from audiot.measures.abx import SPEAKERS
 from audiot.measures.measure import abx_error
+from audiot.measures.similarity import principal
 from audiot.runs import read_results
 
 FORMAT = 1
+AXES = 32  # principal axes of the states that travel; see `principal`
 FROM_SUMMARY = ("frames_per_s", "data_wait", "parameters", "steps", "train_s", "peak_gib", "energy_wh")
 
 
@@ -56,6 +64,38 @@ class Record:
         return value
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """What an encoder has learned, beside its figures.
+
+    Args:
+        tensors: ``states`` (layers + 1, N, d), and ``tables`` (layers + 1, H, cells, cells) where the mechanism has tables: an
+            untrained one's first.
+        frames: Digest of which frames the states are of.
+    """
+
+    tensors: dict[str, Tensor]
+    frames: str
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read the arrays beside an analysis or a record.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            frames = (file.metadata() or {}).get("frames", "")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable file of arrays ({error}): delete it with its record to run it again") from error
+    shapes = {name: value.ndim for name, value in tensors.items()}
+    if shapes not in ({"states": 3}, {"states": 3, "tables": 4}):
+        raise ValueError(f"{path} holds no states and tables of an analysis: delete it with its record to run it again")
+    return Arrays(tensors, frames)
+
+
 class Records:
     """The finished runs of a study, a file each.
 
@@ -78,11 +118,26 @@ class Records:
                 self._known[path.stem] = _read(path)
         return self._known
 
-    def write(self, key: str, record: Record) -> None:
-        """Keep the record of the run with a key."""
+    def arrays(self, key: str) -> Arrays | None:
+        """What the run with a key has learned beside its figures; None where its record came without.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._arrays(key)
+        return read_arrays(path) if path.is_file() else None
+
+    def write(self, key: str, record: Record, arrays: Arrays | None = None) -> None:
+        """Keep the record of the run with a key, and beside it its arrays."""
+        if arrays is not None:  # first: who finds the record finds them
+            with replacing(self._arrays(key)) as temporary:
+                save_file(arrays.tensors, temporary, {"frames": arrays.frames})
         content = {name: getattr(record, name) for name in Record.__dataclass_fields__ if name != "path"}
         content["draws"] = {name: [None if isnan(value) else value for value in values] for name, values in record.draws.items()}
         write_json(self.folder / "results" / f"{key}.json", {"format": FORMAT, **content})
+
+    def _arrays(self, key: str) -> Path:
+        return self.folder / "results" / f"{key}.safetensors"
 
 
 def _read(path: Path) -> Record:
@@ -119,6 +174,8 @@ def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> t
         costs = {name: float(summary[name]) for name in FROM_SUMMARY if name in summary}
         derived = _derived(costs, run / "encoder") if alone else {}
         return {"validation": float(summary[summary["monitor"]]), **costs, **derived}, {}
+    if command == "analyze":
+        return flattened(read_json(run / "analysis.json", "analysis")), {}
     if command == "abx":
         best = min(read_json(run / "abx.json", "ABX errors")["layers"], key=abx_error)
         columns = [f"{best['layer']}/{speaker}" for speaker in SPEAKERS if speaker in best]
@@ -154,3 +211,33 @@ def _draws(run: Path, columns: Sequence[str]) -> dict[str, list[float]]:
     if not set(columns) <= rows[0].keys():  # a figure without measurements
         return {}
     return {"value": [sum(float(row[name]) for name in columns) / len(columns) for row in rows]}
+
+
+def flattened(analysis: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an ``analysis.json`` by names with slashes: ``heads/2/7/distance_s`` of layer 2 and head 7,
+    ``tables/2/previous/moved`` of the head that began with a pattern, ``pruning/removed/3``."""
+    found: dict[str, float] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name}/{key}" if name else key, inner)
+        elif isinstance(value, list):
+            for place, inner in enumerate(value):
+                if isinstance(inner, Mapping) and {"layer", "head"} <= inner.keys():
+                    row = {key: figure for key, figure in inner.items() if key not in ("layer", "head")}
+                    add(f"{name}/{inner['layer']}/{inner.get('pattern') or inner['head']}", row)
+                else:
+                    add(f"{name}/{place}", inner)
+        elif isinstance(value, (int, float)):
+            found[name] = float(value)
+
+    add("", analysis)
+    return found
+
+
+def travelling(run: Path) -> Arrays:
+    """The arrays of a finished analysis, its states in few enough axes to travel with the record."""
+    whole = read_arrays(run / "analysis.safetensors")
+    states = torch.stack([principal(layer, AXES) for layer in whole.tensors["states"]]).half()
+    return Arrays({**whole.tensors, "states": states}, whole.frames)

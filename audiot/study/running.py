@@ -25,7 +25,7 @@ from audiot.benchmark.machine import describe_machine
 from audiot.data.prepare import start_worker, usable_cores
 from audiot.study import opened
 from audiot.study.design import Job, Study
-from audiot.study.records import Record, Records, collect
+from audiot.study.records import Record, Records, collect, travelling
 
 LOOK_S = 1.0  # between looks at what other processes have finished
 
@@ -218,7 +218,7 @@ class Worker:
 
 def _told(record: Record) -> str:
     names = [name for name in ("value", "validation", "frames_per_s") if name in record.figures]
-    return ", ".join(f"{name} {record.figures[name]:.4g}" for name in names)
+    return ", ".join(f"{name} {record.figures[name]:.4g}" for name in names) or f"{len(record.figures)} figures"
 
 
 def _reason(output: Path, code: int | None) -> str:
@@ -255,5 +255,6 @@ def _run(
     figures, draws = collect(job.command, run, figure, job.alone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}
-    Records(study).write(job.key, Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine))
+    record = Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine)
+    Records(study).write(job.key, record, travelling(run) if job.command == "analyze" else None)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hydra import initialize_config_module
@@ -127,8 +128,21 @@ def test_every_job_is_there_once_and_after_what_it_needs():
     jobs = list(study.jobs(finished(study)))
     place = {job.key: number for number, job in reversed(list(enumerate(jobs)))}
     assert all(job.encoder is None or place[job.encoder.key] < place[job.key] for job in jobs)
-    # 3 mechanisms: costs and one more learning rate each; 3 seeds, and 3 of equal time for two of them; 3 tasks of each.
-    assert len(place) == 6 + 15 + 3 * 15 + 2 * 9
+    # 3 mechanisms: costs and one more learning rate each; 3 seeds, and 3 of equal time for two of them; 3 tasks of each, and what
+    # those of equal steps have learned.
+    assert len(place) == 6 + 15 + 3 * 15 + 2 * 9 + 9
+
+
+def test_what_was_learned_is_measured_of_every_encoder_of_equal_steps():
+    study = made()
+    records = finished(study)
+    jobs = [job for job in study.jobs(records) if job.command == "analyze"]
+    assert [job.name for job in jobs] == [
+        f"mockingjay/{name}/lr=0.003/seed={seed}/learned" for name in ("query_key", "local", "none") for seed in (0, 1, 2)
+    ]
+    assert jobs[0].arguments(Path("study")) == ["pictures=false", f'run="study/{jobs[0].encoder.folder}"']
+    without = {job.key for job in made(learned=False).jobs(records)}
+    assert without == {job.key for job in study.jobs(records)} - {job.key for job in jobs}
 
 
 def changed(before, after):
@@ -170,7 +184,7 @@ def test_a_changed_task_runs_again_and_nothing_else():
 def test_a_changed_training_runs_again_with_its_tasks_and_the_features_do_not():
     found = changed(made(), made(pretrain=["trainer.max_steps=50", "trainer.val_check_interval=50"]))
     assert not any(name.startswith("features/") for name in found)
-    assert len(found) == 3 + 15 + 3 * 15 + 9  # costs have steps of their own
+    assert len(found) == 3 + 15 + 3 * 15 + 9 + 9  # costs have steps of their own
 
 
 def test_another_mechanism_or_seed_adds_its_runs():

@@ -42,7 +42,7 @@ def home(tmp_path_factory):
 
 
 def records(study):
-    return {path.name: path.stat().st_mtime_ns for path in (study / "results").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (study / "results").glob("*.json")}
 
 
 def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
@@ -50,7 +50,7 @@ def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
     assert sorted(each["name"] for each in found) == sorted(
         f"mockingjay/{mechanism}/{run}/seed=0{task}"
         for mechanism in ("query_key", "none")
-        for run, task in (("cost", ""), ("lr=0.001", ""), ("lr=0.001", "/phone_linear"))
+        for run, task in (("cost", ""), ("lr=0.001", ""), ("lr=0.001", "/phone_linear"), ("lr=0.001", "/learned"))
     )
     alone = [each["figures"] for each in found if "/cost/" in each["name"]]
     assert all(figures["s_per_mframe"] > 0 and figures["gflops"] > 0 for figures in alone)
@@ -83,7 +83,7 @@ def test_records_travel_without_their_runs(home):
 
 
 def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
-    path = next(path for path in (home / "tiny" / "results").iterdir() if "phone_linear" in path.read_text())
+    path = next(path for path in (home / "tiny" / "results").glob("*.json") if "phone_linear" in path.read_text())
     before, content = records(home / "tiny"), json.loads(path.read_text())
     path.unlink()
     main(["study", "folder=tiny", *TINY])
