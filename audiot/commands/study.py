@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     worker.work()
     records = worker.records.load()
     command = " ".join(["audiot study", *map(quoted, given)])
-    findings = gather(study, records, worker.failed, command)
+    findings = gather(study, records, worker.failed, command, worker.records.arrays)
     files = write_report(findings, folder)
     for sentence in findings.summary:
         say(sentence)

@@ -122,10 +122,10 @@ def intervals(
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-        axis.xaxis.set_major_formatter(_tick)
+        axis.xaxis.set_major_formatter(tick_label)
         axis.grid(axis="x")
         axis.set_xlabel(label)
-        return _inline(figure, prefix, texts)
+        return inline(figure, prefix, texts)
 
 
 def _interval(axis: Axes, row: Row, place: int, scale: float) -> None:
@@ -138,7 +138,8 @@ def _interval(axis: Axes, row: Row, place: int, scale: float) -> None:
     axis.plot([scale * estimate.mean], [place], marker, markersize=5.5, color=colour, markeredgewidth=0)
 
 
-def _tick(value: float, _: float) -> str:
+def tick_label(value: float, _: float) -> str:
+    """The number at a mark of an axis."""
     return compact(value, ".10g").replace("-", "−")
 
 
@@ -172,13 +173,13 @@ def pareto(points: Sequence[Point], labels: tuple[str, str], prefix: str, texts:
         else:
             axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
         axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-        axis.xaxis.set_major_formatter(_tick)
-        axis.yaxis.set_major_formatter(_tick)
+        axis.xaxis.set_major_formatter(tick_label)
+        axis.yaxis.set_major_formatter(tick_label)
         axis.grid()
         axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.autoscale_view()
         _label(axis, points, front)
-        return _inline(figure, prefix, texts)
+        return inline(figure, prefix, texts)
 
 
 def _label(axis: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
@@ -219,7 +220,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _inline(figure: Figure, prefix: str, texts: tuple[str, str]) -> str:
+def inline(figure: Figure, prefix: str, texts: tuple[str, str]) -> str:
     """The figure as an element of a page: ids begin with the prefix, colours are variables of the page's style."""
     stream = StringIO()
     with warnings.catch_warnings():

@@ -114,6 +114,91 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """How far the heads of a layer that began alike have moved from where they began, in runs of all seeds.
+
+    Args:
+        layer: The layer, counted from 1.
+        pattern: The pattern that they began with; empty for those that began at random.
+        moved: Total variation between the rows of the tables then and now, 0 to 1.
+        entropy_before, entropy_after: Mean entropy of the rows in nats.
+        survivors: How many still have half of their mass where they began.
+        heads: How many there are, over all seeds.
+    """
+
+    layer: int
+    pattern: str
+    moved: Estimate
+    entropy_before: float
+    entropy_after: float
+    survivors: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A table of attention, drawn small.
+
+    Args:
+        layer: The layer, counted from 1; 0 for an untrained table.
+        head: The head, counted from 1, with its pattern if it began with one.
+        rows: Rows of the picture, a hexadecimal digit for each cell: 0 for no weight, f for the table's most.
+    """
+
+    layer: int
+    head: str
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the encoders of a mechanism have learned under an objective, by equal steps.
+
+    Args:
+        objective: Name of the objective.
+        mechanism: Name of the mechanism.
+        heads: Figure of heads, of `HEAD_FIGURES` → its estimate in each layer, of the mean over the layer's heads. Empty where
+            the mechanism has no weights.
+        untrained: The same of encoders that were not trained.
+        removed: Validation loss without the first 0, 1, … heads, from the least important on.
+        moved: The heads of tables.
+        pictures: The tables of the first seed.
+        codes: Figure of codes, of `CODE_FIGURES` → its estimate. Empty where the objective has no codes.
+    """
+
+    objective: str
+    mechanism: str
+    heads: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    untrained: dict[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    removed: tuple[Estimate, ...] = ()
+    moved: tuple[Moved, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    codes: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike the states of mechanisms are in one layer, by linear CKA on the same frames.
+
+    Args:
+        objective: Name of the objective.
+        layer: The layer, counted from 1.
+        mechanisms: Names of the mechanisms.
+        means: Row for each mechanism, with its mean CKA to each: between runs of one seed, and with itself between runs of two
+            seeds. None where there are no two such runs.
+    """
+
+    objective: str
+    layer: int
+    mechanisms: tuple[str, ...]
+    means: tuple[tuple[float | None, ...], ...]
+
+
+HEAD_FIGURES = ("distance_s", "diagonality", "entropy_share")
+CODE_FIGURES = ("targets/pnmi", "targets/phone_purity", "predicted/pnmi", "predicted/phone_purity")
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that a study's report says.
 
@@ -129,6 +214,8 @@ class Findings:
         commands: Commands that repeat it.
         environment: Versions and machine, by name.
         unfinished: Runs that failed or are missing, each with its reason.
+        learned: What the encoders have learned.
+        similarities: How alike their layers are.
     """
 
     title: str
@@ -142,3 +229,5 @@ class Findings:
     commands: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     unfinished: dict[str, str] = field(default_factory=dict)
+    learned: tuple[Learned, ...] = ()
+    similarities: tuple[Similarity, ...] = ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from audiot.study.comparison import estimate, settings_judged
 from audiot.study.design import CONTROLS, Job, Study, Task
 from audiot.study.findings import EQUIVALENT, UNKNOWN, Estimate, Findings, Measure, Sample, Setting
-from audiot.study.records import Record
+from audiot.study.learning import learning
+from audiot.study.records import Arrays, Record
 
 COSTS = (
     Measure("s_per_mframe", "Training time", False, is_rate=False, unit="s per million frames"),
@@ -21,7 +22,13 @@ COSTS = (
 STEPS = Measure("steps", "Steps", False, is_rate=False, unit="")
 
 
-def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tuple[Job, str]], command: str) -> Findings:
+def gather(
+    study: Study,
+    records: Mapping[str, Record],
+    failed: Mapping[str, tuple[Job, str]],
+    command: str,
+    arrays: Callable[[str], Arrays | None] = lambda key: None,
+) -> Findings:
     """All that the report says.
 
     Args:
@@ -29,6 +36,7 @@ def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tup
         records: Its finished runs.
         failed: Key of each run that failed → the run and why.
         command: The command that repeats it.
+        arrays: Function from the key of a run to the arrays beside its record.
     """
     settings = [*_trained(study, records), *_controls(study, records)]
     judged = settings_judged(settings, study.measures, study.baseline, study.alpha, study.resamples)
@@ -50,6 +58,7 @@ def gather(study: Study, records: Mapping[str, Record], failed: Mapping[str, tup
         (command,),
         {} if first is None else first.environment,
         unfinished,
+        *learning(study, records, arrays),
     )
 
 

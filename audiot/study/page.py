@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from itertools import count
 from urllib.parse import quote
 
+from audiot.study.chapter import chapter
+from audiot.study.elements import breakable, figure, folded, head, many, table
 from audiot.study.figures import OBJECTIVE_MARKERS, Point, Row, intervals, pareto, short
 from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Comparison, Estimate, Findings, Measure, Setting
 from audiot.study.front import on_front
@@ -52,6 +54,7 @@ def page(findings: Findings) -> str:
         "differences": (f"Differences to {findings.baseline}", _differences(findings)),
         "costs": ("Costs", _costs(findings)),
         "fronts": ("Quality against cost", _fronts(findings)),
+        "learned": ("What is learned", chapter(findings)),
         "unfinished": ("Unfinished runs", _unfinished(findings)),
         "methods": ("Methods", "".join(f"<p>{escape(paragraph)}</p>" for paragraph in findings.methods)),
         "repeat": ("Commands to repeat", _commands(findings)),
@@ -104,19 +107,15 @@ def _facts(findings: Findings) -> str:
     settings = [setting for setting in findings.settings if not setting.is_control]
     seeds = {sample.seed for setting in settings for estimate in setting.figures.values() for sample in estimate.samples}
     facts = [
-        _many(len({setting.mechanism for setting in settings}), "mechanism"),
-        _many(len({setting.objective for setting in settings}), "objective"),
-        _many(len(seeds), "seed"),
-        _many(len(findings.measures), "measure"),
+        many(len({setting.mechanism for setting in settings}), "mechanism"),
+        many(len({setting.objective for setting in settings}), "objective"),
+        many(len(seeds), "seed"),
+        many(len(findings.measures), "measure"),
         f"baseline {escape(findings.baseline)}",
     ]
     if findings.unfinished:
-        facts.append(f'<a href="#unfinished">{_many(len(findings.unfinished), "unfinished run")}</a>')
+        facts.append(f'<a href="#unfinished">{many(len(findings.unfinished), "unfinished run")}</a>')
     return " · ".join(facts)
-
-
-def _many(amount: int, what: str) -> str:
-    return f"{amount} {what}{'' if amount == 1 else 's'}"
 
 
 def _budgets(findings: Findings) -> dict[str, list[Setting]]:
@@ -170,7 +169,7 @@ def _figure_table(
     bests = {measure.name: best(measure, (_estimate(setting, measure) for setting in settings)) for measure in measures}
     heads = [*_names_heads(), *(_measure_head(measure) for measure in measures)]
     if with_rates:
-        heads.append(_head("Learning rate", "which validation chose"))
+        heads.append(head("Learning rate", "which validation chose"))
     rows = []
     for setting in settings:
         cells = [_cell(setting, measure, bests[measure.name]) for measure in measures]
@@ -178,42 +177,26 @@ def _figure_table(
             rate = setting.learning_rate
             cells.append('<td data-value="">–</td>' if rate is None else f'<td data-value="{rate!r}">{rate:g}</td>')
         rows.append(_names(setting, findings) + "".join(cells))
-    return _table(caption, heads, rows)
-
-
-def _table(caption: str, heads: Iterable[str], rows: Iterable[str], kind: str = "sortable") -> str:
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="{kind}">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{''.join(heads)}</tr></thead>"
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>\n"
-    )
-
-
-def _head(name: str, note: str = "", first: str = "ascending") -> str:
-    small = f" <small>{escape(note)}</small>" if note else ""
-    return f'<th scope="col" data-first="{first}"><span>{escape(name)}</span>{small}</th>'
+    return table(caption, heads, rows)
 
 
 def _names_heads() -> list[str]:
-    return [_head("Mechanism"), _head("Objective")]
+    return [head("Mechanism"), head("Objective")]
 
 
 def _measure_head(measure: Measure) -> str:
     bound = margin(measure)
     notes = (unit(measure), direction(measure), bound and f"margin {bound}")
-    return _head(measure.title, ", ".join(filter(None, notes)), "descending" if measure.higher_is_better else "ascending")
+    return head(measure.title, ", ".join(filter(None, notes)), "descending" if measure.higher_is_better else "ascending")
 
 
 def _names(setting: Setting, findings: Findings) -> str:
     """The header cells of a row."""
     is_baseline = setting.mechanism == findings.baseline and not setting.is_control
     mark = " <small>baseline</small>" if is_baseline else ""
-    return f'<th scope="row">{_name(setting.mechanism)}{mark}</th><th scope="row">{_name(setting.objective) or "none"}</th>'
-
-
-def _name(name: str) -> str:
-    """A name that may break after an underscore."""
-    return escape(name).replace("_", "_<wbr>")
+    return (
+        f'<th scope="row">{breakable(setting.mechanism)}{mark}</th><th scope="row">{breakable(setting.objective) or "none"}</th>'
+    )
 
 
 def _estimate(setting: Setting, measure: Measure) -> Estimate | None:
@@ -286,16 +269,8 @@ def _differences(findings: Findings) -> str:
             parts.append(f"<h4>{BUDGETS[budget]}</h4><div class='figures'>{figures}</div>")
             if compared:
                 caption = f"{measure.title}, {BUDGETS[budget].lower()}: differences to {findings.baseline}"
-                parts.append(_folded(caption, _difference_table(caption, measure, compared, findings)))
+                parts.append(folded(caption, _difference_table(caption, measure, compared, findings)))
     return "".join(parts) if findings.measures else ""
-
-
-def _folded(heading: str, content: str, is_open: bool = False) -> str:
-    return f'<details class="folded"{" open" if is_open else ""}><summary>{escape(heading)}</summary>{content}</details>\n'
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _value_figure(measure: Measure, budget: str, settings: Sequence[Setting], prefix: str) -> str:
@@ -316,7 +291,7 @@ def _value_figure(measure: Measure, budget: str, settings: Sequence[Setting], pr
     rows = [Row(setting.mechanism, setting.objective, estimate) for setting, estimate in shown]
     label = f"{short(measure.title, 44)}, {unit(measure)}".rstrip(", ")
     svg = intervals(rows, label, scale(measure), prefix, (title, text))
-    return _figure(svg, f"Values by seed. Best: {words(ordered[0])}.")
+    return figure(svg, f"Values by seed. Best: {words(ordered[0])}.")
 
 
 def _forest(
@@ -333,17 +308,17 @@ def _forest(
     label = f"difference to the baseline, {unit(measure, difference=True)}".rstrip(", ")
     rows = [Row(setting.mechanism, setting.objective, each.difference, sign(setting, each)) for setting, each in compared]
     svg = intervals(rows, label, scale(measure), prefix, (title, text), measure.margin, zero=True)
-    return _figure(svg, f"Paired differences: {tally}.")
+    return figure(svg, f"Paired differences: {tally}.")
 
 
 def _difference_table(caption: str, measure: Measure, compared: Sequence[tuple[Setting, Comparison]], findings: Findings) -> str:
     heads = [
         *_names_heads(),
-        _head("Difference", unit(measure, difference=True)),
-        _head("95% interval"),
-        _head("p different", "Holm"),
-        _head("p equivalent", "TOST, Holm"),
-        _head("Verdict"),
+        head("Difference", unit(measure, difference=True)),
+        head("95% interval"),
+        head("p different", "Holm"),
+        head("p equivalent", "TOST, Holm"),
+        head("Verdict"),
     ]
     rows = []
     for setting, comparison in compared:
@@ -360,7 +335,7 @@ def _difference_table(caption: str, measure: Measure, compared: Sequence[tuple[S
             f'<td data-value="{"" if low is None else repr(low)}">{between or "–"}</td>{"".join(chances)}'
             f"<td>{_verdict(setting, comparison)}</td>"
         )
-    return _table(caption, heads, rows)
+    return table(caption, heads, rows)
 
 
 def _fronts(findings: Findings) -> str:
@@ -388,7 +363,7 @@ def _fronts(findings: Findings) -> str:
             if figures:
                 caption = f"{measure.title} against costs, {BUDGETS[budget].lower()}"
                 table = _front_table(caption, measure, rated, fronts, findings)
-                groups_of_figures.append(_folded(measure.title, f"<div class='figures'>{figures}</div>{table}", place == 0))
+                groups_of_figures.append(folded(measure.title, f"<div class='figures'>{figures}</div>{table}", place == 0))
         if groups_of_figures:
             parts.append(f"<h3>{BUDGETS[budget]}</h3>{''.join(groups_of_figures)}")
     return f'<p class="key">{key}</p>{"".join(parts)}' if parts else ""
@@ -425,13 +400,13 @@ def _front_figure(
     text = f"On the front, from the cheapest: {'; '.join(named)}."
     labels = tuple(f"{short(each.title, 44)}, {unit(each)}".rstrip(", ") + f" {direction(each)[0]}" for each in (cost, measure))
     svg = pareto(points, (labels[0], labels[1]), prefix, (title, text), markers)
-    return _figure(svg, f"{cost.title}: {len(front)} of {len(points)} on the front.")
+    return figure(svg, f"{cost.title}: {len(front)} of {len(points)} on the front.")
 
 
 def _front_table(
     caption: str, measure: Measure, settings: Sequence[Setting], fronts: dict[Measure, set[int]], findings: Findings
 ) -> str:
-    heads = [*_names_heads(), _head("No."), _measure_head(measure), *map(_measure_head, fronts)]
+    heads = [*_names_heads(), head("No."), _measure_head(measure), *map(_measure_head, fronts)]
     rows = []
     for place, setting in enumerate(settings):
         cells = [_names(setting, findings), f'<td data-value="{place + 1}">{place + 1}</td>']
@@ -444,14 +419,14 @@ def _front_table(
             else:
                 cells.append('<td data-value="">–</td>')
         rows.append("".join(cells))
-    return _table(caption, heads, rows)
+    return table(caption, heads, rows)
 
 
 def _unfinished(findings: Findings) -> str:
     rows = [
         f'<th scope="row">{escape(run)}</th><td class="text">{escape(reason)}</td>' for run, reason in findings.unfinished.items()
     ]
-    return _table("Runs that failed or are missing", (_head("Run"), _head("Reason")), rows, "plain") if rows else ""
+    return table("Runs that failed or are missing", (head("Run"), head("Reason")), rows, "plain") if rows else ""
 
 
 def _commands(findings: Findings) -> str:
@@ -466,4 +441,4 @@ def _environment(findings: Findings) -> str:
         f'<th scope="row">{escape(name)}</th><td class="text">{escape(value)}</td>'
         for name, value in findings.environment.items()
     ]
-    return _table("Versions and machine", (_head("Name"), _head("Value")), rows, "plain") if rows else ""
+    return table("Versions and machine", (head("Name"), head("Value")), rows, "plain") if rows else ""

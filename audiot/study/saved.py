@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from audiot.base.files import read_json, write_json
-from audiot.study.findings import BETTER, BUDGETS, EQUIVALENT, UNKNOWN, Findings
+from audiot.study.findings import BETTER, BUDGETS, CODE_FIGURES, EQUIVALENT, HEAD_FIGURES, UNKNOWN, Findings
 
 FORMAT_VERSION = 1
 
@@ -129,6 +130,18 @@ def _check_names(findings: Findings) -> None:
             _one_of(comparison.verdict, (BETTER, EQUIVALENT, UNKNOWN), f"{at}.verdict")
             winners = (setting.mechanism, findings.baseline) if comparison.verdict == BETTER else ("",)
             _one_of(comparison.winner, winners, f"{at}.winner")
+    _differ([(each.objective, each.mechanism) for each in findings.learned], "learned")
+    for place, learned in enumerate(findings.learned):
+        for part, known in (("heads", HEAD_FIGURES), ("untrained", HEAD_FIGURES), ("codes", CODE_FIGURES)):
+            for name in getattr(learned, part):
+                _one_of(name, known, f"a name in learned[{place}].{part}")
+        for picture in learned.pictures:
+            if not all(re.fullmatch("[0-9a-f]+", row) and len(row) == len(picture.rows) for row in picture.rows):
+                raise ValueError(f"learned[{place}].pictures must be squares of hexadecimal digits")
+    for place, similarity in enumerate(findings.similarities):
+        size = len(similarity.mechanisms)
+        if [len(row) for row in similarity.means] != [size] * size:
+            raise ValueError(f"similarities[{place}].means must be a row and a column for each of {size} mechanisms")
 
 
 def _one_of(value: str, allowed: Iterable[str], where: str) -> None:

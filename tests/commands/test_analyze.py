@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
@@ -11,8 +12,11 @@ from omegaconf import OmegaConf
 
 import audiot.attention
 import audiot.commands.launch  # registers the config's resolvers
-from audiot.commands.analyze import draw_attention, draw_both, draw_tables
+from audiot.checkpoint import AudioEncoder
+from audiot.commands.analyze import begins_from_seed, draw_attention, draw_both, draw_tables
 from audiot.model import Encoder
+from audiot.pretraining import build
+from audiot.training.trainer import make_trainer
 
 
 @pytest.fixture
@@ -86,3 +90,20 @@ def test_titles_tell_the_trained_model_from_the_untrained_one(tmp_path, drawn):
     assert titles["attention.png"] == "Attention, trained model, UTT"
     assert titles["attention-untrained.png"] == "Attention, untrained model, UTT"
     assert titles["attention-untrained-keys.png"].endswith("(bright, 30% of all pairs), untrained model, UTT")
+
+
+def test_the_seed_makes_the_encoder_that_a_run_began_with(tmp_path):
+    """Tables without a pattern are compared with it."""
+    given = ["attention=synthesizer_random", "model.embed_dim=48", "model.num_heads=12", "trainer.accelerator=cpu", "seed=3"]
+    with initialize_config_module("audiot.conf", version_base="1.3"):
+        cfg = compose("pretrain", [*given, f"run_dir={tmp_path}"])
+        pl.seed_everything(cfg.seed, verbose=False)  # as `audiot pretrain` does it
+        make_trainer(cfg)
+        module = build(cfg)
+    torch.manual_seed(3)
+    fresh = AudioEncoder(**module.model.config)
+    began = module.model.state_dict()
+    assert all(torch.equal(value, began[name]) for name, value in fresh.state_dict().items())
+    assert begins_from_seed(cfg)
+    assert not begins_from_seed(OmegaConf.merge(cfg, {"init": "RUN/encoder"}))
+    assert not begins_from_seed(OmegaConf.merge(cfg, {"objective": {"rounds": 2}}))

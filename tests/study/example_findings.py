@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Comparison, Estimate, Findings, Measure, Sample, Setting
+from audiot.study.findings import (
+    BETTER,
+    CODE_FIGURES,
+    EQUIVALENT,
+    HEAD_FIGURES,
+    UNKNOWN,
+    Comparison,
+    Estimate,
+    Findings,
+    Learned,
+    Measure,
+    Moved,
+    Picture,
+    Sample,
+    Setting,
+    Similarity,
+)
 
 BASELINE = "query_key"
 MECHANISMS = (BASELINE, "synthesizer_dense", "synthesizer_random", "linear_elu", "lsh_simple", "fourier")
@@ -46,6 +62,37 @@ def comparison(values, others, measure, mechanism, baseline):
     winner = mechanism if (found.mean > 0) == measure.higher_is_better else baseline
     p_equivalent = None if measure.margin is None else 0.0123 if alike else 0.41
     return Comparison(found, 0.0004 if apart else 0.2468, p_equivalent, verdict, winner if apart else "")
+
+
+def learned(objective, names):
+    """What the mechanisms have learned under an objective: two layers of two heads, the third mechanism with tables."""
+
+    def spread(mean):
+        return Estimate(mean, 0.9 * mean, 1.1 * mean, ())
+
+    found = []
+    for place, mechanism in enumerate(names):
+        has_weights, has_tables = place != 5, place == 2
+        heads = {name: (spread(0.1 + 0.01 * place), spread(0.2)) for name in HEAD_FIGURES} if has_weights else {}
+        untrained = {name: (spread(0.3), spread(0.3)) for name in heads}
+        removed = tuple(spread(2 + 0.1 * number + 0.01 * place) for number in range(5))
+        moved = tuple(
+            Moved(layer, pattern, spread(0.2 * layer + 0.1 * bool(pattern)), 0.5, 0.75, 6 - layer, 5)
+            for layer in (1, 2)
+            for pattern in ("current", "")
+        )
+        pictures = tuple(Picture(layer, head, ("f0", f"{layer}a")) for layer in range(3) for head in ("1 current", "2"))
+        codes = {name: spread(0.4 + 0.01 * place) for name in CODE_FIGURES if place != 1}
+        tables = {"moved": moved, "pictures": pictures} if has_tables else {}
+        found.append(Learned(objective, mechanism, heads, untrained, removed, codes=codes, **tables))
+    return found
+
+
+def similar(objective, layer, names):
+    """Similarities that fall with the distance in the list; the last mechanism has no second seed."""
+    means = [[0.9 - 0.1 * abs(one - other) for other in range(len(names))] for one in range(len(names))]
+    means[-1][-1] = None
+    return Similarity(objective, layer, tuple(names), tuple(map(tuple, means)))
 
 
 def example(names=MECHANISMS, rehearsal=""):
@@ -106,4 +153,6 @@ def example(names=MECHANISMS, rehearsal=""):
         ("audiot study study=attention folder=studies/attention", "audiot study report=studies/attention > report.txt && ls"),
         {"audiot": "0.1.0", "torch": "2.11.0+cpu", "python": "3.12.1", "machine": "2 × NVIDIA H200, driver 570.86"},
         {"runs/mockingjay/lsh_simple/time/seed-4": "out of memory at step 3,200: lower data.batch_s (500 now)"},
+        tuple(learned(OBJECTIVES[1], names)),
+        tuple(similar(OBJECTIVES[1], layer, names) for layer in (1, 2)),
     )

@@ -45,7 +45,12 @@ class Page(HTMLParser):
         assert not self.open, f"never closed: {self.open[-1]}"
 
     def handle_starttag(self, tag, attributes):
-        element = {"tag": tag, "text": "", "inside": [each["tag"] for each in self.open], "parents": list(self.open)}
+        element = {
+            "tag": tag,
+            "text": "",
+            "inside": [each["tag"] for each in self.open],
+            "parents": {id(each) for each in self.open},
+        }
         element["attributes"] = dict(attributes)
         self.elements.append(element)
         if tag not in VOID:
@@ -61,7 +66,7 @@ class Page(HTMLParser):
             element["text"] += data
 
     def all(self, tag, inside=None):
-        return [each for each in self.elements if each["tag"] == tag and (inside is None or inside in each["parents"])]
+        return [each for each in self.elements if each["tag"] == tag and (inside is None or id(inside) in each["parents"])]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,8 @@ def test_every_table_has_a_caption_and_scoped_headers(page):
 def test_every_figure_says_its_numbers_in_words(written, page):
     findings, _ = written
     figures = page.all("svg")
-    assert len(figures) == 2 * (2 * 5 + 5 * 4)  # budgets × (values and differences by measure, and measures by costs)
+    compared = 2 * (2 * 5 + 5 * 4)  # budgets × (values and differences by measure, and measures by costs)
+    assert len(figures) == compared + 3 + 2 + 1 + 2 + 2  # heads, layers, pruning, tables moved and drawn, codes
     for svg in figures:
         assert svg["attributes"]["role"] == "img"
         assert page.all("title", svg)[0]["text"]
@@ -196,6 +202,59 @@ def test_the_best_of_each_column_is_marked(written, page):
     for measure in findings.measures:
         choose = max if measure.higher_is_better else min
         assert f"{100 * choose(each.figures[measure.name].mean for each in settings):.1f} best" in marked
+
+
+def rows_under(page, caption):
+    """Texts of the cells of a table's rows."""
+    rows = [each for each in page.all("tr", table_of(page, caption)) if "tbody" in each["inside"]]
+    return [
+        [" ".join(each["text"].split()) for each in page.elements if id(row) in each["parents"] and each["tag"] in ("th", "td")]
+        for row in rows
+    ]
+
+
+def test_what_was_learned_is_told_in_tables_too(page):
+    rows = rows_under(page, "Attention of every layer")
+    assert len(rows) == 5 * 2  # mechanisms with weights, layers
+    assert rows[0] == [
+        *("query_key", "clusters_visible", "1"),
+        *("0.100 (0.0900–0.110)", "0.300 (0.270–0.330)") * 2,
+        *("10.0 (9.0–11.0)", "30.0 (27.0–33.0)"),
+    ]
+    assert rows_under(page, "CKA of layer 2, clusters_visible")[0] == [
+        "query_key",
+        "0.900",
+        "0.800",
+        "0.700",
+        "0.600",
+        "0.500",
+        "0.400",
+    ]
+    assert rows_under(page, "CKA of layer 2, clusters_visible")[-1][-1] == "–"
+    assert rows_under(page, "Loss without heads")[0][2:5] == ["4", "2.00 (1.80–2.20)", "2.10 (1.89–2.31)"]
+    moved = rows_under(page, "Heads of tables")
+    assert len(moved) == 4
+    assert moved[1] == ["synthesizer_random", "clusters_visible", "none", "1", "20.0 (18.0–22.0)", "0.50", "0.75", "5 of 5"]
+    assert moved[2] == ["synthesizer_random", "clusters_visible", "current", "2", "50.0 (45.0–55.0)", "0.50", "0.75", "4 of 5"]
+    codes = rows_under(page, "Codes and phones")
+    assert [row[0] for row in codes] == [MECHANISMS[0], *MECHANISMS[2:]]  # those that have codes
+    assert codes[1][2:] == ["42.0 (37.8–46.2)"] * 4
+
+
+def test_small_tables_are_drawn_cell_by_cell(page):
+    """Row ``f0`` and row ``1a``: a dark cell above one a fifteenth as dark, beside one of ten fifteenths."""
+    svg = next(each for each in page.all("svg") if each["text"].startswith("Tables of synthesizer_random, clusters_visible"))
+    assert len(page.all("rect", svg)) == 3 * 2
+    first = next(each for each in page.all("g", svg) if each["attributes"]["transform"].endswith("scale(2)"))
+    lines = {each["attributes"]["d"]: each["attributes"]["style"] for each in page.all("path", first)}
+    assert lines == {
+        "M1 1.5h1": "stroke:var(--ink);stroke-opacity:0.67",
+        "M0 0.5h1": "stroke:var(--ink);stroke-opacity:1.00",
+    }
+    second = [each for each in page.all("g", svg) if "transform" in each["attributes"]][2]
+    assert page.all("path", second)[0]["attributes"] == {"d": "M0 1.5h1", "style": "stroke:var(--ink);stroke-opacity:0.07"}
+    words = [each["text"] for each in page.all("text", svg)]
+    assert words == ["1 current", "2", "untrained", "layer 1", "layer 2"]
 
 
 def test_csv_files_hold_every_number(written):
@@ -331,6 +390,10 @@ def without_draws(value):
         (("settings", 1, "comparisons", "abx", "winner"), "nobody", "winner must be one of .*, found 'nobody'"),
         (("settings", 1, "mechanism"), MECHANISMS[0], "settings hold .* twice"),
         (("settings", 1, "__class__"), "os.system", r"settings\[1\] has the unknown key '__class__'"),
+        (("learned", 0, "heads", "width"), [], r"a name in learned\[0\].heads must be one of 'distance_s'"),
+        (("learned", 1, "mechanism"), MECHANISMS[0], "learned hold .* twice"),
+        (("learned", 2, "pictures", 0, "rows"), ["f0", "<b>"], r"learned\[2\].pictures must be squares of hexadecimal digits"),
+        (("similarities", 0, "means"), [[0.5]], r"similarities\[0\].means must be a row and a column for each of 6 mechanisms"),
         (("measures", 0), {}, r"measures\[0\] lacks name"),
         (("measures", 0, "name"), "abx", "measures and costs hold 'abx' twice"),
         (("measures", 0, "name"), "other", "must be one of 'other', .*, found 'phone_linear'"),
@@ -398,7 +461,7 @@ def test_one_seed_has_no_interval(tmp_path):
         )
         for setting in findings.settings[:6]
     )
-    write_report(dataclasses.replace(findings, settings=settings), tmp_path)
+    write_report(dataclasses.replace(findings, settings=settings, learned=(), similarities=()), tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     cells = page.all("td", table_of(page, "Quality of each setting, equal steps"))
     assert not any("(" in cell["text"] for cell in cells)

@@ -57,7 +57,11 @@ def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
     assert all((home / "tiny" / each["run"] / "output.txt").is_file() for each in found)
     trained = [home / "tiny" / each["run"] for each in found if each["arguments"][0] == "pretrain"]
     assert all((run / "encoder" / "model.safetensors").is_file() and not (run / "checkpoints").exists() for run in trained)
+    learned = [each for each in found if each["name"].endswith("/learned")]
+    assert all(each["figures"]["pruning/removed/0"] > 0 for each in learned)
+    assert len(list((home / "tiny" / "results").glob("*.safetensors"))) == len(learned)
     page = (home / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert "CKA of layer 3, mockingjay" in page
     assert "Rehearsal: nothing may be concluded" in page
     probes = [each for each in found if "phone_linear" in each["name"]]
     rows = (home / "tiny" / "runs.csv").read_text().splitlines()[1:]
@@ -80,6 +84,8 @@ def test_records_travel_without_their_runs(home):
     assert records(home / "elsewhere").keys() == records(home / "tiny").keys()
     assert not (home / "elsewhere" / "runs").exists()
     assert (home / "elsewhere" / "runs.csv").read_text() == (home / "tiny" / "runs.csv").read_text()
+    learned = [json.loads((home / place / "findings.json").read_text())["learned"] for place in ("elsewhere", "tiny")]
+    assert learned[0] == learned[1]
 
 
 def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
