@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from audiot.attention import SelfAttention
+from audiot.attention import AttentionMechanism, SelfAttention
 from audiot.base.parts import make
 from audiot.layers import LAYER_NORM_EPS, EncoderLayer, norm_dropout
 from audiot.positions import Positions
@@ -40,6 +40,11 @@ class Encoder(nn.Module):
         norm_eps: Constant added to the variance in the LayerNorms.
         chunk_frames: Longest input that is encoded whole; None means any. A longer input is split into the fewest equal chunks of
             at most this many frames. Each chunk is encoded separately, with positions from 0, as S3PRL does.
+        other_attention: Config of another mechanism, for some of the layers.
+        other_layers: Numbers of the layers that have it, from 0.
+
+    Raises:
+        ValueError: a setting is impossible, or two exclude each other.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Encoder(nn.Module):
         norm_states: bool = False,
         norm_eps: float = LAYER_NORM_EPS,
         chunk_frames: int | None = None,
+        other_attention: Mapping[str, Any] | None = None,
+        other_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if norm not in ("post", "pre"):
@@ -72,6 +79,7 @@ class Encoder(nn.Module):
         for name, size in (sizes | {"max_frames": max_frames, "chunk_frames": chunk_frames}).items():
             if size is not None and size < 1:
                 raise ValueError(f"model.{name} must be at least 1, found {size}")
+        _check_other(other_attention, other_layers, num_layers, share_layers)
         shape: dict[str, Any] = {"embed_dim": embed_dim, "num_heads": num_heads, "max_frames": max_frames}
         self.embed_dim = embed_dim
         self.num_layers = num_layers
@@ -82,16 +90,20 @@ class Encoder(nn.Module):
         self.positions: Positions = make(positions, **shape)
         self.input_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
+        configs = [attention] * (1 if share_layers else num_layers)
+        for index in other_layers:
+            assert other_attention is not None
+            configs[index] = other_attention
         layers = [
             EncoderLayer(
-                SelfAttention(embed_dim, num_heads, make(attention, **shape), self.positions),
+                SelfAttention(embed_dim, num_heads, make(config, **shape), self.positions),
                 embed_dim,
                 ffn_dim,
                 dropout,
                 norm,
                 norm_eps,
             )
-            for _ in range(1 if share_layers else num_layers)
+            for config in configs
         ]
         self.layers = nn.ModuleList(layers)
         norms = [nn.LayerNorm(embed_dim, eps=norm_eps) if norm_states else nn.Identity() for _ in range(num_layers)]
@@ -161,9 +173,14 @@ class Encoder(nn.Module):
         return hidden
 
     @property
+    def mechanisms(self) -> list[AttentionMechanism]:
+        """The mechanism of every layer."""
+        return [self.layer(index).attention.mechanism for index in range(self.num_layers)]
+
+    @property
     def has_weights(self) -> bool:
         """Whether the attention of the layers has weights: ask before `attention_weights`."""
-        return all(self.layer(index).attention.has_weights for index in range(self.num_layers))
+        return all(mechanism.has_weights for mechanism in self.mechanisms)
 
     def attention_inputs(self, features: Tensor, valid: Tensor | None = None) -> list[tuple[SelfAttention, Tensor]]:
         """Every layer's attention and its input (B, T, d) for features (B, T, C).
@@ -187,6 +204,16 @@ class Encoder(nn.Module):
             ValueError: the mechanism has none: ask `has_weights` before.
         """
         return [attention.weights(hidden, valid) for attention, hidden in self.attention_inputs(features, valid)]
+
+
+def _check_other(attention: Mapping[str, Any] | None, layers: Sequence[int], num_layers: int, share_layers: bool) -> None:
+    """Refuse layers without another mechanism, and layers that are none."""
+    if layers and attention is None:
+        raise ValueError("model.other_layers needs their mechanism: set model.other_attention")
+    if layers and share_layers:
+        raise ValueError("model.other_layers needs layers with parameters of their own: set model.share_layers=false")
+    if not all(type(index) is int and 0 <= index < num_layers for index in layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"model.other_layers is {layers}: expected numbers from 0 to {num_layers - 1}, each once")
 
 
 def initialise_linear(module: nn.Module, std: float) -> None:

@@ -211,6 +211,17 @@ def test_a_class_that_does_not_exist_is_named(saved):
     assert "\n" not in str(caught.value)
 
 
+def test_an_encoder_with_another_mechanism_in_some_layers_is_saved_and_loaded(tiny, tmp_path):
+    uniform = {"_target_": "audiot.attention.controls.Uniform", "dropout": 0.0}
+    mixed = {"positions": {"_target_": "audiot.positions.Sinusoid"}, "other_attention": uniform, "other_layers": [1]}
+    encoder = build({**tiny, "model": tiny["model"] | mixed})
+    save_encoder(tmp_path, encoder)
+    assert read_json(tmp_path / "config.json", "config")["model"]["other_attention"] == {"part": "attention/uniform", "dropout": 0.0}
+    loaded = load_encoder(tmp_path)
+    assert [type(mechanism).__name__ for mechanism in loaded.encoder.mechanisms][1] == "Uniform"
+    assert loaded(speech(), LENGTHS)[0].equal(encoder(speech(), LENGTHS)[0])
+
+
 def test_a_trusted_package_may_bring_its_own_mechanism(saved, tmp_path, monkeypatch):
     (tmp_path / "my_mechanisms.py").write_text(
         "from audiot.attention.query_key import QueryKey\n\n\nclass Mine(QueryKey):\n    pass\n"

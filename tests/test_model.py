@@ -250,9 +250,33 @@ def test_dropout_acts_in_training_alone():
     assert not model(features)[-1].equal(model(features)[-1])
 
 
+UNIFORM = {"_target_": "audiot.attention.controls.Uniform"}
+
+
+def test_some_layers_have_another_mechanism():
+    model = stir(encoder(num_layers=3, other_attention=UNIFORM, other_layers=[0, 2]))
+    assert [type(mechanism).__name__ for mechanism in model.mechanisms] == ["Uniform", "QueryKey", "Uniform"]
+    weights = model.attention_weights(randn(1, 5, 10))
+    uniform = torch.full((1, 2, 5, 5), 0.2, dtype=torch.float64)
+    assert [torch.allclose(each, uniform) for each in weights] == [True, False, True]
+
+
+def test_a_mechanism_for_no_layer_changes_nothing():
+    plainly, beside = encoder(), encoder(other_attention=UNIFORM)
+    for one, other in zip(plainly(randn(1, 5, 10)), beside(randn(1, 5, 10)), strict=True):
+        assert one.equal(other)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"other_layers": [1]}, "model.other_layers needs their mechanism: set model.other_attention"),
+        (
+            {"other_attention": UNIFORM, "other_layers": [2]},
+            r"model.other_layers is \[2\]: expected numbers from 0 to 1, each once",
+        ),
+        ({"other_attention": UNIFORM, "other_layers": [1, 1]}, "expected numbers from 0 to 1, each once"),
+        ({"other_attention": UNIFORM, "other_layers": [0], "share_layers": True}, "set model.share_layers=false"),
         ({"norm": "layer"}, "model.norm must be post or pre, found 'layer'"),
         ({"input_init": "zeros"}, "model.input_init must be xavier or normal, found 'zeros'"),
         ({"num_layers": 0}, "model.num_layers must be at least 1, found 0"),

@@ -30,6 +30,7 @@ GROUP_OF = {  # key that holds a part → groups that it may be from
     "features": ("features",),
     "model": ("model",),
     "attention": ("attention",),
+    "other_attention": ("attention",),
     "search": ("attention/search",),
     "positions": ("positions",),
     "objective": ("objective", "downstream"),

@@ -161,15 +161,15 @@ def draw(
         module.objective.draw(module.view(batch), f"{name}, step {module.trained_steps}", plots / picture)
     tokens, _ = module.model.features(batch["waveforms"], batch["lengths"])
     tokens = module.model.features.embed(tokens)  # both encoders read what the trained front end gives
-    mechanism = trained.layer(0).attention.mechanism
     if trained.has_weights:
         with failures.noted("attention.png, attention-untrained.png"):
             draw_both(untrained, trained, tokens, name, plots)
         with failures.noted("heads.png"):
             plot_heads(figures["heads"], figures["untrained_heads"], plots / "heads.png")
     else:
-        say(f"no picture of attention: {type(mechanism).__name__} has no weights")
-    if isinstance(mechanism, TableSynthesizer):
+        lacking = next(mechanism for mechanism in trained.mechanisms if not mechanism.has_weights)
+        say(f"no picture of attention: {type(lacking).__name__} has no weights")
+    if all(isinstance(mechanism, TableSynthesizer) for mechanism in trained.mechanisms):
         with failures.noted("patterns.png"):
             draw_tables(untrained, trained, plots / "patterns.png")
     with failures.noted("pruning.png"):
@@ -209,7 +209,7 @@ def draw_tables(untrained: Encoder, trained: Encoder, path: Path) -> None:
     assert isinstance(start, TableSynthesizer)
     num_frames = trained.max_frames
     frames = torch.zeros(1, num_frames, trained.embed_dim)
-    tables = [trained.layer(index).attention.mechanism.weights(hidden=frames)[0] for index in range(trained.num_layers)]
+    tables = [mechanism.weights(hidden=frames)[0] for mechanism in trained.mechanisms]
     rows = ["untrained", *(f"layer {index + 1}" for index in range(trained.num_layers))]
     known = start.head_names
     columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]

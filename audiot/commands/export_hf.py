@@ -149,19 +149,27 @@ def _description(encoder: AudioEncoder) -> dict[str, str]:
     features, model = encoder.config["features"], encoder.config["model"]
     step = 1000 * encoder.features.hop_length * encoder.features.stack / encoder.features.sample_rate
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    mechanism, positions = encoder.encoder.layer(0).attention.mechanism, encoder.encoder.positions
-    longest = mechanism.max_frames or (positions.max_frames if isinstance(positions, Learned) else None)
+    mechanisms, positions = encoder.encoder.mechanisms, encoder.encoder.positions
+    limited = (each.max_frames for each in mechanisms if each.max_frames)
+    longest = next(limited, positions.max_frames if isinstance(positions, Learned) else None)
     shared = ", which share their parameters" if model.get("share_layers") else ""
     return {
         "features": _call(features),
         "states": f"one every {step:g} ms",
         "layers": f"{model['num_layers']}{shared}, {model['num_heads']} heads, feed-forward width {model['ffn_dim']}, "
         f"{model.get('norm', 'post')}-LN",
-        "attention": _call(model["attention"]),
+        "attention": _attention(model),
         "positions": _call(model["positions"]),
         "longest input": f"{longest} states" if longest else "any",
         "parameters": f"{parameters / 1e6:.2f} M",
     }
+
+
+def _attention(model: Mapping[str, Any]) -> str:
+    if not model.get("other_layers"):
+        return _call(model["attention"])
+    numbers = ", ".join(str(index + 1) for index in model["other_layers"])
+    return f"{_call(model['attention'])}; {_call(model['other_attention'])} in layer {numbers}"
 
 
 def _training(settings: DictConfig | None, choices: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:

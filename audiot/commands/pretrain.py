@@ -221,7 +221,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     if compiled:
         module.compile_step(graphs=wants_graphs(trainer))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
-    mechanism = type(module.model.encoder.layer(0).attention.mechanism).__name__
+    mechanism = " and ".join(dict.fromkeys(type(each).__name__ for each in module.model.encoder.mechanisms))
     how = ", compiled" if compiled else ""
     say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
     with how_to_go_on(trainer, work.run), batches_that_fit(trainer):
@@ -314,7 +314,8 @@ def draw(work: Pretraining, failures: Failures) -> None:
         with failures.noted("training.png"):
             plot_training(run / "metrics.csv", run / "plots" / "training.png", work.module.objective)
     if not model.encoder.has_weights:
-        say(f"plots   no picture of attention: {type(model.encoder.layer(0).attention.mechanism).__name__} has no weights")
+        lacking = next(each for each in model.encoder.mechanisms if not each.has_weights)
+        say(f"plots   no picture of attention: {type(lacking).__name__} has no weights")
         return
     with failures.noted("attention.png"):
         batch = next(iter(work.data.ordered_loader("valid")))

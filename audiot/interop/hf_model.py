@@ -161,8 +161,8 @@ class AudiotModel(PreTrainedModel):
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attend = self.config.output_attentions if output_attentions is None else output_attentions
         if attend and not self.encoder.encoder.has_weights:
-            kind = type(self.encoder.encoder.layer(0).attention.mechanism).__name__
-            log.warning_once(f"{kind} has no attention weights: output_attentions gives none")
+            lacking = next(each for each in self.encoder.encoder.mechanisms if not each.has_weights)
+            log.warning_once(f"{type(lacking).__name__} has no attention weights: output_attentions gives none")
             attend = False
         lengths = _lengths(input_values, attention_mask)
         tokens, num_tokens = self.encoder.features(input_values, lengths)

@@ -362,6 +362,8 @@ def _check_model(model: Mapping[str, Any], encoder: Path) -> None:
     attention, positions = _settings(model["attention"]), _settings(model["positions"])
     if get_class(attention["_target_"]) is not QueryKey or attention["share_query_key"]:
         _refuse(encoder, f"its attention is {_described(model['attention'])}, S3PRL's QueryKey with both projections")
+    if model.get("other_layers"):
+        _refuse(encoder, "its layers have two mechanisms")
     if get_class(positions["_target_"]) is not Sinusoid or positions["scale"] != 1:
         _refuse(encoder, f"its positions are {_described(model['positions'])}, S3PRL's Sinusoid with scale 1")
     if model["norm"] == "pre" and not model["norm_states"]:

@@ -525,6 +525,7 @@ def test_an_encoder_without_a_head_is_exported_and_equal_weights_give_equal_byte
 ROTARY = {"positions": {"_target_": "audiot.positions.Rotary"}}
 DENSE = {"attention": {"_target_": "audiot.attention.synthesizer_dense.SynthesizerDense"}}
 SHARED = {"attention": {"_target_": "audiot.attention.query_key.QueryKey", "share_query_key": True}}
+MIXED = {"other_attention": {"_target_": "audiot.attention.query_key.QueryKey", "share_query_key": True}, "other_layers": [0]}
 SCALED = {"positions": {"_target_": "audiot.positions.Sinusoid", "scale": 0.1}}
 
 
@@ -535,6 +536,7 @@ SCALED = {"positions": {"_target_": "audiot.positions.Sinusoid", "scale": 0.1}}
         ({}, SCALED, r"its positions are Sinusoid\(scale=0.1\)"),
         ({}, DENSE, r"its attention is SynthesizerDense\(\), S3PRL's QueryKey"),
         ({}, SHARED, r"its attention is QueryKey\(share_query_key=True\)"),
+        ({}, MIXED, "its layers have two mechanisms"),
         ({}, {"norm": "pre"}, r"a LayerNorm on every hidden state \(model.norm_states=true\)"),
         ({"stack": 3}, {}, "features.stack is 3, S3PRL's 1"),
         ({"subsample": 2}, {}, "features.subsample is 2, S3PRL's None"),
