@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +35,8 @@ class SynthesizerRandom(TableSynthesizer):
     Args:
         max_frames: Longest sequence supported, L.
         init: Initial values of R. `handcrafted`: the patterns of `audiot.attention.patterns` on the first seven heads, N(0, 1)
-            on the others. `normal`: N(0, 1) on all heads. `legacy`: the initial values of the code that accompanies
-            arXiv:2006.05174.
+            on the others. `without_X`: likewise, but the head of pattern X is N(0, 1) too. `normal`: N(0, 1) on all heads.
+            `legacy`: the initial values of the code that accompanies arXiv:2006.05174.
         init_floor: Floor ρ in (0, 1]. A handcrafted head starts from (1 − ρ)·pattern + ρ/L.
         anchor: Length that the patterns belong to. `max_frames`: the patterns are those of L frames. In shorter sequences they
             are cropped, and `right`, `start` and `end` fade. What is trained is R (`logits`). `length`: the patterns follow the
@@ -102,11 +104,17 @@ def _fill_normal(table: Tensor, floor: float) -> None:
     nn.init.normal_(table)
 
 
-def _fill_handcrafted(table: Tensor, floor: float) -> None:
+def _fill_handcrafted(table: Tensor, floor: float, left_out: str = "") -> None:
     nn.init.normal_(table)
     num_heads, num_frames, _ = table.shape
-    for logits, pattern in zip(table, patterns(num_frames, num_heads).values(), strict=False):
-        logits.copy_(floored(pattern, num_frames, floor).log())
+    for logits, (name, pattern) in zip(table, patterns(num_frames, num_heads).items(), strict=False):
+        if name != left_out:
+            logits.copy_(floored(pattern, num_frames, floor).log())
+
+
+def _without(left_out: str) -> Init:
+    names = tuple("normal" if name == left_out else name for name in NAMES)
+    return Init(partial(_fill_handcrafted, left_out=left_out), names)
 
 
 def _fill_legacy(table: Tensor, floor: float) -> None:
@@ -121,7 +129,12 @@ def _fill_change(table: Tensor, floor: float) -> None:
 
 
 HANDCRAFTED = Init(_fill_handcrafted, NAMES)
-INITS = {"handcrafted": HANDCRAFTED, "normal": Init(_fill_normal), "legacy": Init(_fill_legacy)}
+INITS = {
+    "handcrafted": HANDCRAFTED,
+    "normal": Init(_fill_normal),
+    "legacy": Init(_fill_legacy),
+    **{f"without_{name}": _without(name) for name in NAMES},
+}
 
 
 class OfMaxFrames:

@@ -71,6 +71,19 @@ def test_handcrafted_heads_start_from_their_patterns(max_frames):
     torch.testing.assert_close(attended(synthesizer, max_frames)[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("left_out", ["current", "previous", "next", "left", "right", "start", "end"])
+def test_a_pattern_that_is_left_out_leaves_its_head_to_a_normal_distribution(left_out):
+    synthesizer = mechanism(40, num_heads=8, init=f"without_{left_out}")
+    for logits, (name, expected) in zip(synthesizer.logits, floored(40).items(), strict=False):
+        if name == left_out:
+            assert abs(logits.mean()) < 0.1
+            assert 0.9 < logits.std() < 1.1
+        else:
+            torch.testing.assert_close(logits.softmax(-1), expected.float(), rtol=0, atol=1e-6)
+    assert left_out not in synthesizer.head_names
+    assert len(synthesizer.head_names) == 7
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_patterns_follow_each_length_with_anchor_length(grad):
     synthesizer = mechanism(24, anchor="length").train(grad)
@@ -374,6 +387,7 @@ def test_parameters_made_in_inference_mode_work():
         ({"anchor": "end"}, "anchor is 'end': set it to one of max_frames, length"),
         ({"init_floor": 0.0}, "init_floor is 0.0: set it above 0"),
         ({"anchor": "length", "init": "normal"}, "anchor=length needs init=handcrafted, but init is normal"),
+        ({"anchor": "length", "init": "without_left"}, "anchor=length needs init=handcrafted, but init is without_left"),
         ({"init_floor": "low"}, "init_floor is 'low': set it to a number"),
         ({"kind": SynthesizerRelative, "init": "legacy"}, "init is 'legacy': set it to one of handcrafted, normal"),
         ({"kind": SynthesizerRelative, "init_floor": 1.5}, "init_floor is 1.5: set it above 0"),
