@@ -216,7 +216,10 @@ def test_an_encoder_with_another_mechanism_in_some_layers_is_saved_and_loaded(ti
     mixed = {"positions": {"_target_": "audiot.positions.Sinusoid"}, "other_attention": uniform, "other_layers": [1]}
     encoder = build({**tiny, "model": tiny["model"] | mixed})
     save_encoder(tmp_path, encoder)
-    assert read_json(tmp_path / "config.json", "config")["model"]["other_attention"] == {"part": "attention/uniform", "dropout": 0.0}
+    assert read_json(tmp_path / "config.json", "config")["model"]["other_attention"] == {
+        "part": "attention/uniform",
+        "dropout": 0.0,
+    }
     loaded = load_encoder(tmp_path)
     assert [type(mechanism).__name__ for mechanism in loaded.encoder.mechanisms][1] == "Uniform"
     assert loaded(speech(), LENGTHS)[0].equal(encoder(speech(), LENGTHS)[0])

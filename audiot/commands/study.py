@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from audiot.base.config import compose_command
+from audiot.base.config import compose_command, plain
 from audiot.base.console import say
+from audiot.base.parts import make
 from audiot.base.quoting import override, path, quoted
 from audiot.commands import launch
 from audiot.data.opening import open_corpus
@@ -37,8 +37,8 @@ def main(cfg: DictConfig) -> None:
     check_statsmodels()
     given = HydraConfig.get().overrides.task
     device = [override for override in given if override.startswith(("trainer=", "trainer."))]
-    settings = {**cfg.study, "pretrain": [*cfg.study.pretrain, *device], "finetune": [*cfg.study.finetune, *device]}
-    study: Study = instantiate(settings)
+    settings = plain(cfg.study)
+    study: Study = make(settings | {name: [*settings[name], *device] for name in ("pretrain", "finetune")})
     folder = Path(cfg.folder)
     if study.rehearsal:
         say(f"rehearsal: {study.rehearsal}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from audiot.base.config import compose_command
 from audiot.base.groups import nearest, options
 from audiot.base.quoting import override
 from audiot.benchmark.entries import Entry, check_labels
-from audiot.study.findings import BUDGETS, Measure
+from audiot.study.findings import BUDGETS, Factor, Level, Measure
 from audiot.study.records import Record
 
 # Keys of a config that no figure depends on.
@@ -116,8 +117,13 @@ class Task:
         return cls(measure, command, overrides, None if features is None else tuple(features), figure)
 
 
+LEVEL = "{level}"  # stands for the level in a factor's overrides
+
+
 class Study:
     """Mechanisms × objectives × seeds, in pairs: runs of one seed have the same batches and masks.
+
+    A factor crosses them with its levels: each objective is there at each level, and comparisons are within a level.
 
     Each mechanism's learning rate is the one of the best validation loss, of the same few for all, on the first seed.
 
@@ -126,20 +132,25 @@ class Study:
         title: Title of its report.
         rehearsal: Why nothing may be concluded from it; empty where something may.
         baseline: Label of the mechanism that the others are compared with.
-        mechanisms: Entries: a name in `conf/attention`, or ``{name, label, overrides}``; ``all`` stands for all others.
+        mechanisms: Entries: a name in `conf/attention`, or ``{name, label, overrides, pretrain}``, where ``overrides`` are
+            parameters of the mechanism, and ``pretrain`` other overrides of its pre-training; ``all`` stands for all others.
         control_mechanisms: Labels of those that are controls.
         objectives: Names in `conf/objective`, or ``{name, label, overrides}``.
         seeds: Seeds of the runs.
         learning_rates: Learning rates to choose from.
         budgets: ``steps``: all train equally many; ``time``: all but controls train as long as the baseline does for its steps,
             by the time per frame that the runs of costs have measured.
-        controls: ``untrained``: the baseline's architecture with random weights; ``features``: what the encoder hears.
+        controls: ``untrained``: the baseline's architecture, at the first level, with random weights; ``features``: what the
+            encoder hears.
         data: Name in `conf/data`.
         shared: Overrides of all commands, for the data and the features.
+        size: More of them, by which ``size=…`` shrinks a study.
         pretrain: Overrides of all pre-training.
         cost: More overrides of the short pre-training that measures a mechanism's costs, alone on its device.
         finetune: Overrides of all fine-tuning.
-        tasks: What is measured of every encoder, by name.
+        tasks: What is measured of every encoder, by name; None leaves one out.
+        factor: ``{title, unit, levels, overrides}``: what is varied for all mechanisms alike. Levels are positive numbers.
+            ``overrides`` are those of pre-training alone, where ``{level}`` stands for the level.
         alpha: Probability of a wrong verdict that is accepted, for each measure.
         resamples: Draws of the bootstrap over seeds and test units.
         learned: Whether to measure what every encoder of equal steps has learned (``audiot analyze``).
@@ -166,7 +177,9 @@ class Study:
         pretrain: Sequence[str],
         cost: Sequence[str],
         finetune: Sequence[str],
-        tasks: Mapping[str, Mapping[str, Any]],
+        tasks: Mapping[str, Mapping[str, Any] | None],
+        size: Sequence[str] = (),
+        factor: Mapping[str, Any] | None = None,
         alpha: float = 0.05,
         resamples: int = 2000,
         learned: bool = True,
@@ -174,13 +187,16 @@ class Study:
         self.learned = learned
         self.name, self.title, self.rehearsal = name, title, rehearsal
         self.baseline, self.alpha, self.resamples = baseline, alpha, resamples
-        self.mechanisms = {entry.label: entry for entry in _mechanisms(mechanisms)}
+        self.mechanisms = _mechanisms(mechanisms)
         self.objectives = dict(map(_objective, objectives))
+        self.factor = None
+        if factor is not None:
+            self.factor, self.objectives = _crossed(factor, self.objectives)
         self.seeds, self.learning_rates = list(seeds), list(learning_rates)
         self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
-        self.data = (f"data={data}", *shared)
+        self.data = (f"data={data}", *shared, *size)
         self.pretrain, self.cost, self.finetune = tuple(pretrain), tuple(cost), tuple(finetune)
-        self.tasks = {name: Task.of(name, task) for name, task in tasks.items()}
+        self.tasks = {name: Task.of(name, task) for name, task in tasks.items() if task is not None}
         self._check()
 
     def _check(self) -> None:
@@ -273,7 +289,7 @@ class Study:
         return self._training(objective, mechanism, seed, rate, max(1, steps))
 
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
-        shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism].arguments, "probe=false")
+        shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism], "probe=false")
         name = f"{objective}/{mechanism}/lr={rate:g}/seed={seed}"
         own = [f"optimizer.lr={rate}", f"seed={seed}"]
         if steps is not None:
@@ -312,10 +328,18 @@ class Study:
         return (*own, f"{where}.seed={self.seeds[0]}", f"{where}.keep=true")
 
 
-def _mechanisms(entries: Sequence[str | Mapping[str, Any]]) -> list[Entry]:
-    found = Entry.all_of(entries, "study.mechanisms")
+def _mechanisms(entries: Sequence[str | Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Label and overrides of each mechanism."""
+    own, more = [], {}
+    for entry in entries:
+        if isinstance(entry, Mapping) and "pretrain" in entry:
+            extra = entry["pretrain"]
+            entry = {key: entry[key] for key in entry if key != "pretrain"}
+            more[Entry.of(entry, "study.mechanisms").label] = extra
+        own.append(entry)
+    found = Entry.all_of(own, "study.mechanisms")
     check_labels(found, "study.mechanisms")
-    return found
+    return {entry.label: [*entry.arguments, *more.get(entry.label, ())] for entry in found}
 
 
 def _objective(entry: str | Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -328,3 +352,27 @@ def _objective(entry: str | Mapping[str, Any]) -> tuple[str, list[str]]:
     if unknown := set(given) - {"name", "label", "overrides"}:
         raise ValueError(f"study.objectives: no key {min(unknown)!r}; keys: name, label, overrides")
     return str(given.get("label", name)), [f"objective={name}", *given.get("overrides", ())]
+
+
+def _crossed(given: Mapping[str, Any], objectives: Mapping[str, Sequence[str]]) -> tuple[Factor, dict[str, list[str]]]:
+    """A factor of the config, and each objective at each of its levels."""
+    known = ["title", "unit", "levels", "overrides"]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"study.factor: no key {key!r}{nearest(key, known)}; keys: {', '.join(known)}")
+    if missing := [key for key in known if key not in given]:
+        raise ValueError(f"study.factor lacks {missing[0]}; keys: {', '.join(known)}")
+    levels, overrides = given["levels"], given["overrides"]
+    if not levels or not all(type(level) in (int, float) and 0 < level < inf for level in levels) or len({*levels}) < len(levels):
+        raise ValueError(f"study.factor.levels is {levels}: expected positive numbers, each once")
+    if not any(LEVEL in override for override in overrides):
+        raise ValueError(
+            f"study.factor.overrides is {overrides}: write {LEVEL} where the level belongs, as in data.hours={LEVEL}"
+        )
+    places = {f"{name}, {level} {given['unit']}": Level(name, float(level)) for name in objectives for level in levels}
+    crossed = {
+        f"{name}, {level} {given['unit']}": [*own, *(override.replace(LEVEL, str(level)) for override in overrides)]
+        for name, own in objectives.items()
+        for level in levels
+    }
+    return Factor(given["title"], given["unit"], tuple(overrides), places), crossed

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from audiot.study.findings import Estimate
 from audiot.study.wording import DOWN, EQUAL, OPEN, UP, compact
@@ -24,6 +24,8 @@ INK, MUTED, RULE, BAND, GOOD, BAD, EVEN = (f"#00000{place}" for place in range(1
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", BAND: "band", GOOD: "good", BAD: "bad", EVEN: "even"}
 LOOKS = {"": ("D", INK), UP: ("^", GOOD), DOWN: ("v", BAD), EQUAL: ("s", EVEN), OPEN: ("o", MUTED)}  # marker and colour of a sign
 OBJECTIVE_MARKERS = {"o": "circle", "s": "square", "D": "diamond", "p": "pentagon", "h": "hexagon"}
+CURVE_MARKERS = "osD^vph"
+LEGEND_COLUMNS = 2
 WIDTH = 4.3  # inches
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -73,6 +75,15 @@ class Point:
     cost: float
     quality: float
     on_front: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure over the levels of a factor: its name, the number of its looks, what was estimated at each level."""
+
+    name: str
+    look: int
+    points: tuple[tuple[float, Estimate], ...]
 
 
 def short(name: str, longest: int = 26) -> str:
@@ -179,6 +190,64 @@ def pareto(points: Sequence[Point], labels: tuple[str, str], prefix: str, texts:
         axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.autoscale_view()
         _label(axis, points, front)
+        return inline(figure, prefix, texts)
+
+
+def curves(
+    lines: Sequence[Curve],
+    labels: tuple[str, str],
+    scale: float,
+    prefix: str,
+    texts: tuple[str, str],
+    margin: float | None = None,
+    zero: bool = False,
+) -> str:
+    """SVG of estimates over the levels of a factor, which are ratios: a line for each name, an upright one for each interval.
+
+    Args:
+        lines: The curves. Levels are positive.
+        labels: What the axes of levels and of values show.
+        scale: Factor of all values before they are drawn.
+        prefix: Beginning of the ids of this figure, used by no other of the page.
+        texts: Title and description for those who can't see it.
+        margin: Half width of the band of equivalence around zero.
+        zero: Whether to draw a line at zero.
+    """
+    levels = sorted({level for line in lines for level, _ in line.points})
+    ratio = levels[-1] / levels[0]
+    rows = -(-len(lines) // LEGEND_COLUMNS)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.6 + 0.17 * rows), layout="constrained")
+        axis = figure.subplots()
+        if margin is not None:
+            axis.axhspan(-scale * margin, scale * margin, color=BAND, linewidth=0)
+        if zero:
+            axis.axhline(0, color=INK, linewidth=0.8)
+        axis.set_xscale("log")
+        for place, line in enumerate(lines):
+            aside = ratio ** (0.012 * (place - (len(lines) - 1) / 2))  # so that intervals do not cover each other
+            colour, dashes = (INK, EVEN, MUTED)[line.look % 3], ("-", "--", ":")[line.look // 3 % 3]
+            for level, each in line.points:
+                if each.low is not None and each.high is not None:
+                    axis.plot([level * aside] * 2, [scale * each.low, scale * each.high], color=colour, linewidth=0.9)
+            axis.plot(
+                [level * aside for level, _ in line.points],
+                [scale * each.mean for _, each in line.points],
+                marker=CURVE_MARKERS[line.look % len(CURVE_MARKERS)],
+                color=colour,
+                linestyle=dashes,
+                linewidth=1,
+                markersize=4.5,
+                label=short(line.name),
+            )
+        axis.xaxis.set_major_locator(FixedLocator(levels))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(tick_label)
+        axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        axis.yaxis.set_major_formatter(tick_label)
+        axis.grid(axis="y")
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8, handlelength=2.6)
         return inline(figure, prefix, texts)
 
 

@@ -199,6 +199,36 @@ CODE_FIGURES = ("targets/pnmi", "targets/phone_purity", "predicted/pnmi", "predi
 
 
 @dataclass(frozen=True)
+class Level:
+    """An objective at a level of a factor.
+
+    Args:
+        objective: Name of the objective.
+        value: The level.
+    """
+
+    objective: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a study varies for all mechanisms alike.
+
+    Args:
+        title: What it is called.
+        unit: Unit of its levels.
+        overrides: Overrides of pre-training, in which ``{level}`` stands for the level.
+        levels: Objective of a setting, which names the level too → both apart.
+    """
+
+    title: str
+    unit: str
+    overrides: tuple[str, ...]
+    levels: dict[str, Level]
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that a study's report says.
 
@@ -216,6 +246,7 @@ class Findings:
         unfinished: Runs that failed or are missing, each with its reason.
         learned: What the encoders have learned.
         similarities: How alike their layers are.
+        factor: What is varied for all mechanisms alike; None: nothing.
     """
 
     title: str
@@ -231,3 +262,4 @@ class Findings:
     unfinished: dict[str, str] = field(default_factory=dict)
     learned: tuple[Learned, ...] = ()
     similarities: tuple[Similarity, ...] = ()
+    factor: Factor | None = None

@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from audiot.study.chapter import chapter
 from audiot.study.elements import breakable, figure, folded, head, many, table
-from audiot.study.figures import OBJECTIVE_MARKERS, Point, Row, intervals, pareto, short
-from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Comparison, Estimate, Findings, Measure, Setting
+from audiot.study.figures import OBJECTIVE_MARKERS, Curve, Point, Row, curves, intervals, pareto, short
+from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Comparison, Estimate, Factor, Findings, Measure, Setting
 from audiot.study.front import on_front
 from audiot.study.wording import (
     BUDGETS,
@@ -50,6 +50,7 @@ def page(findings: Findings) -> str:
     """The report as HTML. Equal findings give equal text."""
     sections = {
         "results": ("Results", _results(findings)),
+        "factor": _factor(findings),
         "controls": ("Controls", _controls(findings)),
         "differences": (f"Differences to {findings.baseline}", _differences(findings)),
         "costs": ("Costs", _costs(findings)),
@@ -108,7 +109,7 @@ def _facts(findings: Findings) -> str:
     seeds = {sample.seed for setting in settings for estimate in setting.figures.values() for sample in estimate.samples}
     facts = [
         many(len({setting.mechanism for setting in settings}), "mechanism"),
-        many(len({setting.objective for setting in settings}), "objective"),
+        *_objectives(settings, findings.factor),
         many(len(seeds), "seed"),
         many(len(findings.measures), "measure"),
         f"baseline {escape(findings.baseline)}",
@@ -116,6 +117,16 @@ def _facts(findings: Findings) -> str:
     if findings.unfinished:
         facts.append(f'<a href="#unfinished">{many(len(findings.unfinished), "unfinished run")}</a>')
     return " · ".join(facts)
+
+
+def _objectives(settings: Sequence[Setting], factor: Factor | None) -> list[str]:
+    """How many objectives there are, and levels of the factor."""
+    names = {setting.objective for setting in settings}
+    if factor is None:
+        return [many(len(names), "objective")]
+    levels = [factor.levels[name] for name in names if name in factor.levels]
+    values = len({level.value for level in levels})
+    return [many(len({level.objective for level in levels}), "objective"), f"{many(values, 'level')} of {escape(factor.title)}"]
 
 
 def _budgets(findings: Findings) -> dict[str, list[Setting]]:
@@ -140,6 +151,86 @@ def _results(findings: Findings) -> str:
         for budget, settings in _budgets(findings).items()
     )
     return f'<p class="key">{key}</p>{tables}' if tables else ""
+
+
+def _factor(findings: Findings) -> tuple[str, str]:
+    """Heading and content of the section on the factor: every measure over its levels, and the differences there."""
+    factor = findings.factor
+    if factor is None:
+        return "", ""
+    key = (
+        f"Every measure at each level, and the difference to {escape(findings.baseline)} there: where the differences change "
+        "with the level, what the factor does depends on the mechanism. Upright lines are 95% intervals, the shaded band is the "
+        "margin of equivalence. Curves stand a little apart, so that none covers another."
+    )
+    ids = count(1)
+    parts = [f'<p class="key">{key}</p>']
+    for measure in findings.measures:
+        shown = []
+        for budget, settings in _budgets(findings).items():
+            for objective in dict.fromkeys(level.objective for level in factor.levels.values()):
+                where = f"{objective}, {BUDGETS[budget].lower()}"
+                rated = [each for each in settings if each.objective in factor.levels and measure.name in each.figures]
+                rated = [each for each in rated if factor.levels[each.objective].objective == objective]
+                if rated:
+                    shown.append(_over_levels(measure, where, rated, factor, findings, f"levels{next(ids)}"))
+        if shown:
+            notes = ", ".join(filter(None, (unit(measure), direction(measure))))
+            parts.append(f"<h3>{escape(measure.title)} <small>{escape(notes)}</small></h3>{''.join(shown)}")
+    return factor.title, "".join(parts) if parts[1:] else ""
+
+
+def _over_levels(
+    measure: Measure, where: str, settings: Sequence[Setting], factor: Factor, findings: Findings, prefix: str
+) -> str:
+    """A measure under an objective over the levels of a factor: values, differences to the baseline, and a table of these."""
+    levels = {setting.objective: factor.levels[setting.objective].value for setting in settings}
+    own: dict[str, dict[float, Setting]] = {}
+    for setting in settings:
+        own.setdefault(setting.mechanism, {})[levels[setting.objective]] = setting
+    values, differences = [], []
+    for look, (name, rows) in enumerate(own.items()):
+        values.append(Curve(name, look, tuple((level, at.figures[measure.name]) for level, at in rows.items())))
+        compared = {level: at.comparisons[measure.name] for level, at in rows.items() if measure.name in at.comparisons}
+        if compared:
+            differences.append(Curve(name, look, tuple((level, each.difference) for level, each in compared.items())))
+
+    def words(lines: Sequence[Curve], signed: bool) -> str:
+        told = (
+            ", ".join(f"{number(each.mean, measure, signed)} at {level:g} {factor.unit}" for level, each in line.points)
+            for line in lines
+        )
+        return "; ".join(f"{line.name} {each}" for line, each in zip(lines, told, strict=True)) + "."
+
+    axis = short(f"{factor.title}, {factor.unit}", 44)
+    title = f"{measure.title} over {factor.title}, {where}"
+    label = f"{short(measure.title, 30)}, {unit(measure)}".rstrip(", ")
+    svg = curves(values, (axis, label), scale(measure), f"{prefix}-values", (title, words(values, False)))
+    figures, below = figure(svg, "Values."), ""
+    if differences:
+        title = f"{measure.title}: differences to {findings.baseline} over {factor.title}, {where}"
+        label = f"difference, {unit(measure, difference=True)}".rstrip(", ")
+        texts = title, words(differences, True)
+        drawn = curves(differences, (axis, label), scale(measure), f"{prefix}-differences", texts, measure.margin, zero=True)
+        figures += figure(drawn, "Paired differences.")
+        heads = [head("Mechanism"), *(head(f"{level:g} {factor.unit}") for level in levels.values())]
+        cells = (
+            f'<th scope="row">{breakable(line.name)}</th>'
+            + "".join(_level_cell(own[line.name].get(level), measure) for level in levels.values())
+            for line in differences
+        )
+        below = folded(title, table(title, heads, cells), is_open=True)
+    return f"<h4>{escape(where)}</h4><div class='figures'>{figures}</div>{below}"
+
+
+def _level_cell(setting: Setting | None, measure: Measure) -> str:
+    """The difference to the baseline at a level."""
+    if setting is None or measure.name not in setting.comparisons:
+        return '<td data-value="">–</td>'
+    comparison = setting.comparisons[measure.name]
+    mean, between = comparison.difference.mean, interval(comparison.difference, measure, signed=True)
+    value = f'<data value="{mean!r}">{number(mean, measure, signed=True)}</data>'
+    return f'<td data-value="{mean!r}">{value} <small>({between or "–"})</small> {_verdict(setting, comparison)}</td>'
 
 
 def _controls(findings: Findings) -> str:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from audiot.base.files import read_json, write_json
-from audiot.study.findings import BETTER, BUDGETS, CODE_FIGURES, EQUIVALENT, HEAD_FIGURES, UNKNOWN, Findings
+from audiot.study.findings import BETTER, BUDGETS, CODE_FIGURES, EQUIVALENT, HEAD_FIGURES, UNKNOWN, Factor, Findings
 
 FORMAT_VERSION = 1
 
@@ -119,6 +119,8 @@ def _check_names(findings: Findings) -> None:
     costs = [cost.name for cost in findings.costs]
     _differ(measures + costs, "measures and costs")
     _differ([(setting.budget, setting.objective, setting.mechanism) for setting in findings.settings], "settings")
+    if findings.factor is not None:
+        _check_factor(findings.factor)
     for place, setting in enumerate(findings.settings):
         where = f"settings[{place}]"
         _one_of(setting.budget, BUDGETS, f"{where}.budget")
@@ -142,6 +144,12 @@ def _check_names(findings: Findings) -> None:
         size = len(similarity.mechanisms)
         if [len(row) for row in similarity.means] != [size] * size:
             raise ValueError(f"similarities[{place}].means must be a row and a column for each of {size} mechanisms")
+
+
+def _check_factor(factor: Factor) -> None:
+    for name, level in factor.levels.items():
+        if level.value <= 0:
+            raise ValueError(f"factor.levels[{name!r:.60}].value must be positive, found {level.value}")
 
 
 def _one_of(value: str, allowed: Iterable[str], where: str) -> None:

@@ -30,6 +30,7 @@ def result_rows(findings: Findings) -> Iterator[dict[str, Any]]:
             "verdict": comparison and comparison.verdict,
             "winner": comparison and _cell(comparison.winner),
             "seed_values": ";".join(f"{sample.seed}={sample.value!r}" for sample in estimate.samples),
+            **_level(setting, findings),
         }
 
 
@@ -43,6 +44,7 @@ def run_rows(findings: Findings) -> Iterator[dict[str, Any]]:
                 "measure": measure.name,
                 "value": sample.value,
                 "run": _cell(sample.run),
+                **_level(setting, findings),
             }
 
 
@@ -59,6 +61,14 @@ def _names(setting: Setting) -> dict[str, str]:
         "mechanism": _cell(setting.mechanism),
         "budget": setting.budget,
     }
+
+
+def _level(setting: Setting, findings: Findings) -> dict[str, float | None]:
+    """The level of the factor, where there is one."""
+    if findings.factor is None:
+        return {}
+    level = findings.factor.levels.get(setting.objective)
+    return {"level": None if level is None else level.value}
 
 
 def _cell(text: str) -> str:

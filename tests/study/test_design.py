@@ -8,11 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import initialize_config_module
 from hydra.utils import instantiate
 
+from audiot.attention import build_mechanism
 from audiot.base.config import compose_command, plain
 from audiot.base.groups import options
+from audiot.base.parts import make
+from audiot.benchmark.entries import Entry
+from audiot.checkpoint import AudioEncoder
 from audiot.study.design import Study
 from audiot.study.records import Record, Records
 
@@ -59,10 +64,113 @@ def names(study, records):
     return [job.name for job in study.jobs(records)]
 
 
+@functools.cache
+def of_the_config(option, *overrides):
+    return plain(compose_command("study", [f"study={option}", *overrides, "run_dir=run", "folder=study"]))["study"]
+
+
 @pytest.mark.parametrize("option", options("study"))
-def test_every_study_of_the_config_is_made_and_has_jobs(option):
-    study = instantiate(plain(compose_command("study", [f"study={option}", "run_dir=run", "folder=study"]))["study"])
-    assert any(study.jobs({}))
+def test_every_study_of_the_config_is_made_and_its_mechanisms_fit_into_its_encoder(option):
+    given = of_the_config(option)
+    study = make(given)
+    assert study.searched(next(iter(study.objectives)), study.baseline)
+    own = [
+        entry if isinstance(entry, str) else {key: entry[key] for key in entry if key != "pretrain"}
+        for entry in given["mechanisms"]
+    ]
+    with torch.device("meta"):
+        for entry in Entry.all_of(own):
+            build_mechanism(entry.name, 768, 12, 199, **entry.overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", options("study"))
+def test_every_command_of_every_study_composes_and_every_encoder_is_built(option):
+    study = make(of_the_config(option))
+    trainings = [study.searched(objective, mechanism)[0] for objective in study.objectives for mechanism in study.mechanisms]
+    for job in trainings:
+        config = plain(compose_command(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]))
+        with torch.device("meta"):
+            AudioEncoder(config["features"], config["model"])
+    records = {job.key: record(validation=1.0) for job in study.searched(next(iter(study.objectives)), study.baseline)}
+    for name in study.tasks:
+        jobs = [study.task(name, trainings[0], 0), *(study.control(name, control, 0, records) for control in study.controls)]
+        for job in filter(None, jobs):
+            plain(compose_command(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]))
+
+
+@pytest.mark.parametrize("option", ["depth", "length"])
+def test_one_word_shrinks_a_study_to_the_size_of_the_rehearsal(option):
+    small, whole = of_the_config(option, "size=rehearsal"), of_the_config(option)
+    assert small["rehearsal"]
+    assert small["seeds"] == [0, 1]
+    assert "experiment=demo_gpu" not in small["pretrain"]
+    assert (small["mechanisms"], small["factor"], small["tasks"]) == (whole["mechanisms"], whole["factor"], whole["tasks"])
+    shared = make(small).data
+    assert shared.index("data.hours=25") < shared.index("data.hours=1")
+
+
+def test_without_a_factor_the_overrides_are_those_that_they_always_were():
+    """Keys are digests of them: another order would run finished studies again."""
+    (job, _) = made().searched("mockingjay", "local")
+    assert job.shared == (
+        "data=demo",
+        "trainer.max_steps=100",
+        "trainer.val_check_interval=100",
+        "objective=mockingjay",
+        "attention=local",
+        "probe=false",
+    )
+    assert job.own == ("optimizer.lr=0.001", "seed=0")
+    assert made().task("phone_linear", job, 0).shared == (
+        "data=demo",
+        "data.label_fraction=0.2",
+        "trainer.max_steps=200",
+        "trainer.val_check_interval=200",
+        "logger=none",
+        "downstream.bootstrap.seed=0",
+        "downstream.bootstrap.keep=true",
+        "downstream=phone_linear",
+        "downstream.layers=weighted_sum",
+        "upstream=checkpoint",
+    )
+
+
+DEPTH = {"title": "Depth", "unit": "layers", "levels": [1, 2.5], "overrides": ["model.num_layers={level}", "data.crop_s=2"]}
+
+
+def test_a_factor_crosses_the_objectives_and_touches_pre_training_alone():
+    study = made(factor=DEPTH, objectives=["mockingjay", {"name": "clusters", "label": "codes"}])
+    assert list(study.objectives) == ["mockingjay, 1 layers", "mockingjay, 2.5 layers", "codes, 1 layers", "codes, 2.5 layers"]
+    assert {name: (level.objective, level.value) for name, level in study.factor.levels.items()} == {
+        "mockingjay, 1 layers": ("mockingjay", 1.0),
+        "mockingjay, 2.5 layers": ("mockingjay", 2.5),
+        "codes, 1 layers": ("codes", 1.0),
+        "codes, 2.5 layers": ("codes", 2.5),
+    }
+    training = study.searched("codes, 2.5 layers", "local")[0]
+    assert training.name == "codes, 2.5 layers/local/lr=0.001/seed=0"
+    place = training.shared.index("objective=clusters")
+    assert training.shared[place + 1 : place + 3] == ("model.num_layers=2.5", "data.crop_s=2")
+    assert "model.num_layers=2.5" not in study.task("phone_linear", training, 0).shared
+
+
+def test_another_level_adds_its_runs_and_reruns_none():
+    fewer, more = (made(factor=DEPTH | {"levels": levels}, seeds=[0]) for levels in ([1], [1, 2]))
+    found = changed(fewer, more)
+    assert found
+    assert all(name.startswith("mockingjay, 2 layers/") for name in found)
+
+
+def test_a_task_that_is_null_is_left_out():
+    assert list(made(tasks=settings()["tasks"] | {"abx": None}).tasks) == ["phone_linear", "speaker_utterance"]
+
+
+def test_a_mechanism_may_have_other_overrides_of_its_pre_training():
+    entries = ["query_key", {"name": "query_key", "label": "sinusoid", "pretrain": ["positions=sinusoid"]}]
+    study = made(mechanisms=entries, control_mechanisms=[])
+    plainly, other = (study.searched("mockingjay", name)[0].shared for name in ("query_key", "sinusoid"))
+    assert set(other) - set(plainly) == {"positions=sinusoid"}
 
 
 def test_first_costs_are_measured_and_learning_rates_tried_on_one_seed():
@@ -154,7 +262,7 @@ def changed(before, after):
 def test_all_tasks_are_tested_alike():
     study = made(mechanisms=["query_key"], control_mechanisms=[], controls=[])
     composed = {(job.command, job.shared) for job in study.jobs(finished(study))}
-    assert len(composed) == 2 + 3  # costs, training, tasks
+    assert len(composed) == 2 + 3 + 1  # costs, training, tasks, what is learned
     for command, shared in composed:
         config = compose_command(command, [*shared, "run_dir=run", "data_dir=data"])
         if command != "pretrain":
@@ -207,6 +315,11 @@ def test_another_mechanism_or_seed_adds_its_runs():
         ({"budgets": ["time"]}, "study.budgets lacks steps"),
         ({"budgets": ["steps", "hours"]}, "study.budgets: no 'hours'"),
         ({"controls": ["nothing"]}, "study.controls: no 'nothing'"),
+        ({"factor": DEPTH | {"scale": "log"}}, "study.factor: no key 'scale'; keys: title, unit, levels, overrides"),
+        ({"factor": {"title": "Depth"}}, "study.factor lacks unit; keys: title"),
+        ({"factor": DEPTH | {"levels": [3, 0]}}, r"study.factor.levels is \[3, 0\]: expected positive numbers, each once"),
+        ({"factor": DEPTH | {"levels": [3, 3]}}, r"study.factor.levels is \[3, 3\]: expected positive numbers, each once"),
+        ({"factor": DEPTH | {"overrides": ["data.hours=1"]}}, r"study.factor.overrides is .*: write \{level\} where"),
         ({"alpha": 5}, "study.alpha is 5: expected a probability"),
         ({"tasks": {"phone": {"overides": []}}}, r"study.tasks.phone: no key 'overides' \(did you mean overrides\?\)"),
         ({"tasks": {"phone": {"command": "predict"}}}, "study.tasks.phone.command is 'predict': expected finetune or abx"),

@@ -9,7 +9,7 @@ import pytest
 from hydra import initialize_config_module
 from test_design import made
 
-from audiot.study.gathering import gather
+from audiot.study.gathering import HELD, gather, methods
 from audiot.study.records import Record, Records
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -27,7 +27,7 @@ def finished(study):
     records = {}
     for _ in range(4):
         for job in study.jobs(records):
-            mechanism = job.name.split("/")[1 if job.name.startswith("mockingjay/") else 0]
+            mechanism = job.name.split("/")[1 if job.name.startswith("mockingjay") else 0]
             seed = int(job.name.split("seed=")[1].split("/")[0])
             own = np.random.default_rng(int(job.key, 16) % 2**32).normal(0, 0.002)
             value = WORTH[mechanism] + 0.01 * seed + own
@@ -90,6 +90,34 @@ def test_resampled_tests_without_a_value_travel_in_a_record(tmp_path):
     assert np.array_equal(found.draws["value"], [0.25, np.nan, 0.75], equal_nan=True)
 
 
+def test_a_factor_is_compared_within_each_level():
+    factor = {"title": "Depth", "unit": "layers", "levels": [3, 12], "overrides": ["model.num_layers={level}"]}
+    study = study_of(factor=factor, budgets=["steps"], seeds=SEEDS[:2])
+    found = gather(study, finished(study), {}, "audiot study")
+    means = {
+        (each.mechanism, each.objective): comparison.difference.mean
+        for each in found.settings
+        for comparison in each.comparisons.values()
+    }
+    assert means.keys() == {(name, f"mockingjay, {level} layers") for name in ("local", "none") for level in (3, 12)}
+    assert all(mean == pytest.approx(-0.2 if name == "local" else 0, abs=0.02) for (name, _), mean in means.items())
+    assert found.factor == study.factor
+    assert any("Factor: Depth, 3, 12 layers, by model.num_layers={level} in pre-training." in text for text in found.methods)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        (1, "With one seed they are those of the test units alone, and say nothing of other seeds."),
+        (2, "With 2 seeds they are too narrow: where seeds alone vary, they hold the truth in 50 of 100 studies."),
+        (5, "With 5 seeds they are too narrow: where seeds alone vary, they hold the truth in 84 of 100 studies."),
+        (12, "they hold the truth in more than 90 of 100 studies."),
+    ],
+)
+def test_the_methods_say_how_narrow_intervals_of_so_many_seeds_are(seeds, words):
+    assert sum(words in text for text in methods(study_of(seeds=list(range(seeds))))) == 1
+
+
 def test_controls_stand_apart_and_costs_are_those_of_the_run_that_is_alone():
     study = study_of()
     found = gather(study, finished(study), {}, "audiot study")
@@ -125,3 +153,16 @@ def test_what_has_not_run_is_listed_with_its_reason():
     local = next(each for each in found.settings if each.mechanism == "local")
     assert len(local.figures["phone_linear"].samples) == 4  # the others are compared in their pairs
     assert local.comparisons["phone_linear"].winner == "query_key"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", HELD)
+def test_so_many_intervals_hold_the_truth_where_seeds_alone_vary(seeds):
+    """By simulation: studies with normal figures whose true mean is zero, 1,000 draws of the bootstrap each."""
+    noise = np.random.default_rng(seeds)
+    held = 0
+    for _ in range(20):
+        draws = np.stack([np.bincount(row, minlength=seeds) for row in noise.integers(0, seeds, (1000, seeds))]) / seeds
+        low, high = np.quantile(noise.standard_normal((250, seeds)) @ draws.T, [0.025, 0.975], axis=1)
+        held += ((low < 0) & (high > 0)).sum()
+    assert held / 5000 == pytest.approx(HELD[seeds] / 100, abs=0.02)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import pytest
 from example_findings import MECHANISMS, example
 
-from audiot.study.findings import Findings, Measure, Setting
+from audiot.study.findings import Factor, Findings, Level, Measure, Setting
 from audiot.study.front import on_front
 from audiot.study.page import _link
 from audiot.study.report import write_report
@@ -146,6 +146,71 @@ def test_every_figure_says_its_numbers_in_words(written, page):
     words = f"{setting.mechanism} {mean:+.1f} points ({between}), {verdict(comparison)}"
     found = [svg for svg in figures if words in svg["text"]]
     assert len(found) == 1
+
+
+@pytest.fixture(scope="module")
+def with_factor(tmp_path_factory):
+    """Findings of one objective at two levels of depth, those of the example's two objectives, and their report."""
+    findings, folder = example(), tmp_path_factory.mktemp("factor")
+    name = findings.measures[0].name
+    settings = tuple(
+        dataclasses.replace(
+            each,
+            figures={name: each.figures[name]},
+            comparisons={key: each.comparisons[key] for key in [name] if each.comparisons},
+            costs={},
+        )
+        for each in findings.settings
+        if each.budget == "steps"
+    )
+    levels = {"mockingjay": Level("codes", 3.0), "clusters_visible": Level("codes", 12.0)}
+    factor = Factor("Depth", "layers", ("model.num_layers={level}",), levels)
+    findings = dataclasses.replace(findings, measures=findings.measures[:1], costs=(), settings=settings, factor=factor)
+    write_report(findings, folder)
+    return findings, folder, Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_factor_has_a_section_with_a_curve_for_each_mechanism_and_its_differences_at_each_level(with_factor):
+    findings, _, page = with_factor
+    assert "1 objective · 2 levels of Depth" in page.all("header")[0]["text"]
+    section = next(each for each in page.all("section") if each["attributes"]["id"] == "factor")
+    assert page.all("h2", section)[0]["text"] == "Depth"
+    figures = page.all("svg", section)
+    assert len(figures) == 2  # values and differences
+    for svg in figures:
+        drawn = {each["text"].strip() for each in page.all("text", svg)}
+        assert {"3", "12", "Depth, layers", *MECHANISMS[1:]} <= drawn
+        assert re.search(r"\d", page.all("desc", svg)[0]["text"])
+    measure, rival = findings.measures[0], MECHANISMS[2]
+    at = {each.objective: each for each in findings.settings if (each.budget, each.mechanism) == ("steps", rival)}
+    means = [at[name].comparisons[measure.name].difference.mean for name in findings.factor.levels]
+    low, high = (f"{100 * mean:+.1f}".replace("-", "−") for mean in means)
+    title = f"{measure.title}: differences to query_key over Depth, codes, equal steps"
+    (svg,) = (each for each in figures if page.all("title", each)[0]["text"] == title)
+    assert f"{rival} {low} at 3 layers, {high} at 12 layers" in page.all("desc", svg)[0]["text"]
+    table = next(each for each in page.all("table", section) if each["text"].startswith(title))
+    row = next(each for each in page.all("tr", table) if each["text"].startswith(rival))
+    assert [float(each["attributes"]["data-value"]) for each in page.all("td", row)] == means
+
+
+def test_tables_have_the_level_where_there_is_a_factor(with_factor, written):
+    _, folder, _ = with_factor
+    for name in ("results.csv", "runs.csv"):
+        rows = rows_of(folder / name)
+        expected = {"mockingjay": "3.0", "clusters_visible": "12.0", "": ""}
+        assert all(row["level"] == expected[row["objective"]] for row in rows)
+        assert "level" not in rows_of(written[1] / name)[0]
+
+
+def test_a_factor_is_read_as_written_and_its_levels_are_positive(with_factor, tmp_path):
+    findings, folder, _ = with_factor
+    again = read_findings(folder / "findings.json")
+    assert again.factor == findings.factor
+    content = json.loads((folder / "findings.json").read_text())
+    content["factor"]["levels"]["mockingjay"]["value"] = 0
+    (tmp_path / "findings.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"factor.levels\['mockingjay'\].value must be positive, found 0.0"):
+        read_findings(tmp_path / "findings.json")
 
 
 def test_nothing_is_loaded_from_elsewhere(page):
