@@ -90,20 +90,17 @@ class Encoder(nn.Module):
         self.positions: Positions = make(positions, **shape)
         self.input_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
-        configs = [attention] * (1 if share_layers else num_layers)
-        for index in other_layers:
-            assert other_attention is not None
-            configs[index] = other_attention
+        other = attention if other_attention is None else other_attention
         layers = [
             EncoderLayer(
-                SelfAttention(embed_dim, num_heads, make(config, **shape), self.positions),
+                SelfAttention(embed_dim, num_heads, make(other if index in other_layers else attention, **shape), self.positions),
                 embed_dim,
                 ffn_dim,
                 dropout,
                 norm,
                 norm_eps,
             )
-            for config in configs
+            for index in range(1 if share_layers else num_layers)
         ]
         self.layers = nn.ModuleList(layers)
         norms = [nn.LayerNorm(embed_dim, eps=norm_eps) if norm_states else nn.Identity() for _ in range(num_layers)]

@@ -351,7 +351,7 @@ def _added(command: str, overrides: list[str]) -> set[str]:
 
 def _chosen(overrides: list[str]) -> list[str]:
     """The overrides that choose options of groups, and where these are looked for."""
-    return [each for each in overrides if each.split("=", 1)[0].split("@")[0] in {*groups(), "hydra.searchpath"}]
+    return [each for each in overrides if each.lstrip("+").split("=", 1)[0].split("@")[0] in {*groups(), "hydra.searchpath"}]
 
 
 def _choices(override: Override) -> list[str]:

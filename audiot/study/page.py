@@ -169,11 +169,10 @@ def _factor(findings: Findings) -> tuple[str, str]:
         shown = []
         for budget, settings in _budgets(findings).items():
             for objective in dict.fromkeys(level.objective for level in factor.levels.values()):
-                where = f"{objective}, {BUDGETS[budget].lower()}"
                 rated = [each for each in settings if each.objective in factor.levels and measure.name in each.figures]
                 rated = [each for each in rated if factor.levels[each.objective].objective == objective]
                 if rated:
-                    shown.append(_over_levels(measure, where, rated, factor, findings, f"levels{next(ids)}"))
+                    shown.append(_over_levels(measure, objective, budget, rated, factor, findings, f"levels{next(ids)}"))
         if shown:
             notes = ", ".join(filter(None, (unit(measure), direction(measure))))
             parts.append(f"<h3>{escape(measure.title)} <small>{escape(notes)}</small></h3>{''.join(shown)}")
@@ -181,9 +180,16 @@ def _factor(findings: Findings) -> tuple[str, str]:
 
 
 def _over_levels(
-    measure: Measure, where: str, settings: Sequence[Setting], factor: Factor, findings: Findings, prefix: str
+    measure: Measure,
+    objective: str,
+    budget: str,
+    settings: Sequence[Setting],
+    factor: Factor,
+    findings: Findings,
+    prefix: str,
 ) -> str:
     """A measure under an objective over the levels of a factor: values, differences to the baseline, and a table of these."""
+    where = f"{objective}, {BUDGETS[budget].lower()}"
     levels = {setting.objective: factor.levels[setting.objective].value for setting in settings}
     own: dict[str, dict[float, Setting]] = {}
     for setting in settings:
@@ -213,9 +219,9 @@ def _over_levels(
         texts = title, words(differences, True)
         drawn = curves(differences, (axis, label), scale(measure), f"{prefix}-differences", texts, measure.margin, zero=True)
         figures += figure(drawn, "Paired differences.")
-        heads = [head("Mechanism"), *(head(f"{level:g} {factor.unit}") for level in levels.values())]
+        heads = [*_names_heads(), *(head(f"{level:g} {factor.unit}") for level in levels.values())]
         cells = (
-            f'<th scope="row">{breakable(line.name)}</th>'
+            f'<th scope="row">{breakable(line.name)}</th><th scope="row">{breakable(objective)}</th>'
             + "".join(_level_cell(own[line.name].get(level), measure) for level in levels.values())
             for line in differences
         )

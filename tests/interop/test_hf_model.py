@@ -447,6 +447,13 @@ def test_the_card_holds_the_runs_own_figures(run, tmp_path):
     assert str(tmp_path) not in card.content
 
 
+def test_the_card_names_the_mechanism_of_other_layers(tiny):
+    uniform = {"_target_": "audiot.attention.controls.Uniform", "dropout": 0.1}
+    mixed = {"positions": {"_target_": "audiot.positions.Sinusoid"}, "other_attention": uniform, "other_layers": [1]}
+    encoder = AudioEncoder(tiny["features"], tiny["model"] | mixed)
+    assert export_hf._description(encoder)["attention"] == "QueryKey; Uniform (dropout 0.1) in layer 2"
+
+
 def test_no_licence_is_invented(run, tmp_path, capsys):
     export(run, tmp_path / "out")
     content = (tmp_path / "out" / "README.md").read_text()

@@ -18,6 +18,7 @@ from audiot.base.groups import options
 from audiot.base.parts import make
 from audiot.benchmark.entries import Entry
 from audiot.checkpoint import AudioEncoder
+from audiot.commands import launch
 from audiot.study.design import Study
 from audiot.study.records import Record, Records
 
@@ -89,14 +90,21 @@ def test_every_command_of_every_study_composes_and_every_encoder_is_built(option
     study = make(of_the_config(option))
     trainings = [study.searched(objective, mechanism)[0] for objective in study.objectives for mechanism in study.mechanisms]
     for job in trainings:
-        config = plain(compose_command(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]))
+        arguments = [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]
+        launch._check_run(job.command, arguments, complete=True)
+        config = plain(compose_command(job.command, arguments))
         with torch.device("meta"):
             AudioEncoder(config["features"], config["model"])
     records = {job.key: record(validation=1.0) for job in study.searched(next(iter(study.objectives)), study.baseline)}
     for name in study.tasks:
         jobs = [study.task(name, trainings[0], 0), *(study.control(name, control, 0, records) for control in study.controls)]
         for job in filter(None, jobs):
-            plain(compose_command(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]))
+            launch._check_run(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"], complete=True)
+
+
+def test_a_command_of_the_study_of_layers_starts():
+    job = make(of_the_config("layers")).searched("clusters", "query_key in layer 2")[0]
+    launch._check_run(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"], complete=True)
 
 
 @pytest.mark.parametrize("option", ["depth", "length"])
@@ -265,7 +273,7 @@ def test_all_tasks_are_tested_alike():
     assert len(composed) == 2 + 3 + 1  # costs, training, tasks, what is learned
     for command, shared in composed:
         config = compose_command(command, [*shared, "run_dir=run", "data_dir=data"])
-        if command != "pretrain":
+        if command not in ("pretrain", "analyze"):
             resampled = config.bootstrap if command == "abx" else config.downstream.bootstrap
             assert (resampled.seed, resampled.keep) == (0, True)
 
