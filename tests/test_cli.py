@@ -640,6 +640,7 @@ def test_a_run_whose_data_have_changed_is_neither_measured_nor_drawn_nor_resumed
     assert "data.prepare.when must be check or keep here" in result.err
 
 
+@blank
 def test_analyze_draws_a_run(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     shutil.rmtree(folder / "plots")

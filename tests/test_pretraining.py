@@ -249,3 +249,18 @@ def test_a_checkpoint_gives_the_module_without_its_configs(pretraining, unbroken
     trained = pretraining.module()
     trained.load_state_dict(torch.load(unbroken[0] / "step=9.ckpt", weights_only=False)["state_dict"])
     assert model.eval()(batch["waveforms"], batch["lengths"])[0].equal(trained.eval()(batch["waveforms"], batch["lengths"])[0])
+
+
+def test_an_exported_encoder_gives_the_module_with_its_objective(pretraining, tmp_path):
+    model = pretraining.module().eval()
+    exported(tmp_path / "encoder", model)
+    again = MaskedAcousticModel.from_encoder(tmp_path / "encoder")
+    assert not again.training
+    batch = first_batch(pretraining)
+    view, expected = again.view(batch), model.view(batch)
+    assert view.keys() == expected.keys()
+    assert all(value.equal(expected[name]) for name, value in view.items())
+    for name in ("objective.json", "objective.safetensors"):
+        (tmp_path / "encoder" / name).unlink()
+    with pytest.raises(ValueError, match=r"encoder has no objective\.json"):
+        MaskedAcousticModel.from_encoder(tmp_path / "encoder")

@@ -103,23 +103,26 @@ def measured(
     batches = list(data.some("valid", cfg.utterances, module.device))
     heard, token_s = hear(module, batches), token_seconds(module)
     trained, absent = module.model.encoder, {}
-    mechanism = trained.layer(0).attention.mechanism
-    kind = type(mechanism).__name__
+    kinds = " and ".join(dict.fromkeys(type(mechanism).__name__ for mechanism in trained.mechanisms))
     lengths = sorted(length for each in heard for length in each.lengths.tolist())
     found: dict[str, Any] = {"step": module.trained_steps, "utterances": len(lengths), "tokens": sum(lengths), "token_s": token_s}
-    if trained.has_weights:
+    if not trained.has_weights:
+        absent["heads"] = f"no weights in all layers of {kinds}"
+    elif trained.chunk_frames is not None and lengths[-1] > trained.chunk_frames:
+        absent["heads"] = (
+            f"attention does not cross chunks of model.chunk_frames={trained.chunk_frames}, one has {lengths[-1]} frames"
+        )
+    else:
         found["heads"] = attention_rows(trained, heard, token_s)
         found["untrained_heads"] = attention_rows(untrained, heard, token_s)
-    else:
-        absent["heads"] = f"{kind} has no weights"
     states, frames = sampled_states(module, batches, cfg.states)
     arrays = {"states": states}
-    if isinstance(mechanism, TableSynthesizer):
+    if all(isinstance(mechanism, TableSynthesizer) for mechanism in trained.mechanisms):
         middle = lengths[len(lengths) // 2]
         found["tables"] = table_rows(untrained, trained, middle, all_heads=begins_from_seed(settings))
         arrays["tables"] = small_tables([tables(untrained, middle)[0], *tables(trained, middle)])
     else:
-        absent["tables"] = f"{kind} has no tables"
+        absent["tables"] = f"no tables in all layers of {kinds}"
     found["pruning"] = pruning_figures(module, batches)
     if not hasattr(module.objective, "codes"):
         absent["codes"] = f"{type(module.objective).__name__} predicts no codes"
@@ -164,11 +167,12 @@ def draw(
     if trained.has_weights:
         with failures.noted("attention.png, attention-untrained.png"):
             draw_both(untrained, trained, tokens, name, plots)
-        with failures.noted("heads.png"):
-            plot_heads(figures["heads"], figures["untrained_heads"], plots / "heads.png")
     else:
         lacking = next(mechanism for mechanism in trained.mechanisms if not mechanism.has_weights)
         say(f"no picture of attention: {type(lacking).__name__} has no weights")
+    if "heads" in figures:
+        with failures.noted("heads.png"):
+            plot_heads(figures["heads"], figures["untrained_heads"], plots / "heads.png")
     if all(isinstance(mechanism, TableSynthesizer) for mechanism in trained.mechanisms):
         with failures.noted("patterns.png"):
             draw_tables(untrained, trained, plots / "patterns.png")

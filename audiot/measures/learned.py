@@ -157,6 +157,9 @@ def sampled_states(module: MaskedAcousticModel, batches: Sequence[Batch], count:
 
     Returns:
         States (layers + 1, N, d) in float16, and a digest of which frames they are.
+
+    Raises:
+        ValueError: a state is not finite, or too large for float16.
     """
     own = math.ceil(count / sum(len(batch["ids"]) for batch in batches))
     found: dict[str, tuple[list[int], int, Tensor]] = {}
@@ -168,7 +171,10 @@ def sampled_states(module: MaskedAcousticModel, batches: Sequence[Batch], count:
             found[name] = frames, length, hidden[:, place, frames].half().cpu()
     ordered = sorted(found.items())
     sampled = json.dumps([[name, frames, length] for name, (frames, length, _) in ordered])
-    return torch.cat([states for _, (_, _, states) in ordered], dim=1), hashlib.sha256(sampled.encode()).hexdigest()[:16]
+    states = torch.cat([own_states for _, (_, _, own_states) in ordered], dim=1)
+    if not bool(states.isfinite().all()):
+        raise ValueError("hidden states are not finite in float16: training has diverged, or a norm is missing")
+    return states, hashlib.sha256(sampled.encode()).hexdigest()[:16]
 
 
 Interval = tuple[float, float, str]

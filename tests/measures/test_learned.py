@@ -64,6 +64,12 @@ def test_an_utterance_with_fewer_frames_gives_all_of_them():
     assert states.shape[1] == 10 + 11
 
 
+def test_states_that_float16_cannot_hold_are_refused():
+    batch = batch_of(0) | {"waveforms": torch.full((1, 40), 1e5)}
+    with pytest.raises(ValueError, match="hidden states are not finite in float16"):
+        sampled_states(model_of(1), [batch], 4)
+
+
 def test_a_token_has_the_phone_that_is_spoken_in_its_middle():
     intervals = [(0.1, 0.2, "a"), (0.2, 0.3, "b"), (0.4, 0.5, "a")]
     found = labelled(np.array([0.05, 0.1, 0.19, 0.2, 0.35, 0.45, 0.5]), intervals, {"a": 0, "b": 1})
