@@ -45,7 +45,7 @@ CHANGEABLE = re.compile(
     r"trainer\.(max_steps|max_time|val_check_interval|limit_val_batches|log_every_n_steps|gradient_clip_val|gradient_clip_algorithm"
     r"|enable_(checkpointing|progress_bar|model_summary)|accelerator|devices|num_nodes|precision|strategy(\..+)?|profiler|detect_anomaly|deterministic|benchmark)"
     r"|optimizer\.(lr|weight_decay|betas|eps)|scheduler\.[^_].*"
-    r"|(checkpoint|callbacks|logger)\..+|compile|probe|probe_jobs|debug"
+    r"|(checkpoint|callbacks|logger)\..+|compile|plots|probe|probe_jobs|debug"
     r"|data_dir|data\.(root|num_workers|prepare\.num_jobs)"  # where the corpus is and who reads it, not what it is
 )
 FROM_ENCODER = ("data", "objective", "seed")  # what a new run that starts from the encoder may have otherwise

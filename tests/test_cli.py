@@ -652,10 +652,10 @@ def test_analyze_draws_a_run(made, tmp_path):
     assert len(found["heads"]) == len(found["pruning"]["alone"]) == 2 * 2
     assert found["pruning"]["removed"][0] == pytest.approx(read(folder / "summary.json")["pretrain/val_cross_entropy"], rel=1e-4)
     assert found["codes"]["targets"].keys() == {"pnmi", "phone_purity", "cluster_purity", "perplexity", "frames"}
-    assert found["absent"] == {"tables": "QueryKey has no tables"}
+    assert found["absent"] == {"tables": "no tables in all layers of QueryKey"}
     shutil.rmtree(folder / "checkpoints")  # as a study does
     again = tmp_path / "again"
-    succeed("analyze", f"run={folder}", "pictures=false", f"hydra.run.dir={again}")
+    succeed("analyze", f"run={folder}", "plots=false", f"hydra.run.dir={again}")
     assert read(folder / "analysis.json") == read(again / "analysis.json") == found
     assert (again / "analysis.safetensors").read_bytes() == arrays
 

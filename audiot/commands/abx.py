@@ -70,9 +70,10 @@ def main(cfg: DictConfig) -> float:
     if draws:
         write_draws(run / "draws.csv", draws)
         files.append("draws.csv")
-    with failures.noted("abx.png"):
-        plot_measures(rows, control, f"{settings.distance} distance, context: {settings.context}", run / "abx.png")
-        files.append("abx.png")
+    if cfg.plots:
+        with failures.noted("abx.png"):
+            plot_measures(rows, control, f"{settings.distance} distance, context: {settings.context}", run / "abx.png")
+            files.append("abx.png")
     say("\n" + describe(named, measured.bootstrap))
     best = min(rows, key=abx_error)
     lines = {"best": f"layer {best['layer']}, ABX error {100 * abx_error(best):.2f}%", "run": f"{run}: {', '.join(files)}"}

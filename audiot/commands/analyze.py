@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
             raise ValueError(f"{name} must be at least {least}, found {cfg[name]}")
     module = load(run, settings, cfg.trusted)
     data = SpeechDataModule(open_corpus(settings, run), "pretrain", crop_s=settings.data.crop_s, **data_options(settings))
-    batch = utterance(data, cfg.utterance) if cfg.pictures else None  # an unknown one is refused before anything is measured
+    batch = utterance(data, cfg.utterance) if cfg.plots else None  # an unknown one is refused before anything is measured
     torch.manual_seed(settings.seed)
     fresh = AudioEncoder(**module.model.config).eval()
     figures, arrays, frames = measured(cfg, settings, module.to(device), fresh.to(device).encoder, data)

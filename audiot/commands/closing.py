@@ -72,7 +72,7 @@ def report(run: Path) -> str:
     lines += [
         "",
         f"run     {run}",
-        f"plots   {run / 'plots'}: {', '.join(plots)}",
+        *([f"plots   {run / 'plots'}: {', '.join(plots)}"] if plots else []),
         f"next:   {finetune_command(run)}",
     ]
     return "\n".join(lines)

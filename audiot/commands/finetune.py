@@ -207,14 +207,15 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     title = f"{task.task}: test {figures({first: metrics[first]})}"
     files: list[str] = []
     failures = Failures()
+    draws_pictures = cfg.get("plots", True)  # a run of an earlier version has no such key
     with failures.noted("tables and pictures of the test"):
-        files += module.objective.write(run, title)
+        files += module.objective.write(run, title, draws_pictures)
     if trainer.is_global_zero:
         if draws:
             write_draws(run / "draws.csv", draws)
             files.append("draws.csv")
         write_json(run / "metrics.json", metrics)
-        if weights is not None:
+        if weights is not None and draws_pictures:
             with failures.noted("layer_weights.png"):
                 states = [str(state) for state in module.layers.chosen]
                 plot_layer_weights(weights.tolist(), states, title, run / "layer_weights.png")

@@ -73,6 +73,11 @@ class Pretraining:
     targets: dict[str, Any]
 
     @property
+    def draws(self) -> bool:
+        """Whether pictures are wanted; runs of earlier versions always drew."""
+        return bool(self.cfg.get("plots", True))
+
+    @property
     def callbacks(self) -> list[pl.Callback]:
         """The Trainer's callbacks."""
         return self.trainer.callbacks  # type: ignore[attr-defined]
@@ -289,7 +294,7 @@ def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict
         figures, failed = run_probes(work.cfg, work.run, work.probes, work.trainer.strategy.root_device)
     except Interrupted as stop:
         raise Interrupted(work.trainer.global_step, newest_checkpoint(work.run), "in the probes ") from stop
-    if figures:
+    if figures and work.draws:
         with failures.noted("probes.png"):
             plot_probes(figures, work.run / "plots" / "probes.png")
     return figures, failed
@@ -306,6 +311,8 @@ def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
 @torch.no_grad()
 def draw(work: Pretraining, failures: Failures) -> None:
     """Curves from ``metrics.csv`` and the attention of the first validation utterance, where attention has weights."""
+    if not work.draws:
+        return
     for callback in work.callbacks:
         if isinstance(callback, ObjectivePictures):
             failures.update(callback.failures)

@@ -247,6 +247,7 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
         device["trainer"]["devices"] = [cfg.trainer.devices[0]]
     if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
         device["trainer"]["precision"] = cfg.trainer.precision
+    probe.plots = cfg.get("plots", True)  # a run of an earlier version has no such key
     probe.callbacks.interrupt.folder = None  # a probe takes minutes: one that is stopped begins anew
     explicit = OmegaConf.from_dotlist([given for given in overrides if given.startswith("data.")])
     same = {"data": {"prepare": {"when": "keep"}}}  # what pre-training has heard, whatever becomes of its sources meanwhile

@@ -119,7 +119,7 @@ class CTC(Objective):
         ]
         return jiwer.process_words(spelt[0], spelt[1])
 
-    def write(self, folder: Path, title: str) -> list[str]:
+    def write(self, folder: Path, title: str, plots: bool = True) -> list[str]:
         """Write ``per_class.csv`` of the tokens, ``per_utterance.csv`` and ``confusion.png``."""
         rows = self.all_rows()
         aligned = self._aligned(rows)
@@ -147,8 +147,9 @@ class CTC(Objective):
             per_class.append({"class": name} | {key: int(value) for key, value in (figures | {"inserted": inserted}).items()})
         write_csv(folder / "per_class.csv", per_class)
         write_csv(folder / "per_utterance.csv", table)
-        plot_confusion(counts, names, title, folder / "confusion.png")
-        return ["per_class.csv", "per_utterance.csv", "confusion.png"]
+        if plots:
+            plot_confusion(counts, names, title, folder / "confusion.png")
+        return ["per_class.csv", "per_utterance.csv", *(["confusion.png"] if plots else [])]
 
 
 def greedy(outputs: Tensor, lengths: Tensor) -> list[list[int]]:

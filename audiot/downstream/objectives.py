@@ -70,8 +70,13 @@ class Objective(nn.Module, ABC):
         """Prediction for each utterance: ``label`` and ``score``, or ``text``, …"""
 
     @abstractmethod
-    def write(self, folder: Path, title: str) -> list[str]:
+    def write(self, folder: Path, title: str, plots: bool = True) -> list[str]:
         """Write the measurements since `reset` to CSV files and pictures.
+
+        Args:
+            folder: Where the files go.
+            title: Title of the pictures.
+            plots: Whether to draw pictures.
 
         Returns:
             Names of the files.
@@ -242,13 +247,14 @@ class Classification(Objective):
             found.append({"segments": segments})
         return found
 
-    def write(self, folder: Path, title: str) -> list[str]:
+    def write(self, folder: Path, title: str, plots: bool = True) -> list[str]:
         """Write ``per_class.csv``, ``per_utterance.csv`` and ``confusion.png``."""
         counts = self.counts()
         write_csv(folder / "per_class.csv", per_class(counts, self.classes))
         write_csv(folder / "per_utterance.csv", self.all_rows())
-        plot_confusion(counts, self.classes, title, folder / "confusion.png")
-        return ["per_class.csv", "per_utterance.csv", "confusion.png"]
+        if plots:
+            plot_confusion(counts, self.classes, title, folder / "confusion.png")
+        return ["per_class.csv", "per_utterance.csv", *(["confusion.png"] if plots else [])]
 
 
 class Slots(Objective):
@@ -334,7 +340,7 @@ class Slots(Objective):
             found.append({"label": " ".join(slot["label"] for slot in slots.values()), "score": score, "slots": slots})
         return found
 
-    def write(self, folder: Path, title: str) -> list[str]:
+    def write(self, folder: Path, title: str, plots: bool = True) -> list[str]:
         """Write ``per_class.csv``, ``per_utterance.csv`` and ``confusion-SLOT.png``."""
         slots: dict[str, tuple[Tensor, Sequence[str]]] = {}
         for field, slot in zip(self.fields, self.slots, strict=True):
@@ -344,7 +350,7 @@ class Slots(Objective):
         write_csv(folder / "per_class.csv", table)
         write_csv(folder / "per_utterance.csv", self.all_rows())
         pictures = []
-        for field, (counts, classes) in slots.items():
+        for field, (counts, classes) in slots.items() if plots else ():
             pictures.append(f"confusion-{field}.png")
             plot_confusion(counts, classes, f"{title}, {field}", folder / pictures[-1])
         return ["per_class.csv", "per_utterance.csv", *pictures]

@@ -141,7 +141,7 @@ class Verification(Objective):
         """The ``embedding`` of each utterance, normalised to length 1. The score of two utterances is their cosine."""
         return [{"embedding": embedding} for embedding in nn.functional.normalize(outputs.float()).cpu().tolist()]
 
-    def write(self, folder: Path, title: str) -> list[str]:
+    def write(self, folder: Path, title: str, plots: bool = True) -> list[str]:
         """Write ``trials.csv``, ``per_class.csv`` (mean scores of each speaker) and ``scores.png``."""
         trials = self.scored()
         speaker_of = {row["utterance"]: row["speaker"] for row in self.all_rows()}
@@ -162,8 +162,9 @@ class Verification(Objective):
             name: [trial["score"] for trial in trials if trial["same"] == kind]
             for name, kind in (("same speaker", 1), ("different speakers", 0))
         }
-        plot_scores(kinds, title, folder / "scores.png")
-        return ["trials.csv", "per_class.csv", "scores.png"]
+        if plots:
+            plot_scores(kinds, title, folder / "scores.png")
+        return ["trials.csv", "per_class.csv", *(["scores.png"] if plots else [])]
 
 
 class Trials(Measured):

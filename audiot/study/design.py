@@ -22,7 +22,7 @@ from audiot.study.findings import BUDGETS, Factor, Level, Measure
 from audiot.study.records import Record
 
 # Keys of a config that no figure depends on.
-ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "probe_jobs", "resume", "trusted")
+ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "plots", "probe_jobs", "resume", "trusted")
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
 _PLACE = re.compile(r"data\.(root|num_workers|prepare\.num_jobs)=")  # where the corpus is and who reads it, not what it is
@@ -289,7 +289,8 @@ class Study:
         return self._training(objective, mechanism, seed, rate, max(1, steps))
 
     def _training(self, objective: str, mechanism: str, seed: int, rate: float, steps: int | None = None) -> Job:
-        shared = (*self.data, *self.pretrain, *self.objectives[objective], *self.mechanisms[mechanism], "probe=false")
+        apart = (*self.objectives[objective], *self.mechanisms[mechanism], "probe=false")
+        shared = (*self.data, "plots=false", *self.pretrain, *apart)
         name = f"{objective}/{mechanism}/lr={rate:g}/seed={seed}"
         own = [f"optimizer.lr={rate}", f"seed={seed}"]
         if steps is not None:
@@ -305,7 +306,7 @@ class Study:
 
     def analysis(self, training: Job) -> Job:
         """What an encoder has learned, in figures."""
-        return Job(f"{training.name}/learned", "analyze", ("pictures=false",), (), training)
+        return Job(f"{training.name}/learned", "analyze", ("plots=false",), (), training)
 
     def control(self, name: str, control: str, seed: int, records: Mapping[str, Record]) -> Job | None:
         """A task on a control; None until what it depends on is known, or where the task has none."""
@@ -325,7 +326,7 @@ class Study:
         is_abx = task.command == "abx"
         where = "bootstrap" if is_abx else "downstream.bootstrap"
         own = ("compare=false",) if is_abx else (*self.finetune, "logger=none")
-        return (*own, f"{where}.seed={self.seeds[0]}", f"{where}.keep=true")
+        return ("plots=false", *own, f"{where}.seed={self.seeds[0]}", f"{where}.keep=true")
 
 
 def _mechanisms(entries: Sequence[str | Mapping[str, Any]]) -> dict[str, list[str]]:

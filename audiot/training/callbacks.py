@@ -275,10 +275,11 @@ class ObjectivePictures(Callback):
 
     Args:
         folder: Folder for the objective's picture (``reconstruction.png``, say) and one of each validation.
+        enabled: Whether to draw at all.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, enabled: bool = True) -> None:
+        self.folder, self.enabled = Path(folder), enabled
         self.batch: Batch | None = None
         self.failures = Failures()
 
@@ -286,7 +287,7 @@ class ObjectivePictures(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the first batch."""
-        if batch_idx == 0:
+        if batch_idx == 0 and self.enabled:
             self.batch = batch
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

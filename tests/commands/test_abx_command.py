@@ -54,15 +54,16 @@ def test_every_layer_is_measured_beside_the_features(made, tmp_path):  # noqa: F
 def test_the_same_command_gives_the_same_files(made, tmp_path):  # noqa: F811
     given = [*DATA, *MODEL, *QUICK, f"upstream.path={made.encoder}", "compare=false", "speaker=within", "layers=[-1]"]
     for name in ("one", "two"):
-        succeed("abx", *given, f"hydra.run.dir={tmp_path / name}")
+        succeed("abx", *given, "plots=false", f"hydra.run.dir={tmp_path / name}")
     assert (tmp_path / "one" / "abx.json").read_bytes() == (tmp_path / "two" / "abx.json").read_bytes()
     assert [row["layer"] for row in read(tmp_path / "one")["layers"]] == [2]
+    assert not list((tmp_path / "one").rglob("*.png"))
 
 
 def test_draws_are_kept_of_every_layer_and_the_features(made, tmp_path):  # noqa: F811
     """What a study reads of them is the mean of the best layer's."""
     speakers = ["data.corpus.num_test_speakers=8", f"data_dir={tmp_path / 'data'}"]
-    given = [*DATA, *MODEL, *speakers, *QUICK, f"upstream.path={made.encoder}", "bootstrap.keep=true"]
+    given = [*DATA, *MODEL, *speakers, *QUICK, "plots=false", f"upstream.path={made.encoder}", "bootstrap.keep=true"]
     out = succeed("abx", *given, f"hydra.run.dir={tmp_path / 'abx'}")
     with (tmp_path / "abx" / "draws.csv").open(newline="") as file:
         draws = list(csv.DictReader(file))

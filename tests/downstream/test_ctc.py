@@ -199,7 +199,8 @@ def test_tables_add_up_to_the_error_rate(tmp_path, unit):
 def test_errors_of_an_utterance_are_told_apart(tmp_path):
     cases = [("ABCD", "ABCD", (0, 0, 0)), ("ABCD", "ACD", (0, 1, 0)), ("ABCD", "ABBCD", (0, 0, 1)), ("ABCD", "ABAD", (1, 0, 0))]
     objective = measured(CTC(CHARACTERS, "character"), [case[0] for case in cases], [case[1] for case in cases])
-    objective.write(tmp_path, "asr")
+    assert objective.write(tmp_path, "asr", plots=False) == ["per_class.csv", "per_utterance.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["per_class.csv", "per_utterance.csv"]
     kinds = ("substituted", "deleted", "inserted")
     for row, (_, _, errors) in zip(table(tmp_path / "per_utterance.csv"), cases, strict=True):
         assert tuple(int(row[kind]) for kind in kinds) == errors

@@ -277,6 +277,8 @@ def test_files_hold_every_class_and_every_utterance(tmp_path, kind):
     names = objective.write(tmp_path / "run", "phone")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(names)
     assert sorted(names) == ["confusion.png", "per_class.csv", "per_utterance.csv"]
+    assert objective.write(tmp_path / "tables", "phone", plots=False) == ["per_class.csv", "per_utterance.csv"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["per_class.csv", "per_utterance.csv"]
     assert_rows(table(tmp_path / "run" / "per_class.csv"), expected_figures(pairs, CLASSES)[2])
     rows = table(tmp_path / "run" / "per_utterance.csv")
     assert [row["utterance"] for row in rows] == sorted(batch["ids"])
@@ -364,6 +366,8 @@ def test_files_of_slots_hold_every_value_of_every_slot(tmp_path):
     names = objective.write(tmp_path, "intent")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert sorted(names) == [*(f"confusion-{field}.png" for field in sorted(FIELDS)), "per_class.csv", "per_utterance.csv"]
+    assert objective.write(tmp_path / "tables", "intent", plots=False) == ["per_class.csv", "per_utterance.csv"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["per_class.csv", "per_utterance.csv"]
     rows = table(tmp_path / "per_class.csv")
     assert [(row["slot"], row["class"]) for row in rows] == [
         (field, name.split("=")[1]) for field in FIELDS for name in SLOTS if name.startswith(field)

@@ -254,6 +254,8 @@ def test_files_hold_every_trial_and_every_speaker(tmp_path):
     objective = measured(Verification(SPEAKERS, embedding_dim=4), embeddings, speakers)
     names = objective.write(tmp_path, "verification")
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir()) == ["per_class.csv", "scores.png", "trials.csv"]
+    assert sorted(objective.write(tmp_path / "tables", "verification", plots=False)) == ["per_class.csv", "trials.csv"]
+    assert not list((tmp_path / "tables").glob("*.png"))
     trials = list(csv.DictReader((tmp_path / "trials.csv").open(newline="")))
     assert len(trials) == 21
     for trial in trials:

@@ -256,7 +256,7 @@ def test_what_was_learned_is_measured_of_every_encoder_of_equal_steps():
     assert [job.name for job in jobs] == [
         f"mockingjay/{name}/lr=0.003/seed={seed}/learned" for name in ("query_key", "local", "none") for seed in (0, 1, 2)
     ]
-    assert jobs[0].arguments(Path("study")) == ["pictures=false", f'run="study/{jobs[0].encoder.folder}"']
+    assert jobs[0].arguments(Path("study")) == ["plots=false", f'run="study/{jobs[0].encoder.folder}"']
     without = {job.key for job in made(learned=False).jobs(records)}
     assert without == {job.key for job in study.jobs(records)} - {job.key for job in jobs}
 
@@ -267,15 +267,20 @@ def changed(before, after):
     return {job.name for job in after.jobs(finished(after)) if job.key not in old}
 
 
-def test_all_tasks_are_tested_alike():
+def test_all_tasks_are_tested_alike_and_no_run_draws_pictures():
     study = made(mechanisms=["query_key"], control_mechanisms=[], controls=[])
     composed = {(job.command, job.shared) for job in study.jobs(finished(study))}
     assert len(composed) == 2 + 3 + 1  # costs, training, tasks, what is learned
     for command, shared in composed:
         config = compose_command(command, [*shared, "run_dir=run", "data_dir=data"])
+        assert config.plots is False
         if command not in ("pretrain", "analyze"):
             resampled = config.bootstrap if command == "abx" else config.downstream.bootstrap
             assert (resampled.seed, resampled.keep) == (0, True)
+
+
+def test_pictures_change_no_key():
+    assert changed(made(), made(pretrain=[*settings()["pretrain"], "plots=true"])) == set()
 
 
 def test_what_is_the_same_has_the_same_key():

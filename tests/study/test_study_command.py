@@ -60,6 +60,7 @@ def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
     learned = [each for each in found if each["name"].endswith("/learned")]
     assert all(each["figures"]["pruning/removed/0"] > 0 for each in learned)
     assert len(list((home / "tiny" / "results").glob("*.safetensors"))) == len(learned)
+    assert not list((home / "tiny" / "runs").rglob("*.png"))
     page = (home / "tiny" / "report.html").read_text(encoding="utf-8")
     assert "CKA of layer 3, mockingjay" in page
     assert "Rehearsal: nothing may be concluded" in page

@@ -209,6 +209,12 @@ def test_every_validation_draws_one_picture(pretraining, tmp_path):
     assert contents["reconstruction.png"] != contents["reconstruction-step000002.png"]
 
 
+def test_pictures_can_be_left_out(pretraining, tmp_path):
+    pictures = ObjectivePictures(tmp_path / "plots", enabled=False)
+    pretraining.trainer(tmp_path, [pictures], max_steps=2, val_check_interval=2).fit(pretraining.module(), pretraining.data())
+    assert not (tmp_path / "plots").exists()
+
+
 def test_pictures_change_nothing_in_training(pretraining, unbroken, tmp_path):
     model = pretraining.module()
     pretraining.trainer(tmp_path, [ObjectivePictures(tmp_path), Throughput()]).fit(model, pretraining.data())
