@@ -123,6 +123,7 @@ def test_without_a_factor_the_overrides_are_those_that_they_always_were():
     (job, _) = made().searched("mockingjay", "local")
     assert job.shared == (
         "data=demo",
+        "plots=false",
         "trainer.max_steps=100",
         "trainer.val_check_interval=100",
         "objective=mockingjay",
@@ -132,6 +133,7 @@ def test_without_a_factor_the_overrides_are_those_that_they_always_were():
     assert job.own == ("optimizer.lr=0.001", "seed=0")
     assert made().task("phone_linear", job, 0).shared == (
         "data=demo",
+        "plots=false",
         "data.label_fraction=0.2",
         "trainer.max_steps=200",
         "trainer.val_check_interval=200",
