@@ -43,9 +43,10 @@ def main(cfg: DictConfig) -> None:
     if study.rehearsal:
         say(f"rehearsal: {study.rehearsal}")
     worker = Worker(study, folder, _at_a_time(cfg.jobs), launch.run, partial(_corpus, study, cfg), cfg.data_dir, MODULES)
-    worker.work()
+    if worker.at_a_time:
+        worker.work()
     records = worker.records.load()
-    command = " ".join(["audiot study", *map(quoted, given)])
+    command = " ".join(["audiot study", *(quoted(override) for override in given if override != "jobs=0")])
     findings = gather(study, records, worker.failed, command, worker.records.arrays)
     files = write_report(findings, folder)
     for sentence in findings.summary:
@@ -56,6 +57,8 @@ def main(cfg: DictConfig) -> None:
         job, why = next(worker.failed[job.key] for job in study.jobs(records) if job.key in worker.failed)
         raise ValueError(f"{len(worker.failed)} runs failed, the same command tries them again; the first, {job.name}: {why}")
     say(f"next:   open {path(files[0])}")
+    if findings.unfinished:
+        say(f"        {command} goes on, {len(findings.unfinished)} runs are left that are known by now")
 
 
 def _corpus(study: Study, cfg: DictConfig) -> Path:
@@ -73,9 +76,9 @@ def _at_a_time(jobs: int | str) -> int:
     if jobs == "auto":
         cards = torch.cuda.device_count()
         return cards * max(1, min(ON_A_GPU, usable_cores() // (2 * cards))) if cards else usable_cores()
-    if isinstance(jobs, int) and jobs >= 1:
+    if isinstance(jobs, int) and jobs >= 0:
         return jobs
-    raise ValueError(f"jobs must be auto or at least 1, found {jobs}")
+    raise ValueError(f"jobs must be auto, a number, or 0 for the report alone, found {jobs}")
 
 
 if __name__ == "__main__":

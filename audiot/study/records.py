@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan, nan
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> t
     if command == "pretrain":
         summary = read_results(run / "summary.json", ["monitor"])
         costs = {name: float(summary[name]) for name in FROM_SUMMARY if name in summary}
-        derived = _derived(costs, run / "encoder") if alone else {}
+        derived = _derived(costs, run) if alone else {}
         return {"validation": float(summary[summary["monitor"]]), **costs, **derived}, {}
     if command == "analyze":
         return flattened(read_json(run / "analysis.json", "analysis")), {}
@@ -184,13 +185,12 @@ def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> t
     return {"value": float(metrics[figure])}, _draws(run, [figure])
 
 
-def _derived(costs: Mapping[str, float], encoder: Path) -> dict[str, float]:
+def _derived(costs: Mapping[str, float], run: Path) -> dict[str, float]:
     """Costs for a number of frames or seconds, which the length of the training does not change."""
-    mframes = costs["frames_per_s"] * costs["train_s"] / 1e6
-    found = {"s_per_mframe": (1 - costs["data_wait"]) * 1e6 / costs["frames_per_s"]}  # waiting for data is no cost of attention
+    found = {"s_per_mframe": _seconds(run / "metrics.csv")}
     if "energy_wh" in costs:
-        found["wh_per_mframe"] = costs["energy_wh"] / mframes
-    model = load_encoder(encoder)
+        found["wh_per_mframe"] = costs["energy_wh"] / (costs["frames_per_s"] * costs["train_s"] / 1e6)
+    model = load_encoder(run / "encoder")
     frames = model.encoder.max_frames  # some mechanisms take no longer inputs
     seconds = model.features.num_samples(frames) / model.features.sample_rate
     try:
@@ -199,6 +199,19 @@ def _derived(costs: Mapping[str, float], encoder: Path) -> dict[str, float]:
         say(f"matrix products not counted: {error}")
         return found
     return found | {"gflops": work.flops / seconds / 1e9}
+
+
+def _seconds(path: Path) -> float:
+    """Seconds of training for a million frames: the median of what was logged in its second half, when nothing is new any more.
+
+    Waiting for data is no cost of attention and left out.
+    """
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("frames_per_s")]
+    if not rows:
+        raise ValueError(f"{path} has no speed: study.cost needs at least trainer.log_every_n_steps steps")
+    times = [(1 - float(row["data_wait"])) * 1e6 / float(row["frames_per_s"]) for row in rows]
+    return median(times[len(times) // 2 :])
 
 
 def _draws(run: Path, columns: Sequence[str]) -> dict[str, list[float]]:

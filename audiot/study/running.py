@@ -1,13 +1,15 @@
-"""Running a study: so many runs at a time, each in a process of its own, beside other processes that work on the same folder."""
+"""Running a study: so many processes at a time, each with a run or with tasks of an encoder, beside others on the same folder."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -28,20 +30,21 @@ from audiot.study.design import Job, Study
 from audiot.study.records import Record, Records, collect, travelling
 
 LOOK_S = 1.0  # between looks at what other processes have finished
+STOPPED = 130  # exit status of a command that a signal has stopped
 
 
 @dataclass
 class Running:
-    """A run that goes on.
+    """Runs that go on in one process, one after the other.
 
     Args:
-        job: What it is.
-        process: Its process.
-        claim: What keeps other processes from it.
-        place: Number of its place among the runs at a time.
+        jobs: What they are.
+        process: Their process.
+        claim: What keeps other processes from them.
+        place: Number of its place among the processes.
     """
 
-    job: Job
+    jobs: list[Job]
     process: Any
     claim: ExitStack
     place: int
@@ -106,7 +109,7 @@ class Worker:
                     else:
                         time.sleep(LOOK_S)
                     for each in [each for each in self.running if not each.process.is_alive()]:
-                        self._end(each, bar)
+                        self._end(each)
             finally:
                 for each in self.running:
                     each.process.terminate()
@@ -133,38 +136,49 @@ class Worker:
             heard = job.encoder
             if heard is not None and heard.key in self.failed:
                 continue
-            if heard is not None and not (self.folder / heard.folder / "encoder").is_dir():
-                left.setdefault(heard.key, heard)  # its record is there, and its encoder is elsewhere
+            if heard is not None and not (heard.key in records and (self.folder / heard.folder / "encoder").is_dir()):
+                left.setdefault(heard.key, heard)  # it goes on still; or its record is there, and its encoder is elsewhere
             else:
                 left.setdefault(key, job)
         return list(left.values())
 
     def _start(self, left: list[Job]) -> None:
         """Start as many runs as there are places. One that must be alone waits for a free device, and the others for it."""
-        busy = {each.job.key for each in self.running}
-        for job in left:
-            if job.key in busy:
+        busy = {job.key for each in self.running for job in each.jobs}
+        idle = [job for job in left if job.key not in busy]
+        for job in idle:
+            if job.key in busy:  # it has just started with another
                 continue
             place = self._place(job)
             if place is None:
                 return
-            claim = self._claimed(job)
-            if claim is None:
+            claims = ExitStack()
+            jobs = [each for each in self._together(job, idle, busy) if self._claimed(each, claims)]
+            if not jobs:
                 continue
-            run = self.folder / job.folder
-            shutil.rmtree(run, ignore_errors=True)  # what an earlier process left unfinished
-            run.mkdir(parents=True)
+            busy |= {each.key for each in jobs}
             shared_by = self.num_devices if job.alone else self.at_a_time
             threads = max(1, usable_cores() // shared_by)
-            arguments = [*job.arguments(self.folder), override("hydra.run.dir", run), override("data_dir", self.data_dir)]
-            figure = self.study.tasks[job.task].figure if job.task else ""
             environment = dict(os.environ)  # that of the server, from which it forks, may be older
             if self.cards:
                 environment["CUDA_VISIBLE_DEVICES"] = self.cards[place % self.num_devices]
-            given = (self.command, job, arguments, self.folder, figure, threads, environment)
-            process = self.context.Process(target=_run, args=given)
+            given = (self.command, [self._run(each) for each in jobs], self.folder, threads, environment)
+            process = self.context.Process(target=_run_all, args=given)
             process.start()
-            self.running.append(Running(job, process, claim, place))
+            self.running.append(Running(jobs, process, claims, place))
+
+    def _together(self, job: Job, idle: Sequence[Job], busy: Collection[str]) -> list[Job]:
+        """A run, and the other tasks of its encoder that follow it in its process: as many as leave work for all places."""
+        if job.encoder is None:
+            return [job]
+        waiting = [each for each in idle if each.key not in busy]
+        most = max(1, len(waiting) // self.at_a_time)
+        return [each for each in waiting if each.encoder is not None and each.encoder.key == job.encoder.key][:most]
+
+    def _run(self, job: Job) -> Run:
+        """What a process must know of a run."""
+        place = [override("hydra.run.dir", self.folder / job.folder), override("data_dir", self.data_dir)]
+        return Run(job, [*job.arguments(self.folder), *place], self.study.tasks[job.task].figure if job.task else "")
 
     @property
     def num_devices(self) -> int:
@@ -176,44 +190,46 @@ class Worker:
         taken = {each.place for each in self.running}
         on_device: list[list[Job]] = [[] for _ in range(self.num_devices)]
         for each in self.running:
-            on_device[each.place % self.num_devices].append(each.job)
+            on_device[each.place % self.num_devices] += each.jobs
         for place in range(self.at_a_time):
             others = on_device[place % self.num_devices]
             if place not in taken and not (others and (job.alone or any(other.alone for other in others))):
                 return place
         return None
 
-    def _claimed(self, job: Job) -> ExitStack | None:
-        """A claim on a run; None where another process has it, or has just finished it."""
-        stack = ExitStack()
-        try:
-            stack.enter_context(owned(self.folder / "claims" / job.key))
-        except ValueError:
-            return None
-        encoder_is_gone = job.command == "pretrain" and not (self.folder / job.folder / "encoder").is_dir()
-        if (self.folder / "results" / f"{job.key}.json").is_file() and not encoder_is_gone:
-            stack.close()
-            return None
-        return stack
+    def _claimed(self, job: Job, claims: ExitStack) -> bool:
+        """Claim a run; False where another process has it, or has just finished it."""
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(owned(self.folder / "claims" / job.key))
+            except ValueError:
+                return False
+            encoder_is_gone = job.command == "pretrain" and not (self.folder / job.folder / "encoder").is_dir()
+            if (self.folder / "results" / f"{job.key}.json").is_file() and not encoder_is_gone:
+                return False
+            shutil.rmtree(self.folder / job.folder, ignore_errors=True)  # what an earlier process left unfinished
+            claims.push(claim.pop_all())
+        return True
 
     def _elsewhere(self, left: list[Job]) -> bool:
         """Whether another process works on something that is left."""
         return any((self.folder / "claims" / job.key).is_dir() for job in left)
 
-    def _end(self, each: Running, bar: tqdm) -> None:
-        """Note how a run ended."""
+    def _end(self, each: Running) -> None:
+        """Note how the runs of a process ended. Those that it had not begun are left for another."""
         self.running.remove(each)
         each.process.join()
-        record = self.records.load().get(each.job.key)
+        records = self.records.load()
         each.claim.close()
-        if each.process.exitcode == 0 and record is not None:
-            with tqdm.external_write_mode():
-                say(f"{each.job.name}: {_told(record)}")
-            return
-        why = _reason(self.folder / each.job.folder / "output.txt", each.process.exitcode)
-        self.failed[each.job.key] = each.job, why
         with tqdm.external_write_mode():
-            say(f"{each.job.name} failed: {why}")
+            for job in each.jobs:
+                output = self.folder / job.folder / "output.txt"
+                if job.key in records:
+                    say(f"{job.name}: {_told(records[job.key])}")
+                elif output.is_file() or len(each.jobs) == 1:
+                    why = _reason(output, each.process.exitcode)
+                    self.failed[job.key] = job, why
+                    say(f"{job.name} failed: {why}")
 
 
 def _told(record: Record) -> str:
@@ -230,31 +246,63 @@ def _reason(output: Path, code: int | None) -> str:
     return f"its process ended with {code}; {output} has what it said"
 
 
-def _run(
-    command: Callable[[str, list[str]], None],
-    job: Job,
-    arguments: list[str],
-    study: Path,
-    figure: str,
-    threads: int,
-    environment: dict[str, str],
+@dataclass(frozen=True)
+class Run:
+    """A run as its process knows it.
+
+    Args:
+        job: What it is.
+        arguments: Its command line.
+        figure: Name of the figure of its task in ``metrics.json``.
+    """
+
+    job: Job
+    arguments: list[str]
+    figure: str
+
+
+def _run_all(
+    command: Callable[[str, list[str]], None], runs: Sequence[Run], study: Path, threads: int, environment: dict[str, str]
 ) -> None:
-    """Run a command in this process, and keep its record. Its checkpoints have served then, and take most of its room."""
-    run = study / job.folder
-    with (run / "output.txt").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    """Run commands in this process, one after the other. One that fails does not keep the others from it."""
     start_worker()
     multiprocessing.set_start_method("fork", force=True)  # of its loaders
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
-    command(job.command, arguments)
-    figures, draws = collect(job.command, run, figure, job.alone)
+    failed = False
+    for run in runs:
+        try:
+            _run(command, run, study)
+        except SystemExit as stop:
+            if stop.code == STOPPED:
+                raise
+            failed |= stop.code not in (None, 0)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        except Exception:
+            failed = True
+            traceback.print_exc()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    sys.exit(1 if failed else 0)
+
+
+def _run(command: Callable[[str, list[str]], None], run: Run, study: Path) -> None:
+    """Run a command, and keep its record. Its checkpoints have served then, and take most of its room."""
+    job, folder, begin = run.job, study / run.job.folder, time.monotonic()
+    folder.mkdir(parents=True)
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    command(job.command, run.arguments)
+    figures, draws = collect(job.command, folder, run.figure, job.alone)
+    figures["wall_s"] = round(time.monotonic() - begin, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = {name: str(value) for name, value in describe_machine(device).items()}
-    record = Record(job.name, job.folder, (job.command, *arguments), figures, draws, machine)
-    Records(study).write(job.key, record, travelling(run) if job.command == "analyze" else None)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    record = Record(job.name, job.folder, (job.command, *run.arguments), figures, draws, machine)
+    Records(study).write(job.key, record, travelling(folder) if job.command == "analyze" else None)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

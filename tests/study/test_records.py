@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from audiot.measures.similarity import cka
-from audiot.study.records import Arrays, Record, Records, flattened, read_arrays, travelling
+from audiot.study.records import Arrays, Record, Records, _seconds, flattened, read_arrays, travelling
 
 
 def test_an_analysis_becomes_figures_by_name():
@@ -72,3 +72,23 @@ def test_a_damaged_file_of_arrays_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"0a\.safetensors is no readable file of arrays .* delete it with its record") as error:
         Records(tmp_path).arrays("0a")
     assert "\n" not in str(error.value)
+
+
+def test_the_time_of_a_training_is_the_median_of_its_second_half_without_waiting(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [
+        (100, 0.0),
+        ("", ""),
+        (200, 0.0),
+        (1000, 0.5),
+        (2000, 0.5),
+        (4000, 0.5),
+        (500, 0.5),
+    ]  # the second half: the last three
+    path.write_text("frames_per_s,data_wait\n" + "".join(f"{rate},{wait}\n" for rate, wait in rows))
+    assert _seconds(path) == 0.5 * 1e6 / 2000
+    path.write_text("frames_per_s,data_wait\n")
+    with pytest.raises(
+        ValueError, match=r"metrics\.csv has no speed: study\.cost needs at least trainer\.log_every_n_steps steps$"
+    ):
+        _seconds(path)

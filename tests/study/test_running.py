@@ -18,7 +18,7 @@ def worker(cards, at_a_time, running=()):
     """A worker that has runs at places already."""
     made = Worker.__new__(Worker)
     made.cards, made.at_a_time = cards, at_a_time
-    made.running = [Running(each, None, ExitStack(), place) for each, place in running]
+    made.running = [Running([each], None, ExitStack(), place) for each, place in running]
     return made
 
 
@@ -41,3 +41,18 @@ SHARED, ALONE = job("shared"), job("alone", alone=True)
 )
 def test_a_run_that_is_alone_shares_no_device(cards, running, new, place):
     assert worker(cards, 4, running)._place(new) == place
+
+
+def test_tasks_of_an_encoder_follow_each_other_while_there_are_enough_for_all_places():
+    encoders = [job(f"encoder {number}") for number in range(3)]
+    tasks = [
+        Job(f"{heard.name}, task {number}", "finetune", (), (f"{heard.name}{number}",), heard)
+        for heard in encoders
+        for number in range(4)
+    ]
+    two = worker([], 2)
+    assert two._together(tasks[0], tasks, set()) == tasks[:4]
+    assert two._together(tasks[5], tasks, {tasks[4].key}) == tasks[5:8]
+    assert worker([], 6)._together(tasks[0], tasks, set()) == tasks[:2]
+    assert two._together(tasks[8], tasks[8:10], set()) == [tasks[8]]
+    assert two._together(SHARED, [SHARED, *tasks], set()) == [SHARED]

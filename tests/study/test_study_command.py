@@ -89,6 +89,16 @@ def test_records_travel_without_their_runs(home):
     assert learned[0] == learned[1]
 
 
+def test_the_report_of_what_has_run_by_now_needs_no_run(home, capsys):
+    shutil.copytree(home / "tiny" / "results", home / "part" / "results")
+    path = next(path for path in (home / "part" / "results").glob("*.json") if "phone_linear" in path.read_text())
+    path.unlink()
+    main(["study", "folder=part", *TINY, "jobs=0"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" goes on, 1 runs are left that are known by now")
+    assert not (home / "part" / "runs").exists()
+    assert "it has not run" in (home / "part" / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
     path = next(path for path in (home / "tiny" / "results").glob("*.json") if "phone_linear" in path.read_text())
     before, content = records(home / "tiny"), json.loads(path.read_text())
@@ -97,6 +107,8 @@ def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
     after = records(home / "tiny")
     assert {name for name in after if after[name] != before[name]} == {path.name}
     again = json.loads(path.read_text())
+    assert again["figures"].pop("wall_s") > 0
+    del content["figures"]["wall_s"]
     assert (again["figures"], again["draws"]) == (content["figures"], content["draws"])
 
 
