@@ -164,7 +164,8 @@ def _scaled(estimates: Sequence[Estimate], measure: Measure) -> list[Estimate]:
 def _similar(similarities: Sequence[Similarity], baseline: str, ids: Any) -> str:
     by_objective: dict[str, list[Similarity]] = {}
     for similarity in similarities:
-        by_objective.setdefault(similarity.objective, []).append(similarity)
+        if any(value is not None for row in similarity.means for value in row):
+            by_objective.setdefault(similarity.objective, []).append(similarity)
     parts = []
     for objective, layers in by_objective.items():
         figures = tables = ""

@@ -38,7 +38,7 @@ def by_layer(rows: Sequence[Layers], label: str, prefix: str, texts: tuple[str, 
     """
     with rc_context(STYLE):
         lines = sum(len(row.trained) + 1 for row in rows)
-        figure = Figure(figsize=(WIDTH, 0.62 + 0.125 * lines), layout="constrained")
+        figure = Figure(figsize=(WIDTH, max(1.4, 0.62 + 0.125 * lines)), layout="constrained")
         axis = figure.subplots()
         place, middles = 0.0, []
         for row in rows:

@@ -33,6 +33,7 @@ from audiot.study.wording import (
     verdict,
 )
 
+MOST_LISTED = 20  # unfinished runs that are shown at once
 CLASSES = {UP: "up", DOWN: "down", EQUAL: "even", OPEN: "open"}
 WORDS = {
     BETTER: "The difference in pairs of one seed is too large to be chance: its p value, corrected by Holm for many comparisons, "
@@ -451,7 +452,7 @@ def _fronts(findings: Findings) -> str:
         groups_of_figures = []
         for place, measure in enumerate(findings.measures):
             rated = [setting for setting in settings if measure.name in setting.figures]
-            fronts = {cost: on_front(rated, measure, cost) for cost in findings.costs}
+            fronts = {cost: on_front(rated, measure, cost) for cost in findings.costs if _differs(cost, rated)}
             figures = "".join(
                 _front_figure(measure, cost, rated, front, budget, markers, f"front{next(ids)}")
                 for cost, front in fronts.items()
@@ -464,6 +465,11 @@ def _fronts(findings: Findings) -> str:
         if groups_of_figures:
             parts.append(f"<h3>{BUDGETS[budget]}</h3>{''.join(groups_of_figures)}")
     return f'<p class="key">{key}</p>{"".join(parts)}' if parts else ""
+
+
+def _differs(cost: Measure, settings: Sequence[Setting]) -> bool:
+    """Whether a cost tells settings apart. One that none has is left out too."""
+    return len({setting.costs[cost.name].mean for setting in settings if cost.name in setting.costs}) > 1
 
 
 def _front_figure(
@@ -523,7 +529,9 @@ def _unfinished(findings: Findings) -> str:
     rows = [
         f'<th scope="row">{escape(run)}</th><td class="text">{escape(reason)}</td>' for run, reason in findings.unfinished.items()
     ]
-    return table("Runs that failed or are missing", (head("Run"), head("Reason")), rows, "plain") if rows else ""
+    caption = "Runs that failed or are missing"
+    listed = table(caption, (head("Run"), head("Reason")), rows, "plain") if rows else ""
+    return folded(f"{caption}: {len(rows)}", listed) if len(rows) > MOST_LISTED else listed
 
 
 def _commands(findings: Findings) -> str:

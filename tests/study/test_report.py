@@ -569,3 +569,24 @@ def test_the_front_holds_what_nothing_beats(higher, expected):
     ]
     assert on_front(settings, measure, cost) == expected
     assert on_front([dataclasses.replace(settings[0], costs={})], measure, cost) == set()
+
+
+def test_a_study_of_few_runs_shows_no_figure_without_content(tmp_path):
+    """One mechanism under an objective has no other to be like, and the same cost for all is no front."""
+    found = example()
+    alike = [
+        dataclasses.replace(each, costs=each.costs | {"hours": found.settings[0].costs["hours"]} if each.costs else {})
+        for each in found.settings
+    ]
+    one = found.similarities[0]
+    lonely = dataclasses.replace(one, mechanisms=one.mechanisms[:1], means=((None,),))
+    unfinished = {f"run {number}": "it has not run" for number in range(21)}
+    path = write_report(
+        dataclasses.replace(found, settings=tuple(alike), similarities=(lonely,), unfinished=unfinished), tmp_path
+    )[0]
+    page = Page(path.read_text(encoding="utf-8"))
+    text = page.all("body")[0]["text"]
+    assert "CKA of layer" not in text
+    assert "Training time: " not in text
+    assert "Peak memory: " in text
+    assert "Runs that failed or are missing: 21" in [each["text"] for each in page.all("summary")]
