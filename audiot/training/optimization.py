@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import cos, pi, sqrt
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ class Schedule(LambdaLR):
             group["initial_lr"], group["lr"] = base, rate
 
 
+DECAYS: dict[str, tuple[Callable[[float], float], str]] = {  # share of the decay that is left → factor of the rate; in words
+    "linear": (lambda left: left, "linearly"),
+    "cosine": (lambda left: (1 - cos(pi * left)) / 2, "along a cosine"),
+    "sqrt": (lambda left: 1 - sqrt(1 - left), "as 1 minus a square root"),
+}
+
+
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportion: float = 0.07) -> Schedule:
     """Linear warm-up, then linear decay (Devlin et al. 2019, as in Mockingjay).
 
@@ -57,19 +65,110 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_proportio
     Raises:
         ValueError: ``warmup_proportion`` isn't in [0, 1).
     """
-    if not 0 <= warmup_proportion < 1:
-        raise ValueError(f"scheduler.warmup_proportion must be in [0, 1), found {warmup_proportion}")
-    warmup_steps = round(total_steps * warmup_proportion)
+    warmup_steps = _warmup_steps(total_steps, warmup_proportion)
+    return _in_stages(optimizer, total_steps, warmup_steps, total_steps - warmup_steps, "linear")
+
+
+def linear_warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_proportion: float = 0.07) -> Schedule:
+    """Linear warm-up, then decay along half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts).
+
+    With the T, W and r of `linear_warmup_decay`, step s has the rate
+
+        r · s / W                                             in the warm-up, s ≤ W
+        r · (1 − cos(π · (T − s + 1) / (T − W))) / 2          after it.
+
+    Raises:
+        ValueError: ``warmup_proportion`` isn't in [0, 1).
+    """
+    warmup_steps = _warmup_steps(total_steps, warmup_proportion)
+    return _in_stages(optimizer, total_steps, warmup_steps, total_steps - warmup_steps, "cosine")
+
+
+def wsd(
+    optimizer: Optimizer,
+    total_steps: int,
+    warmup_proportion: float = 0.07,
+    decay_proportion: float = 0.1,
+    decay: str = "linear",
+) -> Schedule:
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, arXiv:2404.06395, section 4.2).
+
+    With the T, W and r of `linear_warmup_decay`, and D = T · ``decay_proportion`` rounded, step s has the rate
+
+        r · s / W                           in the warm-up, s ≤ W
+        r                                   then, s ≤ T − D
+        r · f((T − s + 1) / D)              in the last D steps.
+
+    So the first step of the decay has the full rate, and a step T + 1 would have 0. ``decay`` names f:
+
+        linear      f(u) = u
+        cosine      f(u) = (1 − cos(π · u)) / 2
+        sqrt        f(u) = 1 − √(1 − u)          (Hägele et al. 2024, arXiv:2405.18392, "1-sqrt")
+
+    Differs from the paper: its f halves the rate every 5,000 steps and does not reach 0.
+
+    Raises:
+        ValueError: a proportion is out of range, or ``decay`` is another word.
+    """
+    warmup_steps = _warmup_steps(total_steps, warmup_proportion)
+    if not 0 <= decay_proportion <= 1 - warmup_proportion:
+        raise ValueError(
+            f"scheduler.decay_proportion must be in [0, 1 − scheduler.warmup_proportion={warmup_proportion}], "
+            f"found {decay_proportion}"
+        )
+    if decay not in DECAYS:
+        raise ValueError(f"scheduler.decay must be one of {', '.join(DECAYS)}, found {decay}")
+    decay_steps = min(round(total_steps * decay_proportion), total_steps - warmup_steps)
+    return _in_stages(optimizer, total_steps, warmup_steps, decay_steps, decay)
+
+
+def inverse_square_root(optimizer: Optimizer, total_steps: int, warmup_steps: int = 100) -> Schedule:
+    """Linear warm-up, then decay with the inverse square root of the step (Vaswani et al. 2017, arXiv:1706.03762, equation 3).
+
+    With W = ``warmup_steps`` and the optimiser's rate r, step s = 1, 2, … has the rate
+
+        r · min(s / W, √(W / s)).
+
+    It does not depend on ``total_steps``. Differs from the paper: r takes the place of 1 / √(embed_dim · W), so that it is the
+    highest rate.
+
+    Raises:
+        ValueError: ``warmup_steps`` isn't between 1 and ``total_steps``.
+    """
+    if not 1 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"scheduler.warmup_steps must be between 1 and the number of steps, trainer.max_steps={total_steps}, "
+            f"found {warmup_steps}"
+        )
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup_steps, sqrt(warmup_steps / (step + 1)))
+
+    description = f"linearly up to step {warmup_steps:,}, then with the inverse square root of the step"
+    return Schedule(optimizer, factor, description)
+
+
+def _warmup_steps(total_steps: int, proportion: float) -> int:
+    if not 0 <= proportion < 1:
+        raise ValueError(f"scheduler.warmup_proportion must be in [0, 1), found {proportion}")
+    return round(total_steps * proportion)
+
+
+def _in_stages(optimizer: Optimizer, total_steps: int, warmup_steps: int, decay_steps: int, decay: str) -> Schedule:
+    """Linear warm-up, the full rate, then a decay to 0 after the last step."""
+    shape, words = DECAYS[decay]
+    stable_until = total_steps - decay_steps
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        if step < stable_until:
+            return 1.0
+        return shape(max(0.0, (total_steps - step) / max(1, decay_steps)))
 
-    description = f"linearly to 0 after step {total_steps:,}"
-    if warmup_steps:
-        description = f"linearly up to step {warmup_steps:,}, then {description}"
-    return Schedule(optimizer, factor, description)
+    stages = [f"linearly up to step {warmup_steps:,}"] if warmup_steps else []
+    stages += [f"on as it is to step {stable_until:,}"] if stable_until > warmup_steps else []
+    return Schedule(optimizer, factor, ", then ".join([*stages, f"{words} to 0 after step {total_steps:,}"]))
 
 
 def constant(optimizer: Optimizer, total_steps: int) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -12,7 +13,16 @@ from audiot.attention import build, names
 from audiot.model import Encoder
 from audiot.objectives.reconstruction import ReconstructionHead
 from audiot.positions import Learned
-from audiot.training.optimization import configure, configure_from, constant, linear_warmup_decay, parameter_groups
+from audiot.training.optimization import (
+    configure,
+    configure_from,
+    constant,
+    inverse_square_root,
+    linear_warmup_cosine,
+    linear_warmup_decay,
+    parameter_groups,
+    wsd,
+)
 
 
 def rates(schedule, total_steps, **options):
@@ -49,8 +59,9 @@ def test_no_warmup_starts_at_the_full_rate():
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
-def test_shortest_trainings_have_positive_rates(total_steps):
-    assert all(rate > 0 for rate in rates(linear_warmup_decay, total_steps)[:-1])
+@pytest.mark.parametrize("schedule", [linear_warmup_decay, linear_warmup_cosine, wsd])
+def test_shortest_trainings_have_positive_rates(schedule, total_steps):
+    assert all(rate > 0 for rate in rates(schedule, total_steps)[:-1])
 
 
 def test_rate_stays_zero_beyond_the_end():
@@ -70,6 +81,97 @@ def test_constant_rate_is_constant():
 def test_impossible_warmup_is_refused(proportion):
     with pytest.raises(ValueError, match=r"scheduler.warmup_proportion must be in \[0, 1\), found"):
         rates(linear_warmup_decay, 10, warmup_proportion=proportion)
+
+
+def published(name, total_steps, warmup_steps, **options):
+    """Rates of Hugging Face's schedule. Its warm-up begins with a step of rate 0, which ours leaves out."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = getattr(pytest.importorskip("transformers"), name)(optimizer, warmup_steps, **options)
+    found = [0.5 * scheduler.lr_lambdas[0](step) for step in range(total_steps + 1)]
+    return found[1 : warmup_steps + 1] + found[warmup_steps:]
+
+
+def test_cosine_is_the_published_one():
+    expected = published("get_cosine_schedule_with_warmup", 100, 7, num_training_steps=100)
+    assert rates(linear_warmup_cosine, 100) == pytest.approx(expected)
+    assert expected[6:8] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("decay", "theirs"), {"linear": "linear", "cosine": "cosine", "sqrt": "1-sqrt"}.items())
+def test_wsd_is_the_published_one(decay, theirs):
+    options = {"num_training_steps": 100, "num_decay_steps": 20, "decay_type": theirs}
+    expected = published("get_wsd_schedule", 100, 7, **options)
+    found = rates(wsd, 100, decay_proportion=0.2, decay=decay)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found[6:81] == [0.5] * 75
+    assert 0 < found[99] < found[81] < 0.5
+
+
+def test_inverse_square_root_is_the_published_one():
+    """Equation 3 of Vaswani et al., with the full rate after the warm-up."""
+    found = rates(inverse_square_root, 50, warmup_steps=7)
+    assert found == pytest.approx([0.5 * 7**0.5 * min(step**-0.5, step * 7**-1.5) for step in range(1, 52)])
+    assert found[:20] == rates(inverse_square_root, 20, warmup_steps=7)[:20], "whatever the number of steps is"
+    theirs = published("get_inverse_sqrt_schedule", 51, 7)
+    assert found == pytest.approx([*theirs[:7], *theirs[8:]])  # its steps have the same numbers throughout
+
+
+@pytest.mark.parametrize("schedule", [linear_warmup_cosine, wsd, partial(inverse_square_root, warmup_steps=3)])
+@pytest.mark.parametrize("total_steps", [40, 60, 30])
+def test_a_resumed_training_has_the_rates_of_its_own_length(schedule, total_steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    first = schedule(optimizer, 40)
+    for _ in range(25):
+        optimizer.step()
+        first.step()
+    checkpoint = first.state_dict()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    second = schedule(optimizer, total_steps)
+    second.load_state_dict(checkpoint)
+    found = []
+    for _ in range(25, total_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        second.step()
+    assert found == rates(schedule, total_steps)[25:-1]
+
+
+def test_a_wsd_training_that_gets_longer_before_its_decay_goes_on_at_the_full_rate():
+    assert rates(wsd, 100)[60] == rates(wsd, 200)[60] == 0.5
+
+
+def test_schedules_say_how_rates_go():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    said = [
+        linear_warmup_cosine(optimizer, 2000, 0.5).description,
+        wsd(optimizer, 2000, 0.1, 0.5, "sqrt").description,
+        wsd(optimizer, 2000, 0.0, 0.1).description,
+        wsd(optimizer, 2000, 0.5, 0.5).description,
+        inverse_square_root(optimizer, 2000, 1000).description,
+    ]
+    assert said == [
+        "linearly up to step 1,000, then along a cosine to 0 after step 2,000",
+        "linearly up to step 200, then on as it is to step 1,000, then as 1 minus a square root to 0 after step 2,000",
+        "on as it is to step 1,800, then linearly to 0 after step 2,000",
+        "linearly up to step 1,000, then linearly to 0 after step 2,000",
+        "linearly up to step 1,000, then with the inverse square root of the step",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "words"),
+    [
+        (linear_warmup_cosine, {"warmup_proportion": 1.0}, "scheduler.warmup_proportion must be in [0, 1), found 1.0"),
+        (wsd, {"decay_proportion": -0.1}, "scheduler.decay_proportion must be in [0, 1 − scheduler.warmup_proportion=0.07]"),
+        (wsd, {"decay_proportion": 0.95}, "found 0.95"),
+        (wsd, {"decay": "exponential"}, "scheduler.decay must be one of linear, cosine, sqrt, found exponential"),
+        (inverse_square_root, {"warmup_steps": 0}, "between 1 and the number of steps, trainer.max_steps=10, found 0"),
+        (inverse_square_root, {"warmup_steps": 11}, "between 1 and the number of steps, trainer.max_steps=10, found 11"),
+    ],
+)
+def test_impossible_schedules_are_refused(schedule, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        rates(schedule, 10, **options)
 
 
 class Exempting(nn.Module):
