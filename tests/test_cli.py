@@ -354,7 +354,7 @@ def test_pictures_that_fail_are_told_at_the_end_and_end_nothing(made, tmp_path, 
     assert "nothing to resume" in succeed("pretrain", f"resume={folder}")
     monkeypatch.setattr("audiot.commands.analyze.plot_attention", broken)
     result = run("analyze", f"run={folder}")
-    pictures = "codes.png, attention.png, attention-untrained.png"
+    pictures = "codes.png, attention.png"
     assert (result.code, result.err) == (1, f"audiot: error: not drawn in {folder / 'plots'}: {pictures}\n")
     assert {path.name for path in (folder / "plots").iterdir()} == {"training.png", "heads.png", "pruning.png"}
 
@@ -645,7 +645,7 @@ def test_analyze_draws_a_run(made, tmp_path):
     folder = copy_run(made, tmp_path / "run")
     shutil.rmtree(folder / "plots")
     out = succeed("analyze", f"run={folder}")
-    drawn = {"codes", "attention", "attention-untrained", "training", "probes", "heads", "pruning"}
+    drawn = {"codes", "attention", "training", "probes", "heads", "pruning"}
     assert {path.stem for path in (folder / "plots").glob("*.png")} == drawn
     assert all(str(folder / "plots" / f"{name}.png") in out for name in drawn)
     found, arrays = read(folder / "analysis.json"), (folder / "analysis.safetensors").read_bytes()

@@ -16,7 +16,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
+from audiot.analysis.spectrogram import draw_spectrogram, span_edges
 from audiot.base.files import replacing
+from audiot.base.framing import SpectrogramScale
 
 BLUE, ORANGE, GREY, GREEN = "#2266aa", "#dd7722", "#888888", "#338855"
 LINE_COLOURS = (BLUE, ORANGE, GREEN, "#aa3377", "#66bbdd", "#bbaa22", "#884400", "#7755bb")
@@ -27,36 +29,34 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def plot_reconstruction(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
+def plot_reconstruction(view: Mapping[str, Tensor], scale: SpectrogramScale, title: str, path: str | Path) -> None:
     """Plot an utterance four times: true frames, corrupted frames, the encoder's reconstruction and the interpolation.
 
     Args:
         view: One utterance as the objective's ``view`` returns it. Reconstructions are shown in the masked frames,
             true frames elsewhere.
+        scale: Where frames and channels lie.
         title: Title of the figure.
         path: Path of the PNG.
     """
     length = int(view["lengths"][0])
     masked = view["masked"][0, :length].cpu().numpy()
-    target = view["target"][0, :length].float().cpu().numpy().T
-    rows = {"target": target, "corrupted: what the encoder sees": view["corrupted"][0, :length].float().cpu().numpy().T}
+    target = view["target"][0, :length].float().cpu().numpy()
+    rows = {"target": target, "corrupted: what the encoder sees": view["corrupted"][0, :length].float().cpu().numpy()}
     for name, label in (("prediction", "encoder"), ("interpolation", "interpolation")):
-        guess = view[name][0, :length].float().cpu().numpy().T
-        error = np.abs(guess - target)[:, masked].mean() if masked.any() else float("nan")
-        rows[f"{label}, L1 {error:.3f} in the masked frames"] = np.where(masked, guess, target)
+        guess = view[name][0, :length].float().cpu().numpy()
+        error = np.abs(guess - target)[masked].mean() if masked.any() else float("nan")
+        rows[f"{label}, L1 {error:.3f} in the masked frames"] = np.where(masked[:, None], guess, target)
     low, high = np.percentile(target, [2, 99.5])
     figure = Figure(figsize=(10, 8), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(len(rows), 1, sharex=True)
-    edges = np.flatnonzero(np.diff(masked.astype(int), prepend=0, append=0))
-    for axis, (label, image) in zip(axes, rows.items(), strict=True):
-        axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, interpolation="nearest", cmap="magma")
-        for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            axis.axvline(begin - 0.5, color="cyan", linewidth=0.8)
-            axis.axvline(end - 0.5, color="cyan", linewidth=0.8)
+    for axis, (label, frames) in zip(axes, rows.items(), strict=True):
+        draw_spectrogram(axis, frames, scale, (low, high))
+        for edge in span_edges(masked, scale):
+            axis.axvline(edge, color="cyan", linewidth=0.8)
         axis.set_title(label, fontsize=10, loc="left")
-        axis.set_ylabel("channel")
-    axes[-1].set_xlabel("frame (masked spans between cyan lines)")
+    axes[-1].set_xlabel("seconds (masked spans between cyan lines)")
     _save(figure, path)
 
 
@@ -68,17 +68,18 @@ class Loss(Protocol):
     baselines: ClassVar[Mapping[str, str]]
 
 
-def plot_codes(view: Mapping[str, Tensor], title: str, path: str | Path) -> None:
+def plot_codes(view: Mapping[str, Tensor], scale: SpectrogramScale, title: str, path: str | Path) -> None:
     """Plot an utterance's spectrogram, the codes of the first codebook and what was predicted at masked tokens.
 
     Args:
         view: One utterance as the objective's ``view`` returns it: ``target``, ``masked``, ``lengths``, ``codes``, ``predicted``.
+        scale: Where frames and channels lie.
         title: Title of the figure.
         path: Path of the PNG.
     """
     length = int(view["lengths"][0])
     codes, predicted = (view[name][0, :, 0].cpu().numpy() for name in ("codes", "predicted"))
-    stack = view["masked"].shape[1] // len(codes)
+    stack = scale.stack
     num_tokens = length // stack
     codes, predicted = codes[:num_tokens], predicted[:num_tokens]
     masked = view["masked"][0, :length:stack].cpu().numpy()
@@ -90,22 +91,18 @@ def plot_codes(view: Mapping[str, Tensor], title: str, path: str | Path) -> None
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     figure.suptitle(title)
     spectrogram, true, guess = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
-    target = view["target"][0, : num_tokens * stack].float().cpu().numpy().T
-    low, high = np.percentile(target, [2, 99.5])
-    extent = (0, num_tokens, 0, len(target))
-    spectrogram.imshow(target, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma", extent=extent)
-    spectrogram.set_ylabel("channel")
+    draw_spectrogram(spectrogram, view["target"][0, : num_tokens * stack].float().cpu().numpy(), scale)
     spectrogram.set_title("features; the encoder does not see what lies between cyan lines", fontsize=10, loc="left")
-    edges = np.flatnonzero(np.diff(masked.astype(int), prepend=0, append=0))
-    for place in edges:
-        spectrogram.axvline(place, color="cyan", linewidth=0.8)
+    for edge in span_edges(masked.repeat(stack), scale):
+        spectrogram.axvline(edge, color="cyan", linewidth=0.8)
     share = f"{right.sum() / max(1, masked.sum()):.0%} of {masked.sum()} masked tokens right"
+    edges = scale.token_edges(num_tokens)
     for axis, row, label in ((true, 0, "codes"), (guess, 1, f"predicted where masked, {share}; dots: right")):
-        axis.imshow(shown[row][None], aspect="auto", interpolation="nearest", extent=(0, num_tokens, 0, 1))
+        axis.imshow(shown[row][None], aspect="auto", interpolation="nearest", extent=(edges[0], edges[-1], 0, 1))
         axis.set_yticks([])
         axis.set_title(label, fontsize=10, loc="left")
-    guess.plot(np.flatnonzero(right) + 0.5, np.full(right.sum(), 0.5), "k.", markersize=3)
-    guess.set_xlabel("token")
+    guess.plot((edges[:-1] + edges[1:])[right] / 2, np.full(right.sum(), 0.5), "k.", markersize=3)
+    guess.set_xlabel("seconds")
     _save(figure, path)
 
 
@@ -194,45 +191,64 @@ def plot_probes(summary: Mapping[str, Any], path: str | Path) -> None:
 
 
 def plot_attention(
-    weights: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    scale: SpectrogramScale,
     title: str,
     path: str | Path,
-    rows: Sequence[str] | None = None,
+    frames: Tensor | None = None,
     columns: Sequence[str] | None = None,
+    groups: int = 1,
 ) -> None:
-    """Matrices of attending × attended frames. Rows are layers and columns are heads.
+    """Matrices of attending × attended frames, time downwards and to the right. Columns are heads.
 
     Args:
-        weights: One tensor (H, T, T) per layer: weights, or bool for the keys that may be attended to.
+        weights: Name of a row → its maps (H, T, T): weights, or bool for the keys that may be attended to.
+        scale: Where frames and channels lie.
         title: Title of the figure.
         path: Path of the PNG.
-        rows: Names of the rows; default: layer 1, layer 2, …
+        frames: The utterance's frames (F, channels), drawn above each column; None: no utterance.
         columns: Names of the columns; default: head 1, head 2, …
+        groups: Number of rows, one below the other, that share the scale of colours of each column: 2 for a layer trained and
+            untrained.
     """
-    heads = weights[0].shape[0]
-    rows = rows or [f"layer {layer + 1}" for layer in range(len(weights))]
+    maps = [row.float().cpu().numpy() for row in weights.values()]
+    heads, above = len(maps[0]), frames is not None
+    begin, *_, end = scale.token_edges(maps[0].shape[-1])
     columns = columns or [f"head {head + 1}" for head in range(heads)]
-    figure = Figure(figsize=(1.7 * heads + 0.6, 1.8 * len(weights) + 0.7), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(len(weights), heads, squeeze=False)
-    for layer, matrices in enumerate(weights):
-        for head, matrix in enumerate(matrices.float().cpu().numpy()):
-            axis = axes[layer][head]
-            # The square root makes weak weights visible. Each matrix has its own scale.
-            axis.imshow(np.sqrt(matrix), cmap="viridis", interpolation="nearest", vmin=0)
-            axis.set(xticks=[], yticks=[])
-            if matrices.dtype != torch.bool:
-                axis.set_xlabel(f"0 to {matrix.max():.2g}", fontsize=7)
-            if layer == 0:
-                axis.set_title(columns[head], fontsize=9)
+    heights = [0.55] * above + [1.0] * len(maps)
+    figure = Figure(figsize=(1.7 * heads + 0.9, 1.8 * sum(heights) + 0.8), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(len(heights), heads, squeeze=False, sharex=True, height_ratios=heights)
+    for head in range(heads):
+        if frames is not None:
+            draw_spectrogram(axes[0][head], frames.float().cpu().numpy(), scale)
+        axes[0][head].set_title(columns[head], fontsize=9)
+        for number, (name, rows) in enumerate(zip(weights, maps, strict=True)):
+            axis, first = axes[number + above][head], number - number % groups
+            highest = max(float(other[head].max()) for other in maps[first : first + groups])
+            # The square root makes weak weights visible.
+            axis.imshow(
+                np.sqrt(rows[head]), cmap="viridis", interpolation="nearest", aspect="auto", vmin=0, vmax=np.sqrt(highest),
+                extent=(begin, end, end, begin),
+            )  # fmt: skip
+            if weights[name].dtype != torch.bool:
+                box = {"facecolor": "black", "alpha": 0.4, "linewidth": 0, "pad": 1}
+                words = {"ha": "right", "va": "top", "fontsize": 7, "color": "white", "transform": axis.transAxes, "bbox": box}
+                axis.text(0.97, 0.97, f"0 to {highest:.2g}", **words)
             if head == 0:
-                axis.set_ylabel(rows[layer], fontsize=9)
-    figure.supxlabel("attended frame", fontsize=9)
-    figure.supylabel("attending frame", fontsize=9)
+                axis.set_ylabel(name, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xlim(begin, end)
+        axis.tick_params(labelsize=7)
+        axis.label_outer(remove_inner_ticks=True)
+    figure.supxlabel("attended frame, seconds", fontsize=9)
+    figure.supylabel("attending frame, seconds", fontsize=9)
     _save(figure, path)
 
 
-def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str | Path) -> None:
+def plot_confusion(
+    counts: Tensor, classes: Sequence[str], title: str, path: str | Path, groups: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Confusion matrix. Each row shows the shares of one true class.
 
     Args:
@@ -240,16 +256,28 @@ def plot_confusion(counts: Tensor, classes: Sequence[str], title: str, path: str
         classes: Names of the classes.
         title: Title of the figure.
         path: Path of the PNG.
+        groups: Name of a group → its classes, in the order of drawing, with lines between groups; empty: in the order given.
     """
+    groups = groups or {}
+    order = [classes.index(name) for members in groups.values() for name in members] or list(range(len(classes)))
+    names = [classes[number] for number in order]
+    counts = counts[order][:, order]
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
     size = min(4 + 0.2 * len(classes), 18)
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(classes) <= 120:  # more names would not be legible
-        small = max(4, min(9, 300 / len(classes)))
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=small)
-        axis.set_yticks(range(len(classes)), classes, fontsize=small)
+    if len(names) <= 120:  # more names would not be legible
+        small = max(4, min(9, 300 / len(names)))
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=small)
+        axis.set_yticks(range(len(names)), names, fontsize=small)
+    begin = 0
+    for name, members in groups.items():
+        if begin:
+            axis.axhline(begin - 0.5, color=GREY, linewidth=0.7)
+            axis.axvline(begin - 0.5, color=GREY, linewidth=0.7)
+        begin += len(members)
+        axis.text(len(names), begin - len(members) / 2 - 0.5, name, va="center", fontsize=8, color=GREY)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, shrink=0.6, label="share of the true class")
     _save(figure, path)

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Count = TypeVar("Count", int, "Tensor")
+
+
+class SpectrogramScale(NamedTuple):
+    """Where the frames and channels of a spectrogram lie.
+
+    Args:
+        first_s: Middle of the first frame, in seconds.
+        step_s: Seconds from one frame to the next.
+        stack: Frames per token.
+        hertz: Frequency of each channel; None where channels have none, as cepstral coefficients and deltas.
+        kind: How channels are spaced, ``mel`` or ``linear``.
+    """
+
+    first_s: float
+    step_s: float
+    stack: int = 1
+    hertz: tuple[float, ...] | None = None
+    kind: str = "linear"
+
+    def edges(self, count: int) -> np.ndarray:
+        """Edges of frames, halfway between the middles of neighbours, in seconds (count,)."""
+        return self.first_s + (np.arange(count) - 0.5) * self.step_s
+
+    def token_edges(self, num_tokens: int) -> np.ndarray:
+        """Edges of tokens in seconds, one more than tokens."""
+        return self.edges(num_tokens * self.stack + 1)[:: self.stack]
 
 
 def num_frames(num_samples: Count, win_length: int, hop_length: int, num_added: int = 0) -> Count:

@@ -19,6 +19,7 @@ from audiot.base.console import say
 from audiot.base.devices import find_device
 from audiot.base.failures import Failures
 from audiot.base.files import replacing, write_json
+from audiot.base.framing import SpectrogramScale
 from audiot.base.quoting import argument
 from audiot.checkpoint import AudioEncoder
 from audiot.data.batches import Batch
@@ -159,14 +160,16 @@ def draw(
 ) -> None:
     """Draw all pictures of a run, one utterance's among them."""
     plots, name, trained = run / "plots", batch["ids"][0], module.model.encoder
-    picture = module.objective.picture
+    picture, features = module.objective.picture, module.model.features
+    overall = f"{module.objective.label} {figures['pruning']['removed'][0]:.3f} over {figures['utterances']} utterances"
     with failures.noted(picture):
-        module.objective.draw(module.view(batch), f"{name}, step {module.trained_steps}", plots / picture)
-    tokens, _ = module.model.features(batch["waveforms"], batch["lengths"])
-    tokens = module.model.features.embed(tokens)  # both encoders read what the trained front end gives
+        module.objective.draw(module.view(batch), f"{name}, step {module.trained_steps}; {overall}", plots / picture)
+    tokens, _ = features(batch["waveforms"], batch["lengths"])
+    frames = features.spectrogram(tokens)[0]
+    tokens = features.embed(tokens)  # both encoders read what the trained front end gives
     if trained.has_weights:
-        with failures.noted("attention.png, attention-untrained.png"):
-            draw_both(untrained, trained, tokens, name, plots)
+        with failures.noted("attention.png"):
+            draw_attention(untrained, trained, tokens, frames, features.scale, name, plots)
     else:
         lacking = next(mechanism for mechanism in trained.mechanisms if not mechanism.has_weights)
         say(f"no picture of attention: {type(lacking).__name__} has no weights")
@@ -175,7 +178,7 @@ def draw(
             plot_heads(figures["heads"], figures["untrained_heads"], plots / "heads.png")
     if all(isinstance(mechanism, TableSynthesizer) for mechanism in trained.mechanisms):
         with failures.noted("patterns.png"):
-            draw_tables(untrained, trained, plots / "patterns.png")
+            draw_tables(untrained, trained, features.scale, plots / "patterns.png")
     with failures.noted("pruning.png"):
         plot_pruning(figures["pruning"], module.objective.label, plots / "pruning.png")
     if (run / "metrics.csv").is_file():
@@ -190,35 +193,55 @@ def draw(
             say(str(path))
 
 
-def draw_both(untrained: Encoder, trained: Encoder, tokens: Tensor, name: str, plots: Path) -> None:
-    """Draw an utterance's attention in both models; the untrained one is random, whatever the run began with."""
-    draw_attention(trained, tokens, f"trained model, {name}", plots / "attention.png")
-    draw_attention(untrained, tokens, f"untrained model, {name}", plots / "attention-untrained.png")
+def draw_attention(
+    untrained: Encoder, trained: Encoder, tokens: Tensor, frames: Tensor, scale: SpectrogramScale, name: str, plots: Path
+) -> None:
+    """Draw an utterance's attention weights, each layer trained and untrained, in ``attention.png``.
+
+    ``attention-keys.png`` has the keys where the mechanism chooses some. The untrained model is random, whatever the run began
+    with.
+    """
+    weights, keys, shares = {}, {}, {}
+    for who, encoder in (("trained", trained), ("untrained", untrained)):
+        for number, (attention, hidden) in enumerate(encoder.attention_inputs(tokens), 1):
+            weights[number, who] = attention.weights(hidden)[0]
+            chosen = attention.chosen_keys(hidden)
+            if chosen is not None:
+                keys[number, who] = chosen[0]
+        chosen_here = [value for (_, model), value in keys.items() if model == who]
+        if chosen_here:
+            shares[who] = f"{torch.stack(chosen_here).float().mean():.0%} {who}"
+    heading = f"Attention, {name}\ntrained and untrained maps have one scale"
+    plot_attention(paired(weights), scale, heading, plots / "attention.png", frames, groups=2)
+    if keys:
+        heading = f"Keys that each frame may attend to, {name}\nbright, of all pairs: {', '.join(shares.values())}"
+        plot_attention(paired(keys), scale, heading, plots / "attention-keys.png", frames, groups=2)
 
 
-def draw_attention(encoder: Encoder, tokens: Tensor, title: str, path: Path) -> None:
-    """Draw an utterance's attention weights, and beside them, in ``…-keys.png``, the keys where the mechanism chooses some."""
-    layers = encoder.attention_inputs(tokens)
-    plot_attention([attention.weights(hidden)[0] for attention, hidden in layers], f"Attention, {title}", path)
-    chosen = [keys[0] for attention, hidden in layers if (keys := attention.chosen_keys(hidden)) is not None]
-    if chosen:
-        share = torch.stack(chosen).float().mean()
-        heading = f"Keys that each frame may attend to (bright, {share:.0%} of all pairs), {title}"
-        plot_attention(chosen, heading, path.with_name(f"{path.stem}-keys.png"))
+def paired(maps: Mapping[tuple[int, str], Tensor]) -> dict[str, Tensor]:
+    """Name of a row → its maps, each layer's trained ones first."""
+    return {f"layer {number}\n{who}": maps[number, who] for number, who in sorted(maps)}
 
 
-def draw_tables(untrained: Encoder, trained: Encoder, path: Path) -> None:
-    """Draw the tables of a random synthesizer, which no utterance changes: an untrained model's and the trained ones."""
+def draw_tables(untrained: Encoder, trained: Encoder, scale: SpectrogramScale, path: Path) -> None:
+    """Draw the tables of a random synthesizer, which no utterance changes: an untrained model's and the trained ones.
+
+    Args:
+        untrained, trained: The encoders.
+        scale: Where frames lie.
+        path: Path of the PNG.
+    """
     start = untrained.layer(0).attention.mechanism
     assert isinstance(start, TableSynthesizer)
     num_frames = trained.max_frames
     frames = torch.zeros(1, num_frames, trained.embed_dim)
-    tables = [mechanism.weights(hidden=frames)[0] for mechanism in trained.mechanisms]
-    rows = ["untrained", *(f"layer {index + 1}" for index in range(trained.num_layers))]
+    tables = {"untrained": start.weights(hidden=frames)[0]}
+    for number, mechanism in enumerate(trained.mechanisms, 1):
+        tables[f"layer {number}"] = mechanism.weights(hidden=frames)[0]
     known = start.head_names
     columns = [f"head {head + 1}: {known[head]}" if head < len(known) else f"head {head + 1}" for head in range(start.num_heads)]
-    heading = f"Attention tables of {num_frames} frames, the same for every utterance"
-    plot_attention([start.weights(hidden=frames)[0], *tables], heading, path, rows, columns)
+    heading = f"Attention tables of {num_frames} frames, the same for every utterance\neach head has one scale"
+    plot_attention(tables, scale, heading, path, columns=columns, groups=len(tables))
 
 
 def utterance(data: SpeechDataModule, name: str | None) -> Batch:

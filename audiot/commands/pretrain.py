@@ -328,8 +328,11 @@ def draw(work: Pretraining, failures: Failures) -> None:
         batch = next(iter(work.data.ordered_loader("valid")))
         length = int(batch["lengths"][0])
         tokens, _ = model.features(batch["waveforms"][:1, :length], batch["lengths"][:1])
-        weights = [layer[0] for layer in model.encoder.attention_weights(model.features.embed(tokens))]
-        plot_attention(weights, f"Attention, {batch['ids'][0]}", run / "plots" / "attention.png")
+        maps = model.encoder.attention_weights(model.features.embed(tokens))
+        weights = {f"layer {number}": layer[0] for number, layer in enumerate(maps, 1)}
+        heading = f"Attention, {batch['ids'][0]}\neach map has its own scale"
+        frames = model.features.spectrogram(tokens)[0]
+        plot_attention(weights, model.features.scale, heading, run / "plots" / "attention.png", frames)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from audiot.base.files import write_csv
 from audiot.base.pairing import torchaudio
 from audiot.data.batches import Batch
 from audiot.data.labels import BLANK_TOKEN, IGNORED, NOTHING, SPACE
+from audiot.data.phones import by_phone_class
 from audiot.data.text import lines
 from audiot.downstream.bootstrap import Measured, Metrics, Sums
 from audiot.downstream.objectives import Objective, Row
@@ -148,7 +149,7 @@ class CTC(Objective):
         write_csv(folder / "per_class.csv", per_class)
         write_csv(folder / "per_utterance.csv", table)
         if plots:
-            plot_confusion(counts, names, title, folder / "confusion.png")
+            plot_confusion(counts, names, title, folder / "confusion.png", by_phone_class(names))
         return ["per_class.csv", "per_utterance.csv", *(["confusion.png"] if plots else [])]
 
 

@@ -18,6 +18,7 @@ from audiot.base.devices import at_least_float32
 from audiot.base.files import write_csv
 from audiot.data.batches import Batch
 from audiot.data.labels import IGNORED
+from audiot.data.phones import by_phone_class
 from audiot.downstream.bootstrap import Measured, Metrics, Sums
 from audiot.model import length_mask
 from audiot.training.accumulation import Mean
@@ -253,7 +254,7 @@ class Classification(Objective):
         write_csv(folder / "per_class.csv", per_class(counts, self.classes))
         write_csv(folder / "per_utterance.csv", self.all_rows())
         if plots:
-            plot_confusion(counts, self.classes, title, folder / "confusion.png")
+            plot_confusion(counts, self.classes, title, folder / "confusion.png", by_phone_class(self.classes))
         return ["per_class.csv", "per_utterance.csv", *(["confusion.png"] if plots else [])]
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from audiot.base.framing import Count, num_frames
+from audiot.base.framing import Count, SpectrogramScale, num_frames
 
 MOST_HZ, MOST_POINTS, MOST_CHANNELS = 1_000_000, 2**15, 2**12  # beyond all that features of sound are: a file may say anything
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
@@ -62,11 +62,13 @@ class Features(nn.Module, ABC):
         output_dim: Size of a token: num_channels · stack.
         embed_dim: Size of the encoder's input: output_dim, unless a trained part changes it.
         is_trained: Whether there is a trained part.
+        spacing: How channels with a frequency are spaced, ``linear`` or ``mel``.
         spectra: Config of a fixed front end with a spectrum per frame, where the tokens have none: for targets of pre-training
             and for controls. None: the tokens have them.
     """
 
     is_trained = False
+    spacing = "linear"
     spectra: dict[str, Any] | None = None
 
     def __init__(
@@ -246,7 +248,11 @@ class Features(nn.Module, ABC):
 
     def frame_centers(self, num_frames: int) -> Tensor:
         """Middle of each frame in samples (num_frames,), to look up labels: t·hop_length, plus half a window without `center`."""
-        return torch.arange(num_frames) * self.hop_length + (0 if self.center else self.win_length // 2)
+        return torch.arange(num_frames) * self.hop_length + self._first_center
+
+    @property
+    def _first_center(self) -> int:
+        return 0 if self.center else self.win_length // 2
 
     def unstack(self, tokens: Tensor) -> Tensor:
         """Undo stacking: (B, T, C·stack) → (B, T·stack, C), for any C."""
@@ -257,6 +263,17 @@ class Features(nn.Module, ABC):
     def spectrogram(self, tokens: Tensor) -> Tensor:
         """What pictures show of tokens (B, T, output_dim): frames (B, T·stack, …)."""
         return self.unstack(tokens)
+
+    def channel_hertz(self) -> tuple[float, ...] | None:
+        """Frequency in Hz of each channel of `spectrogram`, deltas apart; None: channels have none."""
+        return None
+
+    @property
+    def scale(self) -> SpectrogramScale:
+        """Where frames and channels of `spectrogram` lie."""
+        hertz = None if self.delta_order else self.channel_hertz()
+        first_s, step_s = self._first_center / self.sample_rate, self.hop_length / self.sample_rate
+        return SpectrogramScale(first_s, step_s, self.stack, hertz, self.spacing)
 
     def extra_repr(self) -> str:
         """Text that print(features) shows."""

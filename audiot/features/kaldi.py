@@ -39,6 +39,7 @@ class Kaldi(Features):
         super().__init__(win_length=win_length, hop_length=hop_length, sample_rate=sample_rate, **options)
         high_freq = high_freq if high_freq > 0 else sample_rate / 2 + high_freq
         check_band("low_freq", low_freq, "high_freq", high_freq, sample_rate)
+        self.band = (low_freq, high_freq)
         self.n_fft = 1 << (win_length - 1).bit_length()
         self.window: Tensor
         self.filters: Tensor
@@ -83,6 +84,8 @@ class KaldiFbank(Kaldi):
         options: Options of every front end (see `Features`): ``sample_rate``, ``cmvn``, ``stack``, …
     """
 
+    spacing = "mel"
+
     def __init__(
         self,
         *,
@@ -104,6 +107,13 @@ class KaldiFbank(Kaldi):
             delta_order=delta_order,
             **options,
         )
+
+    def channel_hertz(self) -> tuple[float, ...]:
+        """Peak of each filter, in Hz."""
+        from librosa import mel_frequencies  # slow import: it loads Numba
+
+        low, high = self.band
+        return tuple(mel_frequencies(self.frame_channels + 2, fmin=low, fmax=high, htk=True)[1:-1].tolist())
 
     def frames(self, waveforms: Tensor) -> Tensor:
         """Log mel filter banks: (B, N) → (B, F, num_mel_bins)."""

@@ -34,6 +34,8 @@ class LogMel(Features):
         UserWarning: some filters lie between two bins of the Fourier transform, so their channels are constant.
     """
 
+    spacing = "mel"
+
     def __init__(
         self,
         *,
@@ -56,6 +58,7 @@ class LogMel(Features):
             hop_length=hop_length,
             **options,
         )
+        from librosa import mel_frequencies
         from librosa.filters import mel  # slow import: it loads Numba
 
         check_n_fft(n_fft, win_length)
@@ -74,6 +77,8 @@ class LogMel(Features):
                 sr=self.sample_rate, n_fft=n_fft, n_mels=n_mels, fmin=f_min, fmax=f_max, htk=mel_scale == "htk",
                 norm=norm,  # type: ignore[arg-type]  # librosa's word or None
             )  # fmt: skip
+        corners = mel_frequencies(n_mels + 2, fmin=f_min, fmax=f_max, htk=mel_scale == "htk")
+        self.peaks = tuple(corners[1:-1].tolist())
         filters = torch.from_numpy(triangles.T.copy())
         empty = int((filters.amax(0) == 0).sum())
         if empty:
@@ -86,6 +91,10 @@ class LogMel(Features):
         self.filters: Tensor
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
         self.register_buffer("filters", filters, persistent=False)  # n_fft / 2 + 1, n_mels
+
+    def channel_hertz(self) -> tuple[float, ...]:
+        """Peak of each filter, in Hz."""
+        return self.peaks
 
     def frames(self, waveforms: Tensor) -> Tensor:
         """Log mel spectrogram: (B, N) → (B, F, n_mels)."""

@@ -45,6 +45,10 @@ class Spectrogram(Features):
         self.window: Tensor
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
 
+    def channel_hertz(self) -> tuple[float, ...]:
+        """Frequency of each bin, in Hz."""
+        return tuple(bin_number * self.sample_rate / self.n_fft for bin_number in range(self.frame_channels))
+
     def frames(self, waveforms: Tensor) -> Tensor:
         """Log power spectrum: (B, N) → (B, F, n_fft / 2 + 1)."""
         return log_power(power_spectrum(self._framed(waveforms) * self.window, self.n_fft), self.floor, self.add_floor)

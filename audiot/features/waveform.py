@@ -139,6 +139,10 @@ class Waveform(Features):
         window = torch.hann_window(self.win_length, dtype=tokens.dtype, device=tokens.device)
         return log_power(power_spectrum(tokens * window, self.win_length), 1e-10, False)
 
+    def channel_hertz(self) -> tuple[float, ...]:
+        """Frequency of each bin of `spectrogram`, in Hz."""
+        return tuple(bin_number * self.sample_rate / self.win_length for bin_number in range(self.win_length // 2 + 1))
+
     def _first_outputs(self, valid: Tensor | None) -> Tensor | None:
         """Outputs of the first convolution (B,) that an utterance's windows reach."""
         if valid is None:

@@ -242,7 +242,7 @@ class CodePrediction(Objective):
 
     def draw(self, view: View, title: str, path: Path) -> None:
         """Draw the spectrogram, the codes and the predicted codes of the first codebook."""
-        plot_codes(view, title, path)
+        plot_codes(view, self.scale, title, path)
 
 
 class CodeHead(nn.Module):

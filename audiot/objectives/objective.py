@@ -34,10 +34,14 @@ class Objective(nn.Module, ABC):
     Args:
         model: The model to train, for its sizes.
         mix: Parameters of `Mixing`, without the sample rate, or with probability 0: utterances are left as they are.
+
+    Attributes:
+        scale: Where the frames and channels of the front end's spectrogram lie, for pictures.
     """
 
     def __init__(self, model: AudioEncoder, mix: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.scale = model.features.scale
         mix = mix or {"probability": 0.0}
         self.mixing = Mixing(**mix, sample_rate=model.features.sample_rate) if mix["probability"] else None
 

@@ -123,7 +123,7 @@ class Reconstruction(Objective):
 
     def draw(self, view: View, title: str, path: Path) -> None:
         """Draw true frames, corrupted frames, the reconstruction and the interpolation."""
-        plot_reconstruction(view, title, path)
+        plot_reconstruction(view, self.scale, title, path)
 
 
 class ReconstructionHead(nn.Module):

@@ -290,8 +290,8 @@ class ObjectivePictures(Callback):
         if batch_idx == 0 and self.enabled:
             self.batch = batch
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw its longest utterance."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw its longest utterance, under the figure of the whole validation."""
         objective: Any = pl_module.objective
         latest = self.folder / objective.picture
         path = latest.with_stem(f"{latest.stem}-step{trainer.global_step:06d}")
@@ -301,7 +301,8 @@ class ObjectivePictures(Callback):
             number = int(self.batch["lengths"].argmax())
             one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
             view = pl_module.view(to_device(one, pl_module.device))  # type: ignore[operator]
-            objective.draw(view, f"{self.batch['ids'][number]}, step {trainer.global_step}", path)
+            overall = f"{objective.label} {float(trainer.callback_metrics[pl_module.monitor]):.3f} in validation"  # type: ignore[index]
+            objective.draw(view, f"{self.batch['ids'][number]}, step {trainer.global_step}; {overall}", path)
             with replacing(latest) as temporary:
                 shutil.copyfile(path, temporary)
         self.batch = None

@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from audiot.analysis.plots import (
     plot_attention,
+    plot_codes,
     plot_confusion,
     plot_layer_weights,
     plot_measures,
@@ -18,6 +19,7 @@ from audiot.analysis.plots import (
     plot_scores,
     plot_training,
 )
+from audiot.base.framing import SpectrogramScale
 from audiot.objectives.reconstruction import Reconstruction
 
 SUMMARY = {
@@ -29,6 +31,10 @@ SUMMARY = {
     "finetune/phone/encoder": 0.6,
     "finetune/phone/random": 0.55,
 }
+
+
+SCALE = SpectrogramScale(0.02, 0.01)  # frame t is from 15 + 10 t ms
+HERTZ = tuple(100.0 * 1.2**channel for channel in range(20))
 
 
 def picture(path):
@@ -56,9 +62,11 @@ def view(seed=0, length=40, num_frames=60):
 
 
 def test_reconstruction_shows_four_pictures_of_the_valid_frames(tmp_path, drawn):
-    plot_reconstruction(view(), "utt7, step 3", tmp_path / "plots" / "reconstruction.png")
+    plot_reconstruction(
+        view(), SCALE._replace(hertz=HERTZ, kind="mel"), "utt7, step 3", tmp_path / "plots" / "reconstruction.png"
+    )
     assert picture(tmp_path / "plots" / "reconstruction.png").shape[:2] == (880, 1100)
-    shown = [axis.images[0].get_array() for axis in drawn[0].axes]
+    shown = [axis.collections[0].get_array() for axis in drawn[0].axes]
     assert [image.shape for image in shown] == [(20, 40)] * 4
     given = view()
     masked = given["masked"][0, :40]
@@ -69,11 +77,35 @@ def test_reconstruction_shows_four_pictures_of_the_valid_frames(tmp_path, drawn)
     error = (given["prediction"] - given["target"])[0, :40][masked].abs().mean()
     assert f"L1 {error:.3f}" in drawn[0].axes[2].get_title(loc="left")
     assert drawn[0].get_suptitle() == "utt7, step 3"
+    for axis in drawn[0].axes:
+        edges = [line.get_xdata()[0] for line in axis.lines]
+        assert edges == pytest.approx([0.065, 0.135, 0.315, 0.385])  # frames 5 to 12 and 30 to 37
+        assert axis.get_xlim() == pytest.approx((0.015, 0.415))
+        assert (axis.get_ylabel(), axis.get_yscale()) == ("Hz", "symlog")
+        low, high = axis.get_ylim()
+        assert low < HERTZ[0] < HERTZ[-1] < high
 
 
 def test_an_utterance_without_masked_frames_is_drawn_too(tmp_path):
-    plot_reconstruction(view() | {"masked": torch.zeros(1, 60, dtype=torch.bool)}, "", tmp_path / "picture.png")
+    plot_reconstruction(view() | {"masked": torch.zeros(1, 60, dtype=torch.bool)}, SCALE, "", tmp_path / "picture.png")
     picture(tmp_path / "picture.png")
+
+
+def test_codes_stand_below_their_frames(tmp_path, drawn):
+    codes = torch.arange(30)[None, :, None]
+    predicted = codes.clone()
+    predicted[0, 6] = 0
+    masked = torch.zeros(1, 60, dtype=torch.bool)
+    masked[0, 10:16] = True  # tokens 5, 6, 7
+    shown = view() | {"codes": codes, "predicted": predicted, "masked": masked}
+    plot_codes(shown, SCALE._replace(stack=2), "title", tmp_path / "codes.png")
+    picture(tmp_path / "codes.png")
+    spectrogram, true, guess = drawn[0].axes
+    assert spectrogram.get_ylabel() == "channel"
+    assert [line.get_xdata()[0] for line in spectrogram.lines] == pytest.approx([0.115, 0.175])
+    assert true.images[0].get_extent()[:2] == pytest.approx((0.015, 0.415))
+    assert guess.lines[0].get_xdata().tolist() == pytest.approx([0.125, 0.165])  # middles of tokens 5 and 7
+    assert "67% of 3 masked tokens right" in guess.get_title(loc="left")
 
 
 def test_training_curves_are_those_of_the_file(tmp_path, drawn):
@@ -126,20 +158,49 @@ def test_probes_have_the_intervals_that_are_there(tmp_path, drawn):
     assert sorted(float(text.get_text()) for text in axis.texts) == [40, 45, 50, 55, 60]
 
 
-def test_attention_has_a_map_of_every_head_and_layer(tmp_path, drawn):
-    weights = [torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(layer)).softmax(-1) for layer in range(2)]
-    plot_attention(weights, "Attention", tmp_path / "attention.png")
+def maps(*names, heads=3):
+    return {
+        name: (2 * torch.rand(heads, 12, 12, generator=torch.Generator().manual_seed(number))).softmax(-1)
+        for number, name in enumerate(names)
+    }
+
+
+def test_attention_has_a_map_of_every_head_below_the_spectrogram(tmp_path, drawn):
+    weights = maps("layer 1", "layer 2")
+    frames = torch.randn(24, 20, generator=torch.Generator().manual_seed(9))
+    plot_attention(weights, SCALE._replace(stack=2), "Attention", tmp_path / "attention.png", frames)
     height, width = picture(tmp_path / "attention.png").shape[:2]
-    assert height == pytest.approx(110 * (1.8 * 2 + 0.7), abs=2)
-    assert width == pytest.approx(110 * (1.7 * 3 + 0.6), abs=2)
-    assert len(drawn[0].axes) == 6
-    np.testing.assert_allclose(drawn[0].axes[4].images[0].get_array() ** 2, weights[1][1], rtol=1e-5)
-    assert drawn[0].axes[4].get_xlabel() == f"0 to {weights[1][1].max():.2g}"  # its own scale
+    assert height == pytest.approx(110 * (1.8 * 2.55 + 0.8), abs=2)
+    assert width == pytest.approx(110 * (1.7 * 3 + 0.9), abs=2)
+    axes = np.reshape(drawn[0].axes, (3, 3))
+    for axis in axes[0]:
+        np.testing.assert_array_equal(axis.collections[0].get_array(), frames.T)
+    assert all(axis.get_xlim() == pytest.approx((0.015, 0.255)) for axis in axes.flat)  # 24 frames
+    shown = axes[2, 1].images[0]
+    np.testing.assert_allclose(shown.get_array() ** 2, weights["layer 2"][1], rtol=1e-5)
+    assert shown.get_extent() == pytest.approx([0.015, 0.255, 0.255, 0.015])  # time runs down
+    highest = weights["layer 2"][1].max()
+    assert shown.get_clim()[1] ** 2 == pytest.approx(highest)  # its own scale
+    assert axes[2, 1].texts[0].get_text() == f"0 to {highest:.2g}"
+
+
+def test_maps_of_a_group_have_one_scale(tmp_path, drawn):
+    weights = maps("trained", "untrained", "other", "other untrained", heads=2)
+    weights["untrained"] = weights["untrained"] / 8
+    plot_attention(weights, SCALE, "Attention", tmp_path / "attention.png", groups=2)
+    axes = np.reshape(drawn[0].axes, (4, 2))
+    highest = [[axis.images[0].get_clim()[1] ** 2 for axis in row] for row in axes]
+    for head in range(2):
+        first = [float(weights["trained"][head].max())] * 2
+        second = [max(float(weights[name][head].max()) for name in ("other", "other untrained"))] * 2
+        assert [row[head] for row in highest] == pytest.approx(first + second)
 
 
 def test_attention_takes_names_and_masks(tmp_path, drawn):
     chosen = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.5
-    plot_attention([chosen] * 3, "Keys", tmp_path / "keys.png", rows=["before", "one", "two"], columns=["left", "right"])
+    plot_attention(
+        dict.fromkeys(("before", "one", "two"), chosen), SCALE, "Keys", tmp_path / "keys.png", columns=["left", "right"]
+    )
     axes = np.reshape(drawn[0].axes, (3, 2))
     assert [axis.get_ylabel() for axis in axes[:, 0]] == ["before", "one", "two"]
     assert [axis.get_title() for axis in axes[0]] == ["left", "right"]
@@ -154,6 +215,16 @@ def test_confusion_shows_shares_of_the_true_class(tmp_path, drawn):
     assert width == height
     shares = drawn[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 0]])
+
+
+def test_confusion_is_ordered_by_groups(tmp_path, drawn):
+    counts = torch.tensor([[4, 0, 0], [1, 3, 0], [0, 2, 2]])
+    plot_confusion(counts, ["B", "IY", "S"], "phone", tmp_path / "c.png", {"vowels": ["IY"], "others": ["S", "B"]})
+    axis = drawn[0].axes[0]
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0.75, 0, 0.25], [0.5, 0.5, 0], [0, 0, 1]])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["IY", "S", "B"]
+    assert axis.lines[0].get_ydata()[0] == 0.5  # between IY and S
+    assert [text.get_text() for text in axis.texts] == ["vowels", "others"]
 
 
 def test_scores_of_each_kind_are_a_density(tmp_path, drawn):

@@ -12,11 +12,14 @@ from omegaconf import OmegaConf
 
 import audiot.attention
 import audiot.commands.launch  # registers the config's resolvers
+from audiot.base.framing import SpectrogramScale
 from audiot.checkpoint import AudioEncoder
-from audiot.commands.analyze import begins_from_seed, draw_attention, draw_both, draw_tables
+from audiot.commands.analyze import begins_from_seed, draw_attention, draw_tables
 from audiot.model import Encoder
 from audiot.pretraining import build
 from audiot.training.trainer import make_trainer
+
+SCALE = SpectrogramScale(0.0, 0.01)
 
 
 @pytest.fixture
@@ -36,8 +39,15 @@ def encoder(name, *overrides, seed=0):
     return Encoder(6, attention=options, positions=positions, **sizes).eval()
 
 
+def draw(trained, untrained, folder):
+    """Draw ten frames of noise."""
+    draw_attention(untrained, trained, torch.randn(1, 10, 6), torch.randn(10, 6), SCALE, "UTT", folder)
+
+
 def images(figure: Figure, columns: int):
-    return [[axis.images[0].get_array() for axis in row] for row in np.reshape(figure.axes, (-1, columns))]
+    """Maps by row and column, without the row of spectrograms."""
+    rows = np.reshape(figure.axes, (-1, columns))
+    return [[axis.images[0].get_array() for axis in row] for row in rows if row[0].images]
 
 
 @torch.no_grad()
@@ -47,10 +57,9 @@ def test_chosen_keys_are_drawn_beside_the_weights(tmp_path, drawn, name):
         "lsh_simple": ["attention.search.attended_keys=3"],
         "routing": ["attention.num_clusters=3", "attention.cluster_size=4"],
     }
-    model, tokens = encoder(name, *small[name]), torch.randn(1, 10, 6)
-    draw_attention(model, tokens, "x", tmp_path / "attention.png")
+    draw(encoder(name, *small[name]), encoder(name, *small[name], seed=1), tmp_path)
     weights, keys = images(drawn["attention.png"], 4), images(drawn["attention-keys.png"], 4)
-    assert len(keys) == 2
+    assert len(keys) == len(weights) == 4  # two layers, trained and untrained
     for shown, chosen in zip(weights, keys, strict=True):
         for matrix, mask in zip(shown, chosen, strict=True):
             assert 0 < mask.mean() < 1
@@ -61,7 +70,7 @@ def test_chosen_keys_are_drawn_beside_the_weights(tmp_path, drawn, name):
 
 @torch.no_grad()
 def test_mechanisms_that_choose_nothing_have_no_picture_of_keys(tmp_path, drawn):
-    draw_attention(encoder("query_key"), torch.randn(1, 10, 6), "x", tmp_path / "attention.png")
+    draw(encoder("query_key"), encoder("query_key", seed=1), tmp_path)
     assert set(drawn) == {"attention.png"}
 
 
@@ -69,7 +78,7 @@ def test_mechanisms_that_choose_nothing_have_no_picture_of_keys(tmp_path, drawn)
 def test_tables_are_drawn_untrained_and_trained_under_the_names_of_their_patterns(tmp_path, drawn):
     before, after = encoder("synthesizer_random"), encoder("synthesizer_random")
     after.layer(1).attention.mechanism.logits[2, 5, 7] += 3
-    draw_tables(before, after, tmp_path / "patterns.png")
+    draw_tables(before, after, SCALE, tmp_path / "patterns.png")
     start, first, second = images(drawn["patterns.png"], 4)
     pattern = audiot.attention.patterns(12)
     for image, name in zip(start, ("current", "previous", "next", "left"), strict=True):
@@ -83,13 +92,16 @@ def test_tables_are_drawn_untrained_and_trained_under_the_names_of_their_pattern
 
 
 @torch.no_grad()
-def test_titles_tell_the_trained_model_from_the_untrained_one(tmp_path, drawn):
+def test_names_of_rows_tell_the_trained_model_from_the_untrained_one(tmp_path, drawn):
     untrained, trained = (encoder("lsh_simple", "attention.search.attended_keys=3", seed=seed) for seed in (0, 1))
-    draw_both(untrained, trained, torch.randn(1, 10, 6), "UTT", tmp_path)
-    titles = {name: figure.get_suptitle() for name, figure in drawn.items()}
-    assert titles["attention.png"] == "Attention, trained model, UTT"
-    assert titles["attention-untrained.png"] == "Attention, untrained model, UTT"
-    assert titles["attention-untrained-keys.png"].endswith("(bright, 30% of all pairs), untrained model, UTT")
+    tokens, frames = torch.randn(1, 10, 6), torch.randn(10, 6)
+    draw_attention(untrained, trained, tokens, frames, SCALE, "UTT", tmp_path)
+    rows = [axis.get_ylabel() for axis in drawn["attention.png"].axes[::4]]
+    assert rows == ["channel", "layer 1\ntrained", "layer 1\nuntrained", "layer 2\ntrained", "layer 2\nuntrained"]
+    shown = images(drawn["attention.png"], 4)
+    for row, (model, layer) in zip(shown, ((trained, 0), (untrained, 0), (trained, 1), (untrained, 1)), strict=True):
+        np.testing.assert_allclose(np.stack(row) ** 2, model.attention_weights(tokens)[layer][0], rtol=1e-5, atol=1e-7)
+    assert "30% trained, 30% untrained" in drawn["attention-keys.png"].get_suptitle()
 
 
 def test_the_seed_makes_the_encoder_that_a_run_began_with(tmp_path):

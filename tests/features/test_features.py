@@ -338,6 +338,32 @@ def test_frame_centers_are_the_middles_of_what_a_frame_hears() -> None:
         torch.testing.assert_close(raw(centred, click)[t], torch.zeros(201), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        LogMel(n_mels=40, n_fft=1024, win_length=800, cmvn="none"),
+        LogMel(n_mels=40, n_fft=1024, win_length=800, f_min=100.0, f_max=6000.0, mel_scale="slaney", cmvn="none"),
+        KaldiFbank(num_mel_bins=40, frame_length_ms=50.0, high_freq=-1000.0, delta_order=0, cmvn="none"),
+        Spectrogram(cmvn="none"),
+    ],
+)
+def test_a_tone_is_loudest_in_the_channel_of_its_frequency(features: Features) -> None:
+    scale = features.scale
+    assert scale.hertz is not None
+    assert len(scale.hertz) == features.num_channels
+    for channel in (10, 25, 38):
+        tone = torch.sin(2 * torch.pi * scale.hertz[channel] * torch.arange(4000) / 16000)
+        assert raw(features, tone).argmax(-1).unique().tolist() == [channel]
+
+
+def test_a_scale_has_the_times_of_frames_and_tokens_and_no_frequencies_of_cepstra_or_deltas() -> None:
+    scale = LogMel(stack=3).scale  # the middles of its frames are 12.5 ms, 22.5 ms, …
+    np.testing.assert_allclose(scale.edges(3), [0.0075, 0.0175, 0.0275])
+    np.testing.assert_allclose(scale.token_edges(2), [0.0075, 0.0375, 0.0675])
+    assert LogMel(center=True).scale.first_s == 0
+    assert all(features.scale.hertz is None for features in (MFCC(), KaldiFbank(), LogMel(delta_order=1)))
+
+
 def test_autocast_and_a_half_precision_model_leave_the_features_unchanged() -> None:
     waveforms = batch([4000, 3000])
     lengths = torch.tensor([4000, 3000])

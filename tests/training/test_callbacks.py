@@ -198,7 +198,7 @@ def test_no_energy_is_told_where_it_was_not_counted_from_the_beginning():
     assert throughput.energy_wh == 2.0
 
 
-def test_every_validation_draws_one_picture(pretraining, tmp_path):
+def test_every_validation_draws_one_picture(pretraining, tmp_path, drawn):
     trainer = pretraining.trainer(tmp_path, [ObjectivePictures(tmp_path / "plots")], max_steps=4, val_check_interval=2)
     trainer.fit(pretraining.module(), pretraining.data())
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
@@ -207,6 +207,8 @@ def test_every_validation_draws_one_picture(pretraining, tmp_path):
     assert all(content.startswith(PNG) for content in contents.values())
     assert contents["reconstruction.png"] == contents["reconstruction-step000004.png"]
     assert contents["reconstruction.png"] != contents["reconstruction-step000002.png"]
+    overall = float(trainer.callback_metrics["pretrain/val_l1"])
+    assert drawn[1].get_suptitle().endswith(f", step 4; L1 of masked frames {overall:.3f} in validation")
 
 
 def test_pictures_can_be_left_out(pretraining, tmp_path):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from audiot.data.phones import PHONE_CLASSES
+
 # Phone → eSpeak's names for it, without stress marks.
 _NAMES = {
     "AA": "ɑː ɒ ɑə aː a: aa",
@@ -74,8 +76,8 @@ _PHONES_OF: dict[str, tuple[str, ...]] = {
     **_PAIRS,
 }
 
-_VOWELS = {"AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"}
-_STOPS = {"B", "CH", "D", "G", "JH", "K", "P", "T"}
+_VOWELS = set(PHONE_CLASSES["vowels"])
+_STOPS = {*PHONE_CLASSES["stops"], *PHONE_CLASSES["affricates"]}  # an affricate begins with a closure too
 _CODA_LIQUID = 0.4  # liquid's share of vowel and liquid, measured at the largest spectral change in 80 words
 
 
