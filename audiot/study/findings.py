@@ -55,8 +55,8 @@ class Estimate:
 
     Args:
         mean: The mean.
-        low, high: Ends of the interval; None where one seed without resampled tests allows none, or where the figure has no value
-            on more than 1% of the resampled tests.
+        low, high: Ends of the interval; None where one seed, or several that do not differ, allow none without resampled tests,
+            or where the figure has no value on more than 1% of the resampled tests.
         samples: The runs' figures.
     """
 

@@ -393,3 +393,12 @@ def test_a_missing_statsmodels_is_one_line(monkeypatch):
         compare(runs([1, 2, 4]), runs([1, 1, 1]), PLAIN)
     with pytest.raises(ModuleNotFoundError, match="the study needs statsmodels"):
         judge([uncorrected(0.0, 0.0, 0.0, 0.5, None)], ["local"], "full", PLAIN)
+
+
+def test_a_figure_that_no_seed_changes_has_an_interval_over_resampled_tests_alone():
+    """So has that of features: five equal figures say nothing of other tests."""
+    alike = [Sample(seed, 0.25) for seed in range(5)]
+    found = estimate(alike)
+    assert (found.mean, found.low, found.high) == (0.25, None, None)
+    drawn = [Sample(seed, 0.25, np.array([0.2, 0.3] * 50)) for seed in range(5)]
+    assert (estimate(drawn).low, estimate(drawn).high) == (pytest.approx(0.2), pytest.approx(0.3))
