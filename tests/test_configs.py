@@ -42,7 +42,7 @@ def command_of(group, option):
         return group
     if group == "size":
         return "study"
-    if group in ("downstream", "upstream") or (group, option) == ("callbacks", "downstream"):
+    if group in ("downstream", "upstream"):
         return "finetune"
     if group == "experiment" and option.startswith(("s3prl_", "superb_")):
         return "finetune"
@@ -54,11 +54,7 @@ def test_every_option_of_every_group_composes_and_resolves(choice):
     group, option = choice.rsplit("/", 1)
     given = {"data/folder": ["data.root=audio"], "data/manifest": ["data.train=train.jsonl"]}.get(choice, [])
     given += ["upstream.path=encoder"] if group == "upstream" and "path: ???" in (CONF / f"{choice}.yaml").read_text() else []
-    path = (
-        ["upstream.path=encoder"]
-        if group in ("downstream", "callbacks", "experiment") and command_of(group, option) == "finetune"
-        else []
-    )
+    path = ["upstream.path=encoder"] if group in ("downstream", "experiment") and command_of(group, option) == "finetune" else []
     given += ["attention=lsh_simple"] if group == "attention/search" else []
     cfg = compose(command_of(group, option), [f"{group}={option}", *given, *path, *GIVEN])
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

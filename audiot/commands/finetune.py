@@ -41,6 +41,7 @@ from audiot.runs import (
     step_of,
     write_config,
 )
+from audiot.training.averaging import hand_over_average
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.store import store_of
 from audiot.training.trainer import make_trainer
@@ -180,6 +181,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
             go_on(trainer, module, source, resumed)
         if store_of(trainer) is not None:
             save_last(trainer, module, run, cfg.optimizer.lr)
+        hand_over_average(trainer, module)
     store = store_of(trainer)
     best = store.best_path if store else None  # trainer.fast_dev_run keeps none
     score = store.best_score if store and best else trainer.callback_metrics.get(f"valid/{task.monitor}")

@@ -44,6 +44,7 @@ from audiot.runs import (
     whole_run,
     write_config,
 )
+from audiot.training.averaging import hand_over_average
 from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
 from audiot.training.fsdp import is_sharded
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
@@ -235,6 +236,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
         else:
             go_on(trainer, module, work.data, resumed)
         save_last(trainer, module, work.run, work.cfg.optimizer.lr)
+        hand_over_average(trainer, module)
         (validation,) = trainer.validate(module, work.data, verbose=False)
     loss = validation[module.monitor]
     if not math.isfinite(loss):

@@ -23,6 +23,7 @@ from audiot.study.records import Record
 
 # Keys of a config that no figure depends on.
 ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "plots", "probe_jobs", "resume", "trusted")
+CHANGING = ("average",)  # callbacks that change figures
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
 _PLACE = re.compile(r"data\.(root|num_workers|prepare\.num_jobs)=")  # where the corpus is and who reads it, not what it is
@@ -34,7 +35,8 @@ def fingerprint(command: str, overrides: tuple[str, ...]) -> str:
     overrides = tuple(each for each in overrides if not _PLACE.match(each))
     config = OmegaConf.to_container(compose_command(command, [*overrides, "run_dir=run", "data_dir=data"]))
     assert isinstance(config, dict)
-    return _digest({name: value for name, value in config.items() if name not in ASIDE})
+    chosen = {name: value for name, value in config["callbacks"].items() if name in CHANGING} if "callbacks" in config else {}
+    return _digest({name: value for name, value in config.items() if name not in ASIDE} | chosen)
 
 
 def _digest(content: Any) -> str:

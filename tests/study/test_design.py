@@ -19,7 +19,7 @@ from audiot.base.parts import make
 from audiot.benchmark.entries import Entry
 from audiot.checkpoint import AudioEncoder
 from audiot.commands import launch
-from audiot.study.design import Study
+from audiot.study.design import Study, fingerprint
 from audiot.study.records import Record, Records
 
 
@@ -343,3 +343,11 @@ def test_another_mechanism_or_seed_adds_its_runs():
 def test_what_makes_no_study_is_refused_in_one_line(changes, message):
     with pytest.raises(Exception, match=message):
         made(**changes)
+
+
+def test_callbacks_that_change_figures_make_other_runs_and_a_progress_bar_does_not():
+    plain_run = fingerprint("pretrain", ())
+    assert fingerprint("pretrain", ("callbacks.progress.refresh_rate=3",)) == plain_run
+    others = {fingerprint("pretrain", (each,)) for each in ("callbacks=ema", "callbacks=swa", "callbacks=[ema]")}
+    assert len(others) == 2
+    assert plain_run not in others
