@@ -366,7 +366,7 @@ def read_results(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
     for name, value in found.items():
         wanted = None
         if name.startswith(FIGURES) or name in NUMBERS:
-            wanted = None if _is_number(value) else "a number"
+            wanted = None if is_number(value) else "a number"
         elif name == "monitor":
             wanted = None if isinstance(value, str) else "the name of a figure"
         if name.startswith(("probe/", "finetune/")) and name.count("/") != 2:
@@ -377,12 +377,13 @@ def read_results(path: Path, needed: Collection[str] = ()) -> dict[str, Any]:
     if not isinstance(intervals, dict):
         raise ValueError(f"{path}: intervals is {str(intervals)[:80]!r}: expected the two ends of each figure")
     for name, ends in intervals.items():
-        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
+        if not isinstance(ends, list) or len(ends) != 2 or not all(map(is_number, ends)):
             raise ValueError(f"{path}: intervals.{name} is {str(ends)[:80]!r}: expected two numbers")
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

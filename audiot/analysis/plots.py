@@ -106,17 +106,31 @@ def plot_codes(view: Mapping[str, Tensor], scale: SpectrogramScale, title: str, 
     _save(figure, path)
 
 
+def read_metrics(path: str | Path) -> list[dict[str, str]]:
+    """Rows of ``metrics.csv``."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def curve_of(rows: Sequence[Mapping[str, str]], name: str, path: str | Path) -> tuple[list[int], list[float]]:
+    """Steps and values of a column of ``metrics.csv``.
+
+    Raises:
+        ValueError: a row has no step, or no number.
+    """
+    try:
+        found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: a row of {name} has no step or no number: {error}") from error
+    return [step for step, _ in found], [value for _, value in found]
+
+
 def plot_training(metrics_csv: str | Path, path: str | Path, objective: Loss) -> None:
     """Plot ``metrics.csv``: training and validation loss, trivial predictions, throughput, learning rate and gradient norm."""
-    with open(metrics_csv, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metrics(metrics_csv)
 
     def series(name: str) -> tuple[list[int], list[float]]:
-        try:
-            found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{metrics_csv}: a row of {name} has no step or no number: {error}") from error
-        return [step for step, _ in found], [value for _, value in found]
+        return curve_of(rows, name, metrics_csv)
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, side = figure.subplots(1, 2, width_ratios=[3, 2])

@@ -12,7 +12,8 @@ from audiot.base.files import replacing_text, write_text
 from audiot.base.tables import aligned, markdown
 from audiot.runs import read_results, run_overrides
 
-RATES = ("accuracy", "macro_f1", "per", "cer", "wer", "eer")  # shown in per cent
+ERRORS = ("per", "cer", "wer", "eer")
+RATES = ("accuracy", "macro_f1", *ERRORS)  # shown in per cent
 
 
 def main(options: argparse.Namespace) -> None:
@@ -86,6 +87,11 @@ def _apart(results: Mapping[str, Mapping[str, Any]], name: str) -> bool:
 def is_rate(name: str) -> bool:
     """Whether a figure is a rate, shown in per cent."""
     return name.startswith(("probe/", "finetune/")) or name.removeprefix("test/").startswith(RATES)
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether more of a figure is better: accuracies and F1, but not losses, error rates and costs."""
+    return is_rate(name) and not name.removeprefix("test/").startswith(ERRORS)
 
 
 def _title(name: str, end: str) -> str:

@@ -7,11 +7,13 @@ import json
 import statistics
 import sys
 
+import numpy as np
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from audiot.commands.sweep import SweepTable, collect, failure_noted, summarise
+from audiot.analysis.sweeps import Point, pareto_front
+from audiot.commands.sweep import SweepTable, collect, failure_noted, planes, summarise
 
 PRETRAINED = {
     ("attention=query_key", 0): {"pretrain/val_l1": 0.50, "probe/phone/encoder": 0.40, "frames_per_s": 1000, "wall_s": 3.0},
@@ -122,6 +124,93 @@ def test_failed_runs_are_left_out_of_the_table_and_named(sweep):
 def test_a_sweep_without_results_writes_no_table(tmp_path):
     end(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_have_a_row_of_numbers_each(tmp_path):
+    run(
+        tmp_path / "0",
+        ["attention=none", "+x.y=2", "hydra.job.num=1", "seed=0"],
+        {"pretrain/val_l1": 0.123456789, "monitor": "a"},
+    )
+    run(tmp_path / "1", ["attention=none", "lr=1e-3", "seed=1"], {"pretrain/val_l1": 0.5, "train_s": 12.5, "parameters": 1000})
+    run(tmp_path / "2", ["attention=none", "seed=2"], {"pretrain/val_l1": 0.5})
+    (tmp_path / "2" / "error.txt").write_text("audiot: error: no\n")
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        end(tmp_path)
+    assert (tmp_path / "runs.csv").read_text().splitlines() == [
+        "run,attention,x.y,seed,lr,pretrain/val_l1,train_s,parameters",
+        "0,none,2,0,,0.123456789,,",
+        "1,none,,1,1e-3,0.5,12.5,1000",
+    ]
+
+
+def logged(folder, *rows):
+    (folder / "metrics.csv").write_text("".join(f"{row}\n" for row in ("step,pretrain/train_l1,pretrain/val_l1", *rows)))
+
+
+def test_curves_of_all_runs_are_in_one_picture(sweep, drawn, capsys):
+    for number in (8, 9, 11):
+        logged(sweep / str(number), "0,0.9,", f"5,,0.{number}", f"9,,0.{number - 2}")
+    end(sweep)
+    (figure,) = drawn
+    (axis,) = figure.axes
+    assert axis.get_ylabel() == "pretrain/val_l1"
+    curves = [line for line in axis.lines if len(line.get_xdata())]
+    assert [line.get_ydata().tolist() for line in curves] == [[0.8, 0.6], [0.9, 0.7], [0.11, 0.9]]
+    assert all(line.get_xdata().tolist() == [5, 9] for line in curves)
+    colours = [line.get_color() for line in curves]
+    assert colours[0] == colours[1] != colours[2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["attention=query_key", "attention=none model=large"]
+    assert f"wrote   {sweep / 'sweep.csv'}, {sweep / 'runs.csv'}, {sweep / 'curves.png'}\n" in capsys.readouterr().out
+
+
+def test_quality_stands_against_the_costs_that_differ(tmp_path, drawn):
+    """Setting 2 is dearer and worse than setting 1. Means are over seeds."""
+    given = {1: (10, 0.4), 2: (20, 0.3), 3: (40, 0.6)}
+    for setting, (seconds, accuracy) in given.items():
+        for seed, away in enumerate((-0.1, 0.1)):
+            results = {"probe/phone/encoder": accuracy + away, "probe/phone/random": 0.2, "pretrain/val_l1": 0.5}
+            costs = {"train_s": seconds + 10 * away, "parameters": 7}
+            run(tmp_path / f"{setting}{seed}", [f"lr={setting}", f"seed={seed}"], results | costs)
+    end(tmp_path)
+    (axis,) = drawn[0].axes  # all have as many parameters, and the control is no result
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("training time, s", "probe/phone/encoder (higher is better)")
+    front, *points = [line.get_xydata() for line in axis.lines if len(line.get_xdata())]
+    np.testing.assert_allclose(front, [(10, 0.4), (40, 0.6)])
+    np.testing.assert_allclose(points[1::2], [[pair] for pair in given.values()])
+    np.testing.assert_allclose(points[0], [(9, 0.3), (11, 0.5)])
+
+
+def test_a_quality_of_a_few_settings_may_differ_in_fewer_costs(tmp_path, drawn):
+    for number, size in enumerate((5, 5, 6)):
+        quality = {"test/accuracy": 0.1 * number} | ({"test/wer": 0.3} if number < 2 else {})
+        run(tmp_path / str(number), [f"lr={number}"], quality | {"train_s": number, "parameters": size}, "metrics.json")
+    end(tmp_path)
+    assert [axis.get_xlabel() for axis in drawn[0].axes if axis.get_visible()] == [
+        *("training time, s", "parameters", "training time, s")
+    ]
+
+
+def test_of_losses_and_error_rates_less_is_better(tmp_path):
+    for number, (loss, error) in enumerate([(0.5, 0.2), (0.4, 0.3)]):
+        run(tmp_path / "a" / str(number), [f"lr={number}"], {"pretrain/val_l1": loss, "train_s": number})
+        run(tmp_path / "b" / str(number), [f"lr={number}"], {"test/wer": error, "train_s": number}, "metrics.json")
+    assert list(planes(tmp_path / "a", collect(tmp_path / "a"))) == [("training time, s", "pretrain/val_l1", False)]
+    assert list(planes(tmp_path / "b", collect(tmp_path / "b"))) == [("training time, s", "test/wer", False)]
+    points = [Point("a", 1, 0.5, [], []), Point("b", 2, 0.6, [], []), Point("c", 2, 0.4, [], []), Point("d", 3, 0.4, [], [])]
+    assert [point.setting for point in pareto_front(points, higher_is_better=False)] == ["a", "c"]
+    assert [point.setting for point in pareto_front(points, higher_is_better=True)] == ["a", "b"]
+
+
+def test_pictures_of_a_sweep_can_be_left_out_and_one_that_fails_is_told(sweep, drawn, monkeypatch, capsys):
+    for number in (8, 9):
+        logged(sweep / str(number), "5,,0.8", "9,,high")
+    SweepTable().on_multirun_end(OmegaConf.create({"plots": False, "hydra": {"sweep": {"dir": str(sweep)}}}))
+    assert "failed" not in capsys.readouterr().out
+    end(sweep)
+    path = sweep / "8" / "metrics.csv"
+    assert f"failed  curves.png: {path}: a row of pretrain/val_l1 has no step or no number: " in capsys.readouterr().out
+    assert not drawn
 
 
 @pytest.fixture
