@@ -345,7 +345,7 @@ def check_fresh(run: Path) -> None:
 FIGURES = ("pretrain/", "probe/", "finetune/", "valid/", "test/", "targets/")  # beginnings of the names of figures
 NUMBERS = (
     *("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "peak_gib", "energy_wh"),
-    *("parameters", "steps", "resumed_step", "train_utterances"),
+    *("parameters", "steps", "resumed_step", "stopped_patience", "train_utterances"),
 )
 
 
@@ -388,7 +388,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_finished(run: Path, cfg: DictConfig) -> bool:
-    """Whether a run has trained to ``trainer.max_steps``, and has the figures of its newest checkpoint and of every probe.
+    """Whether a run has trained to its end, and has the figures of its newest checkpoint and of every probe.
 
     Of fine-tuning: and of every control.
     """
@@ -399,15 +399,21 @@ def is_finished(run: Path, cfg: DictConfig) -> bool:
         return False
     summary, step = read_results(run / "summary.json"), step_of(newest_checkpoint(run))
     probed = not cfg.probe or set(cfg.probes) <= set(summary)
-    return summary.get("steps") == step >= cfg.trainer.max_steps and probed
+    return _has_ended(summary, step, cfg) and probed
 
 
 def has_metrics(run: Path, cfg: DictConfig) -> bool:
-    """Whether a fine-tuning has trained to ``trainer.max_steps`` and has been tested since."""
+    """Whether a fine-tuning has trained to its end and has been tested since."""
     if not (run / "metrics.json").is_file() or not has_checkpoints(run):
         return False
-    steps = read_results(run / "metrics.json").get("steps")
-    return bool(steps == step_of(newest_checkpoint(run)) >= cfg.trainer.max_steps)
+    return _has_ended(read_results(run / "metrics.json"), step_of(newest_checkpoint(run)), cfg)
+
+
+def _has_ended(figures: Mapping[str, Any], step: int, cfg: DictConfig) -> bool:
+    """Whether figures are of a step after which nothing is left to train: the last one, or that of early stopping."""
+    patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
+    stopped = patience is not None and figures.get("stopped_patience", 0) >= patience
+    return figures.get("steps") == step and (stopped or step >= cfg.trainer.max_steps)
 
 
 def command_of(cfg: Mapping[Any, Any]) -> str:
@@ -523,9 +529,8 @@ def resume(command: str, folder: str, arguments: list[str]) -> Resumed:
     if not isinstance(last, int) or last < step:
         raise ValueError(f"trainer.max_steps={last} lies before {checkpoint}: set trainer.max_steps={step} or more")
     if changes and is_finished(run, config):
-        raise ValueError(
-            f"{run} is finished: {' '.join(changes)} would change nothing; trainer.max_steps beyond {step} trains on"
-        )
+        further = f"trainer.max_steps beyond {step}" if step >= last else "more callbacks.early_stopping.patience"
+        raise ValueError(f"{run} is finished: {' '.join(changes)} would change nothing; {further} trains on")
     return Resumed(run, checkpoint, before, config, changes, _resumes(run), written)
 
 

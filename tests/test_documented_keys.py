@@ -86,7 +86,8 @@ def test_an_override_that_a_page_names_exists(word):
     added, key = key.startswith("+"), key.lstrip("+~")
     group, _, package = key.partition("@")
     if group in groups():
-        assert PLACEHOLDER.fullmatch(value) or value in options(group), f"{page}: {word}"
+        several = value[1:-1].split(",") if value.startswith("[") else [value]
+        assert PLACEHOLDER.fullmatch(value) or {*several} <= {*options(group)}, f"{page}: {word}"
         assert not package or exists(package.rpartition(".")[0]), f"{page}: {word}"
         return
     assert added or exists(key), f"{page} names {word}, and no command has the key {key}"

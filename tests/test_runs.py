@@ -274,6 +274,25 @@ def test_what_would_change_nothing_in_a_finished_run_is_refused(folder):
     assert resume("pretrain", str(folder), ["optimizer.lr=0.5", "trainer.max_steps=13"]).config.optimizer.lr == 0.5
 
 
+def test_a_run_that_stopped_early_is_finished_until_it_gets_more_patience(folder):
+    config = OmegaConf.load(folder / "config.yaml")
+    config.callbacks.early_stopping = {"part": "callbacks/early_stopping", "patience": 3}
+    OmegaConf.save(config, folder / "config.yaml")
+    finish(folder, 6)
+    assert not is_finished(folder, run_config(folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"stopped_patience": 3}))
+    assert is_finished(folder, run_config(folder))
+    assert resume("pretrain", str(folder), []).changes == []
+    expected = "run is finished: trainer.max_steps=20 would change nothing; more callbacks.early_stopping.patience trains on"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        resume("pretrain", str(folder), ["trainer.max_steps=20"])
+    patient = resume("pretrain", str(folder), ["callbacks.early_stopping.patience=4"])
+    assert not is_finished(folder, patient.config)
+    trained_to(folder, 9)  # and interrupted there
+    assert not is_finished(folder, run_config(folder))
+
+
 # The folder and its files
 
 NAMES = [

@@ -270,3 +270,20 @@ def test_the_best_checkpoint_moves_with_its_run(made, tmp_path, stop):
     (tmp_path / "stopped").rename(tmp_path / "moved")
     succeed("finetune", "resume=moved")
     assert read(tmp_path / "moved" / "metrics.json") == read(tmp_path / "unbroken" / "metrics.json")
+
+
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+def test_fine_tuning_that_stops_early_tests_the_average_says_so_and_goes_on_with_more_patience(made, tmp_path):
+    given = [*SHORT, f"upstream.path={made.encoder}", "callbacks=[ema,early_stopping]", "callbacks.early_stopping.min_delta=1"]
+    given += ["trainer.max_steps=9", "plots=false", "hydra.run.dir=stopped"]
+    line = "stopped  early, at step {}: no better validation in {} in a row"
+    assert line.format(3, 2) in succeed("finetune", *given, "callbacks.early_stopping.patience=2")
+    metrics = read(tmp_path / "stopped" / "metrics.json")
+    assert (metrics["steps"], metrics["stopped_patience"]) == (3, 2)
+    again = succeed("finetune", "resume=stopped")
+    assert "is finished: nothing to resume" in again
+    assert line.format(3, 2) in again
+    succeed("evaluate", "run=stopped")
+    evaluated = read(tmp_path / "stopped" / "evaluation.json")
+    assert evaluated["test/accuracy"] == metrics["test/accuracy"]
+    assert line.format(4, 3) in succeed("finetune", "resume=stopped", "callbacks.early_stopping.patience=3")

@@ -34,6 +34,15 @@ def loss_line(summary: Mapping[str, Any]) -> tuple[str, str]:
     return title, f"{validation_loss(summary):.3f}   ({beside}{accuracy})"
 
 
+def stop_line(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The line of a run that `callbacks=early_stopping` has ended; nothing for another one."""
+    if "stopped_patience" not in figures:
+        return {}
+    patience = figures["stopped_patience"]
+    words = f"early, at step {figures['steps']:,}: no better validation in {patience} in a row"
+    return {"stopped": f"{words} (callbacks.early_stopping.patience={patience})"}
+
+
 def report(run: Path) -> str:
     """The closing lines: what was done, how good it is, what to run next."""
     path = run / "summary.json"
@@ -49,6 +58,7 @@ def report(run: Path) -> str:
                 "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
                 f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
                 + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
+                **stop_line(summary),
             }
         ),
     ]

@@ -16,6 +16,7 @@ from audiot.base.console import say, table
 from audiot.base.failures import Failures
 from audiot.base.files import write_json
 from audiot.base.quoting import path
+from audiot.commands.closing import stop_line
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
 from audiot.commands.few import say_few
@@ -42,6 +43,7 @@ from audiot.runs import (
     write_config,
 )
 from audiot.training.averaging import hand_over_average
+from audiot.training.early_stopping import stopped_early
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.store import store_of
 from audiot.training.trainer import make_trainer
@@ -187,21 +189,26 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     score = store.best_score if store and best else trainer.callback_metrics.get(f"valid/{task.monitor}")
     if score is None:
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
+    stopped = stopped_early(trainer)  # before a checkpoint is tested, which brings its own count
     with how_to_go_on(trainer, run):
         metrics = test(trainer, module, source, best)
     resampled = resampling.intervals(module.objective.measured(), metrics)
     draws = resampled.pop("draws", {})
-    metrics |= resampled | {
-        f"valid/{task.monitor}": float(score),
-        "task": task.task,
-        "monitor": task.monitor,
-        "upstream": str(cfg.upstream._target_).rpartition(".")[2],
-        "layers": layers,
-        "fine_tuned": task.top_layers or task.train_encoder,
-        "train_utterances": len(data.training_cuts()),
-        "classes": len(data.classes),
-        "steps": trainer.global_step,
-    }
+    metrics |= (
+        resampled
+        | {
+            f"valid/{task.monitor}": float(score),
+            "task": task.task,
+            "monitor": task.monitor,
+            "upstream": str(cfg.upstream._target_).rpartition(".")[2],
+            "layers": layers,
+            "fine_tuned": task.top_layers or task.train_encoder,
+            "train_utterances": len(data.training_cuts()),
+            "classes": len(data.classes),
+            "steps": trainer.global_step,
+        }
+        | stopped
+    )
     weights = module.layers.weights()
     if weights is not None:
         metrics["layer_weights"] = [round(weight, 4) for weight in weights.tolist()]
@@ -260,6 +267,7 @@ def describe(metrics: dict[str, Any], run: Path, files: list[str]) -> str:
         {
             "test": f"{figures(metrics)} ({sizes})",
             **ci,
+            **stop_line(metrics),
             "run": f"{run}: {', '.join(['metrics.json', *files, *([str(BEST)] if (run / BEST).is_file() else [])])}",
         }
     )

@@ -46,6 +46,7 @@ from audiot.runs import (
 )
 from audiot.training.averaging import hand_over_average
 from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
+from audiot.training.early_stopping import stopped_early
 from audiot.training.fsdp import is_sharded
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit
@@ -260,6 +261,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "steps": trainer.global_step,
             "resumed_step": module.trained_steps,
         }
+        | stopped_early(trainer)
         | on_device
     )
 

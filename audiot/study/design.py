@@ -23,7 +23,7 @@ from audiot.study.records import Record
 
 # Keys of a config that no figure depends on.
 ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "plots", "probe_jobs", "resume", "trusted")
-CHANGING = ("average",)  # callbacks that change figures
+CHANGING = ("average", "early_stopping")  # callbacks that change figures
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
 _PLACE = re.compile(r"data\.(root|num_workers|prepare\.num_jobs)=")  # where the corpus is and who reads it, not what it is

@@ -348,6 +348,9 @@ def test_what_makes_no_study_is_refused_in_one_line(changes, message):
 def test_callbacks_that_change_figures_make_other_runs_and_a_progress_bar_does_not():
     plain_run = fingerprint("pretrain", ())
     assert fingerprint("pretrain", ("callbacks.progress.refresh_rate=3",)) == plain_run
-    others = {fingerprint("pretrain", (each,)) for each in ("callbacks=ema", "callbacks=swa", "callbacks=[ema]")}
-    assert len(others) == 2
+    others = {
+        fingerprint("pretrain", (each,))
+        for each in ("callbacks=ema", "callbacks=swa", "callbacks=[ema]", "callbacks=early_stopping")
+    }
+    assert len(others) == 3
     assert plain_run not in others
