@@ -26,6 +26,7 @@ COMMANDS = {
 TOOLS = {  # of plain arguments, without a config
     "compare": "the results of several runs in one table",
     "rerun": "repeat a run, and compare the two",
+    "average": "the encoder of a run with the mean weights of its last checkpoints",
     "predict": "what a fine-tuned model says of audio files",
     "extract": "hidden states of a corpus to files",
     "import-s3prl": "make an encoder of an S3PRL checkpoint",

@@ -47,6 +47,7 @@ def test_an_unknown_command_suggests_the_nearest():
 
 PRETRAIN = {
     "option": ("attention=query_kee", "attention=query_kee: no such option (did you mean query_key?); options: alsh_sign, "),
+    "option of a list": ("callbacks=[ema,swaa]", "callbacks=swaa: no such option (did you mean swa?); options: early_stopping, "),
     "option of a corpus": ("data=demmo", "data=demmo: no such option (did you mean demo?); options: demo, "),  # no _loading
     "group": ("atention=query_key", "no config key 'atention' (did you mean attention?)"),
     "key": ("model.embd_dim=3", "no config key 'model.embd_dim' (did you mean model.embed_dim?)"),

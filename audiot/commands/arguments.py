@@ -31,6 +31,21 @@ def compare(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def average(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot average``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot average", description="The encoder of a pre-training run with the mean weights of its last checkpoints."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("output", metavar="OUT", help="folder to write the encoder to, which is not there yet or empty")
+    parser.add_argument("--last", type=int, default=2, metavar="N", help="number of checkpoints (default: 2)")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own mechanisms")
+    options = parser.parse_args(arguments)
+    if options.last < 1:
+        raise ValueError(f"--last must be at least 1, found {options.last}")
+    return options
+
+
 def predict(arguments: list[str]) -> argparse.Namespace:
     """Arguments of ``audiot predict``."""
     parser = argparse.ArgumentParser(
@@ -180,6 +195,7 @@ def rerun(arguments: list[str]) -> argparse.Namespace:
 PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "compare": compare,
     "rerun": rerun,
+    "average": average,
     "predict": predict,
     "extract": extract,
     "import-s3prl": import_s3prl,

@@ -380,7 +380,8 @@ def _check_run(command: str, overrides: list[str], complete: bool) -> None:
         after = compose(command, overrides)
     except MissingConfigException as error:
         group, _, found = (error.missing_cfg_file or "").rpartition("/")
-        there = [name for name in error.options or [] if name[0] != "_"]  # _… is a part of others
+        listed = error.options or (options(group) if group in groups() else [])  # Hydra gives none for one of a list
+        there = [name for name in listed if name[0] != "_"]  # _… is a part of others
         raise ValueError(f"{group}={found}: no such option{nearest(found, there)}; options: {', '.join(there)}") from error
     except ConfigCompositionException as error:
         for override, name in zip(overrides, names, strict=True):
