@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from audiot.analysis.plots import curve_of, read_metrics
-from audiot.analysis.sweeps import Curve, Point, plot_learning_curves, plot_pareto
-from audiot.base.failures import Failures
 from audiot.base.files import replacing, write_csv
 from audiot.commands.compare import higher_is_better, is_rate
 from audiot.runs import is_number, read_results, run_overrides
+
+if TYPE_CHECKING:
+    from audiot.analysis.sweeps import Curve, Point
+    from audiot.base.failures import Failures
 
 LOSSES = ("pretrain/val_l1", "pretrain/val_cross_entropy")
 RESULTS = {
@@ -115,6 +116,8 @@ def numbers(sweep: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def curves(sweep: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, Curve]]]:
     """Validation figure → setting and curve of each run whose ``metrics.csv`` has it at two steps or more."""
+    from audiot.analysis.plots import curve_of, read_metrics  # heavy: every command imports this module
+
     found: dict[str, list[tuple[str, Curve]]] = {}
     for row in rows:
         path = sweep / row["folder"] / "metrics.csv"
@@ -130,6 +133,8 @@ def curves(sweep: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[str,
 
 def planes(sweep: Path, rows: list[dict[str, Any]]) -> dict[tuple[str, str, bool], list[Point]]:
     """Cost, quality, whether more is better → its settings. A cost or quality that all settings share is left out."""
+    from audiot.analysis.sweeps import Point
+
     every = numbers(sweep, rows)
     qualities = [name for line in every for name in line if name.startswith(QUALITIES) and not name.endswith(CONTROLS)]
     if not qualities:
@@ -155,6 +160,8 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect the runs of the sweep's folder."""
+        from audiot.base.failures import Failures
+
         sweep = Path(config.hydra.sweep.dir)
         rows = collect(sweep)
         ended = [row for row in rows if not row["failed"]]
@@ -179,6 +186,8 @@ class SweepTable(Callback):
 
 def draw(sweep: Path, rows: list[dict[str, Any]], failures: Failures) -> list[str]:
     """Draw the curves, and quality against cost, where runs have them; names of the files."""
+    from audiot.analysis.sweeps import plot_learning_curves, plot_pareto
+
     drawn = []
     with failures.noted("curves.png"):
         if logged := curves(sweep, rows):
