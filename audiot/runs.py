@@ -186,6 +186,11 @@ def _computed(cfg: DictConfig, run: Path) -> DictConfig:
     return found
 
 
+def has_overrides(run: Path) -> bool:
+    """Whether the command line that started a run is known."""
+    return (run / OVERRIDES).is_file()
+
+
 def run_overrides(run: Path) -> list[str]:
     """The command line that would start a run as it is now; nothing where that is not known."""
     started = _read(run / OVERRIDES, list) if (run / OVERRIDES).is_file() else []

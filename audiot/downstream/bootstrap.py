@@ -11,9 +11,11 @@ than the bootstrap. It also has no value where all tests lie on one side of the 
 
 from __future__ import annotations
 
+import csv
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +156,10 @@ class Bootstrap:
             metrics: Metrics of the test by name, ``test/…``.
 
         Returns:
-            ``intervals``: name of each metric → ``[low, high]``; and ``bootstrap``: how they were computed, and in ``without``
-            the names of metrics that have no interval, each with the reason. Empty if ``samples`` is 0. With `keep` also
+            ``intervals``: name of each metric → ``[low, high]``; and ``bootstrap``: how they were computed, with a digest of the
+            utterances and units in ``test``, and in ``without`` the names of metrics that have no interval, each with the reason.
+            Runs that agree in ``unit``, ``samples``, ``seed`` and ``test`` have drawn the same tests. Empty if ``samples`` is 0.
+            With `keep` also
             ``draws``: name of each metric → its values in all resampled tests, (samples,), NaN where it has none.
         """
         if self.samples == 0:
@@ -168,7 +172,8 @@ class Bootstrap:
         owners = [str(self.speakers[name]) if self.unit == "speaker" else name for name in measured.utterances]
         place = {owner: number for number, owner in enumerate(sorted(set(owners)))}
         units = torch.tensor([place[owner] for owner in owners], dtype=torch.long)
-        how |= {"units": len(place), "why": self.why}
+        tests = sha256("\n".join(f"{name}\t{owner}" for name, owner in zip(measured.utterances, owners, strict=True)).encode())
+        how |= {"units": len(place), "why": self.why, "seed": self.seed, "test": tests.hexdigest()[:16]}
         if len(place) < 2:
             few = f"the test has {'one' if place else 'no'} {self.unit}, and two are the fewest that differ"
             return {"intervals": intervals, "bootstrap": how | {"without": dict.fromkeys(names, few)}}
@@ -242,6 +247,20 @@ def write_draws(path: Path, draws: Mapping[str, Tensor]) -> None:
     """
     rows = zip(*(values.tolist() for values in draws.values()), strict=True)
     write_csv(path, (dict(zip(draws, row, strict=True)) for row in rows))
+
+
+def read_draws(path: Path) -> dict[str, list[float]]:
+    """Name of each metric → its values in the resampled tests, as `write_draws` wrote them.
+
+    Raises:
+        ValueError: a value is no number.
+    """
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    try:
+        return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a number in every row and column ({error}): test the run again") from error
 
 
 def drawn(keys: Tensor, number: int) -> Tensor:

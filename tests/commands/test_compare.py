@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 from test_cli import run
 
@@ -72,13 +73,14 @@ def test_all_kinds_of_runs_stand_in_one_table(runs, capsys):
     header, *rows = table(runs)
     figures = ["accuracy, %", "macro_f1, %", "wer, %", "cer, %", "eer, %", "min_dcf"]
     figures += ["pretrain/val_l1", "pretrain/zero_l1", "probe/phone/encoder, %", "finetune/phone/encoder, %"]
-    assert header == ["run", "task", "upstream", "layers", "fine tuned", "train utterances", *figures]
+    costs = ["frames_per_s", "parameters"]
+    assert header == ["run", "task", "upstream", "layers", "fine tuned", "train utterances", *figures, *costs]
     none = [""]
     assert rows == [
-        ["probe", "phone", "checkpoint", "weighted_sum", "False", "160", "61.2", "50.0", *none * 8],
-        ["asr", "asr", "checkpoint", "[0, 2]", "2", "160", *none * 2, "25.0", "10.0", *none * 6],
-        ["verifier", "speaker_verification", "checkpoint", "weighted_sum", "False", "160", *none * 4, "5.1", "0.432", *none * 4],
-        ["pretrained", *none * 5, *none * 6, "0.512", "0.800", "60.0", "62.5"],
+        ["probe", "phone", "checkpoint", "weighted_sum", "False", "160", "61.2", "50.0", *none * 10],
+        ["asr", "asr", "checkpoint", "[0, 2]", "2", "160", *none * 2, "25.0", "10.0", *none * 8],
+        ["verifier", "speaker_verification", "checkpoint", "weighted_sum", "False", "160", *none * 4, "5.1", "0.432", *none * 6],
+        ["pretrained", *none * 5, *none * 6, "0.512", "0.800", "60.0", "62.5", "12345", "1000"],
     ]
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "wrote   comparison.csv, comparison.md"
@@ -98,11 +100,12 @@ def test_intervals_have_columns_of_their_own(runs, capsys):
     assert header[6:] == [
         *("accuracy, %", "accuracy low, %", "accuracy high, %", "macro_f1, %", "pretrain/val_l1", "pretrain/zero_l1"),
         *("probe/phone/encoder, %", "probe/phone/encoder low, %", "probe/phone/encoder high, %", "finetune/phone/encoder, %"),
+        *("frames_per_s", "parameters"),
     ]
     assert [row[6:] for row in rows] == [
-        ["61.2", "59.0", "63.0", "50.0", *[""] * 6],
-        ["2.0", "", "", "50.0", *[""] * 6],  # made before there were intervals
-        [*[""] * 4, "0.512", "0.800", "60.0", "58.0", "62.0", "62.5"],
+        ["61.2", "59.0", "63.0", "50.0", *[""] * 8],
+        ["2.0", "", "", "50.0", *[""] * 8],  # made before there were intervals
+        [*[""] * 4, "0.512", "0.800", "60.0", "58.0", "62.0", "62.5", "12345", "1000"],
     ]
     capsys.readouterr()
 
@@ -168,3 +171,98 @@ def test_results_that_are_no_figures_are_named(tmp_path, changed, words):
     with pytest.raises(ValueError) as caught:
         main(parse("compare", [str(tmp_path), "--output", str(tmp_path)]))
     assert str(caught.value) == f"{path}: {words}"
+
+
+def started(folder, overrides, results, name="metrics.json", draws=None):
+    """A run of a known command line. ``draws``: accuracies of resampled tests, kept."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+    (folder / name).write_text(json.dumps(results))
+    if draws is not None:
+        (folder / "draws.csv").write_text("".join(f"{line}\n" for line in ("test/accuracy", *draws)))
+
+
+def bootstrapped(accuracy, seed=0, test="abc"):
+    how = {"unit": "speaker", "samples": 400, "seed": seed, "test": test, "why": "x"}
+    return {"test/accuracy": accuracy, "intervals": {"test/accuracy": [accuracy - 0.1, accuracy + 0.1]}, "bootstrap": how}
+
+
+def test_runs_that_differ_by_the_seed_alone_are_one_line_of_means(runs):
+    for number, (loss, rate) in enumerate([(0.5, 1000), (0.7, 3000), (0.6, 2000)]):
+        seed = [f"seed={number}"] if number else []  # without it, it is 0
+        results = {"pretrain/val_l1": loss, "pretrain/zero_l1": 0.8, "frames_per_s": rate, "train_s": 2.25, "peak_gib": 1.5}
+        started(runs / "s" / str(number), ["attention=none", "hydra.run.dir=x", *seed], results, "summary.json")
+    started(runs / "other", ["attention=query_key"], {"pretrain/val_l1": 0.4}, "summary.json")
+    main(parse("compare", ["s", "other"]))
+    header, first, second = table(runs)
+    figures = ["pretrain/val_l1", "pretrain/val_l1 low", "pretrain/val_l1 high", "pretrain/zero_l1"]
+    assert header == ["run", "setting", "seeds", *figures, "frames_per_s", "train_s", "peak_gib"]
+    assert first[:4] == ["s/0,1,2", "attention=none", "3", "0.600"]
+    assert 0.5 <= float(first[4]) < 0.6 < float(first[5]) <= 0.7
+    assert first[6:] == ["0.800", "2000", "2.2", "1.50"]  # all have one zero_l1: it has no interval
+    assert second == ["other", "attention=query_key", "1", "0.400", *[""] * 6]
+
+
+def test_tasks_on_encoders_of_several_seeds_are_averaged_and_those_of_other_encoders_are_not(runs):
+    for number, attention in enumerate(["none", "none", "query_key"]):
+        started(runs / f"p{number}", [f"attention={attention}", f"seed={number}"], {}, "summary.json")
+        started(runs / f"t{number}", [f"upstream.path=p{number}/encoder", "downstream=x"], {"test/accuracy": 0.1 * number})
+    main(parse("compare", ["t0", "t1", "t2"]))
+    assert [row[:3] for row in table(runs)] == [["run", "seeds", "accuracy, %"], ["t0,t1", "2", "5.0"], ["t2", "1", "20.0"]]
+
+
+def test_a_run_and_its_repeat_are_two_lines(runs):
+    for name in ("a", "b"):
+        started(runs / name, ["seed=3"], {"test/accuracy": 0.5})
+    main(parse("compare", ["a", "b"]))
+    assert [row[0] for row in table(runs)] == ["run", "a", "b"]
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))
+
+
+def test_runs_with_draws_of_the_same_tests_are_told_apart_or_not(runs, capsys):
+    """The runs go up and down together from test to test, so a difference much smaller than their intervals can be seen."""
+    generator = np.random.default_rng(0)
+    common, noise = 0.5 + 0.1 * generator.standard_normal(400), 0.01 * generator.standard_normal(400)
+    started(runs / "base", ["x=0"], bootstrapped(0.5), draws=common)
+    started(runs / "better", ["x=1", "seed=7"], bootstrapped(0.53), draws=common + 0.03 + noise)  # another seed of training
+    started(runs / "same", ["x=2"], bootstrapped(0.505), draws=common + 0.005 + noise)
+    started(runs / "elsewhere", ["x=3"], bootstrapped(0.9, test="other"), draws=common + 0.4)
+    started(runs / "redrawn", ["x=4"], bootstrapped(0.9, seed=1), draws=common + 0.4)
+    main(parse("compare", ["base", "better", "same", "elsewhere", "redrawn"]))
+    header, *rows = rows_of(runs / "differences.csv")
+    assert header == ["run", "less", "figure", "difference", "low", "high", "pairs", "verdict"]
+    assert [(*row[:4], *row[6:]) for row in rows] == [
+        ("better", "base", "accuracy, %", "3.0", "1", "differs"),
+        ("same", "base", "accuracy, %", "0.5", "1", "can't be told apart"),
+    ]
+    for row, away in zip(rows, (3, 0.5), strict=True):
+        ends = [float(end) for end in row[4:6]]
+        np.testing.assert_allclose(ends, away + 100 * np.quantile(noise, [0.025, 0.975]), atol=0.15)
+    assert "can't be told apart" in capsys.readouterr().out
+    main(parse("compare", ["base", "elsewhere"]))
+    assert not (runs / "differences.csv").exists()
+
+
+def test_seeds_are_pairs_on_each_resampled_test(runs):
+    noise = 0.001 * np.random.default_rng(1).standard_normal(400)
+    for seed, level in enumerate((0.2, 0.8)):  # seeds differ by much more than settings
+        started(runs / f"a{seed}", ["x=0", f"seed={seed}"], bootstrapped(level), draws=level + noise)
+        started(runs / f"b{seed}", ["x=1", f"seed={seed}"], bootstrapped(level - 0.02), draws=level - 0.02 - noise)
+    started(runs / "c", ["x=2", "seed=5"], bootstrapped(0.1), draws=noise)  # no pair with two others
+    main(parse("compare", ["a0", "a1", "b0", "b1", "c"]))
+    _, (*about, low, high, pairs, verdict) = rows_of(runs / "differences.csv")
+    assert about == ["b0,b1", "a0,a1", "accuracy, %", "-2.0"]
+    assert -2.6 < float(low) < -2 < float(high) < -1.4
+    assert (pairs, verdict) == ("2", "differs")
+
+
+def test_draws_that_are_no_numbers_are_named(runs):
+    started(runs / "a", ["x=0"], bootstrapped(0.5), draws=[0.5, "high"])
+    with pytest.raises(
+        ValueError, match=r"^a/draws.csv: expected a number in every row and column \(.*'high'\): test the run again$"
+    ):
+        main(parse("compare", ["a"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 
@@ -13,7 +14,7 @@ from scipy import stats
 from sklearn.metrics import f1_score
 
 from audiot.data.labels import IGNORED
-from audiot.downstream.bootstrap import Bootstrap, Sums, drawn, in_words
+from audiot.downstream.bootstrap import Bootstrap, Sums, drawn, in_words, read_draws, write_draws
 from audiot.downstream.ctc import CTC
 from audiot.downstream.objectives import Classification, Objective, Slots
 from audiot.downstream.verification import Trials, Verification, error_rates
@@ -118,7 +119,22 @@ def test_intervals_contain_their_metric(kind):
         assert low <= metrics[name] <= high
         assert low < high
     how = {"level": 0.95, "method": "percentile", "samples": 1000, "unit": "utterance", "why": "as it is"}
-    assert found["bootstrap"] == how | {"units": len(objective.measured().utterances)}
+    names = objective.measured().utterances
+    lines = "\n".join(f"{name}\t{name}" for name in names)  # every utterance is its own unit
+    tests = {"seed": UTTERANCES.seed, "test": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+    assert found["bootstrap"] == how | {"units": len(names)} | tests
+
+
+def test_draws_are_read_as_they_were_written(tmp_path):
+    written = {
+        "test/accuracy": torch.tensor([0.25, float("nan")], dtype=torch.float64),
+        "test/macro_f1": torch.tensor([1 / 3, 1]),
+    }
+    write_draws(tmp_path / "draws.csv", written)
+    found = read_draws(tmp_path / "draws.csv")
+    assert found.keys() == written.keys()
+    for name, values in written.items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 def test_three_units_have_27_resampled_tests():
