@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
+import numpy as np
 import pytest
 
 from audiot.base.groups import read_option
@@ -112,10 +112,11 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def blank_pictures(monkeypatch):
-    """Write empty files instead of pictures, which take the longest time in a tiny run."""
+    """Write a white pixel instead of pictures, which take the longest time in a tiny run."""
     from matplotlib.figure import Figure
+    from matplotlib.image import imsave
 
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: imsave(path, np.ones((1, 1, 3)), format="png"))
 
 
 @pytest.fixture(scope="session")

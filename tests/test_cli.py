@@ -793,5 +793,7 @@ def test_wandb_runs_without_a_login(made, tmp_path, mode):
     succeed("pretrain", *TINY, *options, WANDB_MODE=mode, HOME=str(tmp_path))
     kept = list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(kept) == (1 if mode == "offline" else 0)
+    media = {path.parent.name for path in folder.glob("wandb/offline-run-*/files/media/*/*") if path.is_file()}
+    assert media == ({"images", "audio"} if mode == "offline" else set())
     assert (folder / "metrics.csv").is_file()
     assert wandb.run is None  # or the next run of a sweep would go on in it

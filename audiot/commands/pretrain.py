@@ -47,6 +47,7 @@ from audiot.runs import (
 from audiot.training.averaging import hand_over_average
 from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
 from audiot.training.early_stopping import stopped_early
+from audiot.training.exhibits import show_picture
 from audiot.training.fsdp import is_sharded
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit
@@ -324,6 +325,7 @@ def draw(work: Pretraining, failures: Failures) -> None:
     if (run / "metrics.csv").is_file():
         with failures.noted("training.png"):
             plot_training(run / "metrics.csv", run / "plots" / "training.png", work.module.objective)
+            show_picture(work.trainer.loggers, run / "plots" / "training.png", work.trainer.global_step)
     if not model.encoder.has_weights:
         lacking = next(each for each in model.encoder.mechanisms if not each.has_weights)
         say(f"plots   no picture of attention: {type(lacking).__name__} has no weights")
@@ -337,6 +339,7 @@ def draw(work: Pretraining, failures: Failures) -> None:
         heading = f"Attention, {batch['ids'][0]}\neach map has its own scale"
         frames = model.features.spectrogram(tokens)[0]
         plot_attention(weights, model.features.scale, heading, run / "plots" / "attention.png", frames)
+        show_picture(work.trainer.loggers, run / "plots" / "attention.png", work.trainer.global_step)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from audiot.base.files import replacing
 from audiot.data.batches import Batch, to_device
 from audiot.training.accumulation import WeightedSteps
 from audiot.training.energy import energy_counter
+from audiot.training.exhibits import show_audio, show_picture
 
 MAX_WAIT = 0.05  # share of the time that a GPU may wait for data without a warning
 IN_FILES_S = 30.0  # seconds between two drawings of a progress bar that is no terminal's
@@ -271,7 +272,7 @@ class StopAfter(Callback):
 
 
 class ObjectivePictures(Callback):
-    """Draw the targets and predictions of one validation utterance after every validation.
+    """Draw the targets and predictions of one validation utterance after every validation; loggers get the picture and the sound.
 
     Args:
         folder: Folder for the objective's picture (``reconstruction.png``, say) and one of each validation.
@@ -281,6 +282,7 @@ class ObjectivePictures(Callback):
     def __init__(self, folder: str, enabled: bool = True) -> None:
         self.folder, self.enabled = Path(folder), enabled
         self.batch: Batch | None = None
+        self.heard = False  # whether loggers have an utterance to listen to
         self.failures = Failures()
 
     def on_validation_batch_start(
@@ -300,11 +302,18 @@ class ObjectivePictures(Callback):
         with self.failures.noted(latest.name):
             number = int(self.batch["lengths"].argmax())
             one = {name: value[number : number + 1] if isinstance(value, Tensor) else value for name, value in self.batch.items()}
-            view = pl_module.view(to_device(one, pl_module.device))  # type: ignore[operator]
+            one = to_device(one, pl_module.device)
+            view = pl_module.view(one)  # type: ignore[operator]
             overall = f"{objective.label} {float(trainer.callback_metrics[pl_module.monitor]):.3f} in validation"  # type: ignore[index]
             objective.draw(view, f"{self.batch['ids'][number]}, step {trainer.global_step}; {overall}", path)
             with replacing(latest) as temporary:
                 shutil.copyfile(path, temporary)
+            show_picture(trainer.loggers, path, trainer.global_step)
+            if not self.heard:
+                length, self.heard = int(one["lengths"][0]), True
+                waveform = one["waveforms"][0, :length].float().cpu().numpy()
+                rate = int(pl_module.model.features.sample_rate)  # type: ignore[union-attr, arg-type]
+                show_audio(trainer.loggers, waveform, rate, self.batch["ids"][number], trainer.global_step)
         self.batch = None
         # The parts of a figure refer to each other. Python would look for such parts after some twenty figures of 4 MB or more.
         gc.collect()

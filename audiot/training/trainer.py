@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from audiot.base.devices import fast_precision
 from audiot.base.private import requeue_by_hand, watch_processes_with
 from audiot.training.ddp import warn_of_slow_strategy
+from audiot.training.exhibits import ShowConfig
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.ranks import watch_children
 from audiot.training.store import WholeFiles
@@ -51,6 +52,8 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]  # it needs a logger
+    if loggers:
+        callbacks.append(ShowConfig(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]  # a dict
     for name, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
         if cfg.trainer.get(name) is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
