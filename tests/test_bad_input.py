@@ -472,6 +472,7 @@ def test_a_value_of_any_length_leaves_an_error_of_one_readable_line():
 # W&B
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_does_not_ask(made, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     wandb.teardown()  # it reads its environment once a process

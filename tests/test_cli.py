@@ -317,7 +317,9 @@ def without_probes(made, folder, kept, missing):
 
 
 @blank
-@pytest.mark.parametrize(("missing", "jobs"), [(["features"], 1), (["features", "random"], 2)])
+@pytest.mark.parametrize(
+    ("missing", "jobs"), [(["features"], 1), pytest.param(["features", "random"], 2, marks=pytest.mark.slow)]
+)
 def test_probes_that_are_missing_are_made_up_for_on_resuming(made, tmp_path, missing, jobs):
     folder, kept, missing = tmp_path / "run", "probe/phone/encoder", [f"probe/phone/{name}" for name in missing]
     without_probes(made, folder, [kept], missing)

@@ -49,6 +49,7 @@ def sizes(folder):
     return saved, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent.name != "checkpoints")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_a_disk_that_fills_up_keeps_the_older_checkpoint_and_the_run_goes_on(corpus, small, tmp_path, attempt):
     saved, rest = sizes(corpus / "run")
@@ -76,6 +77,7 @@ def losses(text):
     return {(row["step"], name): row[name] for row in rows for name in row if "cross_entropy" in name and row[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_a_disk_that_fills_up_in_fine_tuning_keeps_the_older_checkpoint_too(corpus, small, tmp_path, attempt):
     disk = small(f"{130 + 7 * attempt}k")
@@ -106,6 +108,7 @@ def test_a_disk_that_fills_up_in_preparation_is_named_and_the_same_command_goes_
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_little_shared_memory_is_told_before_training(corpus, small, tmp_path, attempt):
     disk = small(f"{64 + 64 * attempt}k", Path("/dev/shm"))

@@ -82,6 +82,7 @@ def rows(folder):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start, attempt):
     unbroken = start("pretrain", *TINY, f"hydra.run.dir=unbroken{attempt}")

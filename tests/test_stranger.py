@@ -59,6 +59,7 @@ def test_it_trains_and_is_probed_and_the_picture_of_attention_is_left_out(strang
     assert "failed" not in stranger.out
 
 
+@pytest.mark.slow
 def test_what_is_said_to_run_next_runs(stranger):
     following = shlex.split(stranger.out.splitlines()[-1].removeprefix("next:   audiot "))
     out = stranger(*following, *TINY[-3:], "hydra.run.dir=next")
@@ -99,6 +100,7 @@ def test_it_is_a_model_of_hugging_face_without_attentions(stranger, monkeypatch,
     assert torch.equal(output.last_hidden_state, model(torch.zeros(1, 8000)).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_s3prls_own_format_has_no_place_for_it(stranger):
     assert stranger("export-s3prl", "run/encoder", "x.ckpt", code=1).startswith("audiot: error: ")
     assert not (stranger.cwd / "x.ckpt").exists()

@@ -133,6 +133,7 @@ def test_any_encoder_can_be_the_teacher(made, tmp_path):  # noqa: F811
     assert all(saved[f"teacher.encoder.{name}"].equal(value) for name, value in own.items())
 
 
+@pytest.mark.slow
 def test_a_model_of_hugging_face_can_be_the_teacher(made, tmp_path):  # noqa: F811
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

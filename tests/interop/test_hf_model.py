@@ -379,6 +379,7 @@ def test_a_run_stands_for_its_encoder(run, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_an_export_loads_in_a_process_of_its_own(run, tmp_path):
     target = tmp_path / "hub" / "my-encoder"
     export(run, target)

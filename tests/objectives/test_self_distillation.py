@@ -133,6 +133,7 @@ def test_states_have_mean_0_and_deviation_1_over_the_time_of_an_utterance():
         assert float(share) == pytest.approx(own.var(0).sum() / np.square(own).mean(0).sum())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_sums_up_what_the_eager_one_does():
     torch._dynamo.reset()
     sums = []

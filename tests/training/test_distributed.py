@@ -102,6 +102,7 @@ def test_batches_of_a_replicated_model_stay_where_they_lie(pretraining, tmp_path
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_known_by_the_error_of_the_other(tmp_path):
     script = """
         import os, sys, torch, torch.distributed as dist
