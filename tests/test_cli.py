@@ -377,7 +377,7 @@ def test_pictures_and_tables_of_a_task_that_fail_are_told_at_the_end(made, tmp_p
 
 
 @blank
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_probe_that_fails_lets_the_others_finish_and_is_told_at_the_end(made, tmp_path, jobs):
     folder, missing = tmp_path / "run", ["probe/phone/random", "probe/phone/features"]
     without_probes(made, folder, ["probe/phone/encoder"], missing)

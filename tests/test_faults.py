@@ -95,6 +95,7 @@ def test_a_disk_that_fills_up_in_fine_tuning_keeps_the_older_checkpoint_too(corp
         assert "next:   audiot predict" in resumed.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_a_disk_that_fills_up_in_preparation_is_named_and_the_same_command_goes_on(corpus, small, tmp_path, attempt):
     disk = small(f"{200 + 60 * attempt}k")
@@ -122,6 +123,7 @@ def test_little_shared_memory_is_told_before_training(corpus, small, tmp_path, a
     assert without.code == 0, without.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_little_memory_is_told_with_the_batch_and_what_to_lower(corpus, tmp_path, attempt):
     given = [*PRETRAIN, "data.batch_s=1000", "model.embed_dim=1024", "model.ffn_dim=16384", f"data_dir={corpus}"]

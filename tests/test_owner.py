@@ -134,6 +134,7 @@ def test_one_of_two_runs_that_start_at_once_in_a_folder_is_refused(where, start,
     assert (folder / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_while_it_runs_nor_is_its_round(where, start):
     process = start("pretrain", *TINY, "trainer.max_steps=100000", "hydra.run.dir=running")
     until(lambda: (where / "running" / "checkpoints" / "step=5.ckpt").exists(), process)

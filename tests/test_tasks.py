@@ -209,7 +209,7 @@ def losses(folder):
     return {row["step"]: row["train/loss"] for row in table(folder / "metrics.csv") if row["train/loss"]}
 
 
-@pytest.mark.parametrize("kind", STOPPED)
+@pytest.mark.parametrize("kind", ["cached", pytest.param("trained", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(made, tmp_path, stop, kind):
     given = [each for each in SHORT if each != "logger=none"] + ["trainer.max_steps=9", "trainer.val_check_interval=3"]

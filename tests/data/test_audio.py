@@ -423,6 +423,7 @@ def test_links_are_followed_once_and_names_that_begin_with_a_dot_are_passed_over
         find_audio(tmp_path / "in" / "b", ["mp3"])
 
 
+@pytest.mark.slow
 def test_names_are_the_same_where_the_locale_is_ascii(tmp_path):
     folder = tmp_path / "Töne"
     for name in ("café.wav", "日本.wav", "plain.wav"):
