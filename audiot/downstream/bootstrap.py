@@ -159,8 +159,8 @@ class Bootstrap:
             ``intervals``: name of each metric → ``[low, high]``; and ``bootstrap``: how they were computed, with a digest of the
             utterances and units in ``test``, and in ``without`` the names of metrics that have no interval, each with the reason.
             Runs that agree in ``unit``, ``samples``, ``seed`` and ``test`` have drawn the same tests. Empty if ``samples`` is 0.
-            With `keep` also
-            ``draws``: name of each metric → its values in all resampled tests, (samples,), NaN where it has none.
+            With `keep` also ``draws``: name of each metric → its values in all resampled tests, (samples,), NaN where it has
+            none.
         """
         if self.samples == 0:
             return {}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from audiot.study.figures import EVEN, INK, MUTED, STYLE, WIDTH, inline, short, tick_label
+from audiot.study.figures import EVEN, INK, MUTED, STYLE, WIDTH, inline, measure_across, short, tick_label
 from audiot.study.findings import Estimate, Picture
 
 CELL, GAP, HEADING, MARGIN = 2, 8, 16, 62  # of small tables, in the units of their SVG
@@ -54,12 +54,7 @@ def by_layer(rows: Sequence[Layers], label: str, prefix: str, texts: tuple[str, 
             place += 1
         axis.set_yticks(middles, [short(row.name) for row in rows])
         axis.set_ylim(place - 1.2, -0.8)
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-        axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-        axis.xaxis.set_major_formatter(tick_label)
-        axis.grid(axis="x")
-        axis.set_xlabel(label)
+        measure_across(axis, label)
         return inline(figure, prefix, texts)
 
 

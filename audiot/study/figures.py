@@ -130,13 +130,18 @@ def intervals(
         axis.set_ylim(len(names) - 0.3, -0.6)
         for tick, name in zip(axis.get_yticklabels(), names, strict=True):
             tick.set_fontweight("bold" if name in map(short, groups) else "normal")
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-        axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-        axis.xaxis.set_major_formatter(tick_label)
-        axis.grid(axis="x")
-        axis.set_xlabel(label)
+        measure_across(axis, label)
         return inline(figure, prefix, texts)
+
+
+def measure_across(axis: Axes, label: str) -> None:
+    """Give an axis of rows below each other what it measures from left to right."""
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axis.xaxis.set_major_formatter(tick_label)
+    axis.grid(axis="x")
+    axis.set_xlabel(label)
 
 
 def _interval(axis: Axes, row: Row, place: int, scale: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan, nan
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from audiot.base.console import say
 from audiot.base.files import read_json, replacing, write_json
 from audiot.benchmark.products import products
 from audiot.checkpoint import load_encoder
+from audiot.downstream.bootstrap import read_draws
 from audiot.measures.abx import SPEAKERS
 from audiot.measures.measure import abx_error
 from audiot.measures.similarity import principal
@@ -217,13 +218,10 @@ def _seconds(path: Path) -> float:
 def _draws(run: Path, columns: Sequence[str]) -> dict[str, list[float]]:
     """The mean of some columns of ``draws.csv``, as that of a figure; empty where a run has kept none."""
     path = run / "draws.csv"
-    if not path.is_file():
+    kept = read_draws(path) if path.is_file() else {}
+    if not set(columns) <= kept.keys():  # a figure without measurements
         return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    if not set(columns) <= rows[0].keys():  # a figure without measurements
-        return {}
-    return {"value": [sum(float(row[name]) for name in columns) / len(columns) for row in rows]}
+    return {"value": [fmean(values) for values in zip(*(kept[name] for name in columns), strict=True)]}
 
 
 def flattened(analysis: Mapping[str, Any]) -> dict[str, float]:
