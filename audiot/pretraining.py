@@ -160,8 +160,9 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         return self.weighted(self.step_loss(*self.inputs(batch)), batch_idx)
 
     def log_loss(self, loss: Tensor) -> None:
-        """Log the loss over all batches of a step."""
-        self.log(f"pretrain/train_{self.objective.figure}", loss)
+        """Log the loss over all batches of a step every ``log_every_n_steps``."""
+        if self._is_logged:
+            self.log(f"pretrain/train_{self.objective.figure}", loss)
 
     def loss(self, tokens: Tensor, lengths: Tensor, keys: Tensor, valid: Tensor | None, source: Tensor | None = None) -> Mean:
         """Loss of the objective on a batch. `compile_step` compiles this method.
@@ -223,8 +224,14 @@ class MaskedAcousticModel(WeightedSteps, Saved):
 
     def log_norm(self, norm: Tensor) -> None:
         """Log the norm of the gradient before clipping every ``log_every_n_steps``."""
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._is_logged:
             self.log("pretrain/gradient_norm", norm)
+
+    @property
+    def _is_logged(self) -> bool:
+        """Whether the loggers take the figures of this step."""
+        trainer = self._trainer
+        return trainer is not None and (self.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def discard(self, skipped: Tensor) -> None:
         """Forget what the batches of a skipped step have left to mechanisms and to the objective."""

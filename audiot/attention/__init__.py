@@ -24,6 +24,7 @@ __all__ = [
     "build_mechanism",
     "command_line",
     "discard",
+    "mechanisms",
     "names",
     "parameters",
     "patterns",
@@ -99,11 +100,15 @@ def command_line(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def mechanisms(model: nn.Module) -> list[AttentionMechanism]:
+    """All attention mechanisms in a model."""
+    return [module for module in model.modules() if isinstance(module, AttentionMechanism)]
+
+
 def after_step(model: nn.Module) -> None:
     """Call `after_step` of each mechanism in a model: once after each step of the optimiser, on every rank."""
-    for module in model.modules():
-        if isinstance(module, AttentionMechanism):
-            module.after_step()
+    for mechanism in mechanisms(model):
+        mechanism.after_step()
 
 
 def discard(model: nn.Module, skipped: Tensor) -> None:
@@ -113,9 +118,8 @@ def discard(model: nn.Module, skipped: Tensor) -> None:
         model: The model.
         skipped: Whether the step is skipped, bool (), on the model's device.
     """
-    for module in model.modules():
-        if isinstance(module, AttentionMechanism):
-            module.discard(skipped)
+    for mechanism in mechanisms(model):
+        mechanism.discard(skipped)
 
 
 def _config(group: str, name: str, kind: str) -> tuple[str, dict[str, Any]]:

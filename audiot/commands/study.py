@@ -23,7 +23,7 @@ from audiot.study.gathering import gather
 from audiot.study.report import write_report
 from audiot.study.running import Worker
 
-ON_A_GPU = 8  # runs at a time on each card, if there are two cores for each
+ON_A_GPU = 16  # runs at a time on each card, if there is a core for each
 MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx", "audiot.commands.analyze")
 
 
@@ -75,7 +75,7 @@ def _at_a_time(jobs: int | str) -> int:
     """
     if jobs == "auto":
         cards = torch.cuda.device_count()
-        return cards * max(1, min(ON_A_GPU, usable_cores() // (2 * cards))) if cards else usable_cores()
+        return cards * max(1, min(ON_A_GPU, usable_cores() // cards)) if cards else usable_cores()
     if isinstance(jobs, int) and jobs >= 0:
         return jobs
     raise ValueError(f"jobs must be auto, a number, or 0 for the report alone, found {jobs}")

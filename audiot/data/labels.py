@@ -196,9 +196,12 @@ class FrameLabels(Labels):
         super().__init__(features)
         self.tier = tier
         self.tolerance_s = tolerance_s
+        self._read: tuple[Cut, list[tuple[float, float, str]]] | None = None  # the latest cut, which is asked for more than once
 
     def _intervals(self, cut: Cut) -> list[tuple[float, float, str]]:
-        return tier_of(cut, self.tier)
+        if self._read is None or self._read[0] is not cut:
+            self._read = cut, tier_of(cut, self.tier)
+        return self._read[1]
 
     def names(self, cut: Cut) -> list[str]:
         """Every symbol of the tier."""
@@ -364,8 +367,9 @@ def tier_of(cut: Cut, tier: str) -> list[tuple[float, float, str]]:
     Raises:
         ValueError: the cut has no such tier.
     """
+    what = f"a symbol of the tier {tier!r} of utterance {cut.id}"  # not for each item: millions are read before a training
     items = [
-        (item.start, item.end, as_text(item.symbol, f"a symbol of the tier {tier!r} of utterance {cut.id}") or SILENCE)
+        (item.start, item.end, as_text(item.symbol, what) or SILENCE)
         for supervision in cut.supervisions
         for item in (supervision.alignment or {}).get(tier, [])
     ]

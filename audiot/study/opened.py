@@ -26,5 +26,5 @@ def hold(directory: Path) -> None:
 
 
 if VARIABLE in os.environ:
-    librosa.filters.mel(sr=16_000, n_fft=512)  # the first call loads much
+    librosa.filters.mel(sr=16_000, n_fft=512, norm=None)  # the first call loads much, as our features make it
     hold(Path(os.environ[VARIABLE]))

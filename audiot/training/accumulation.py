@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from audiot.attention import discard
+from audiot.attention import AttentionMechanism, mechanisms
 from audiot.base.private import scale
 from audiot.training.fsdp import full_tensor, local_part
 from audiot.training.optimization import skip_step
@@ -50,6 +50,7 @@ class WeightedSteps(pl.LightningModule):
     latest_loss: Tensor | None = None  # loss of the latest step, on the device
     latest_skipped: Tensor | None = None  # whether the latest step was skipped, bool (), on the device
 
+    _mechanisms: list[AttentionMechanism] | None = None
     _unit: Tensor
     _sums: Tensor
 
@@ -110,7 +111,10 @@ class WeightedSteps(pl.LightningModule):
         Args:
             skipped: Whether the step is skipped, bool (), on the device.
         """
-        discard(self, skipped)
+        if self._mechanisms is None:  # found once: a walk through all modules takes a small model as long as a layer
+            self._mechanisms = mechanisms(self)
+        for mechanism in self._mechanisms:
+            mechanism.discard(skipped)
 
     @torch.no_grad()
     def configure_gradient_clipping(
@@ -119,7 +123,8 @@ class WeightedSteps(pl.LightningModule):
         """Skip a step whose loss or gradient is not finite. Clip as the trainer says."""
         assert self.latest_loss is not None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = full_tensor(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = full_tensor(get_total_norm(gradients))
         self.log_norm(norm)
         defined = self.latest_loss.isfinite()
         skipped = ~(defined & norm.isfinite())
@@ -128,7 +133,10 @@ class WeightedSteps(pl.LightningModule):
         # With float16, gradients overflow while the scaler looks for the largest scale. It skips these steps itself.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.latest_skipped = ~defined if scaled else skipped
-        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):  # Lightning would compute the norm again
+            scale([local_part(each) for each in gradients], (gradient_clip_val / (norm + 1e-6)).clamp(max=1))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     @property
     def _batches_per_step(self) -> int:

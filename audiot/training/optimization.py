@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from audiot.attention import after_step
+from audiot.attention import mechanisms
 from audiot.base.parts import make
 from audiot.base.private import unscale_before_clipping
 
@@ -229,7 +229,13 @@ def configure(
 
     built.register_load_state_dict_pre_hook(with_settings)
     # Updates state of attention mechanisms that has no gradient, such as centroids.
-    built.register_step_post_hook(lambda *_: after_step(module))
+    acting = mechanisms(module)
+
+    def act(*_: Any) -> None:
+        for mechanism in acting:
+            mechanism.after_step()
+
+    built.register_step_post_hook(act)
     schedule = scheduler(built, total_steps=int(total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
