@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from audiot.study.figures import EVEN, INK, MUTED, STYLE, WIDTH, inline, measure_across, short, tick_label
+from audiot.analysis.inline import EVEN, INK, MUTED, STYLE, inline
+from audiot.study.figures import WIDTH, measure_across, short, tick_label
 from audiot.study.findings import Estimate, Picture
 
 CELL, GAP, HEADING, MARGIN = 2, 8, 16, 62  # of small tables, in the units of their SVG
