@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from audiot.base.groups import options
 from audiot.checkpoint import AudioEncoder, save_encoder
 from audiot.cli import main
+from audiot.commands.arguments import parse
 from audiot.interop.s3prl import export_s3prl
 
 REPOSITORY = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ BLOCKS = [(page, *block) for page in PAGES for block in BLOCK.findall(page.read_
 PROGRAMS = [text for _, kind, title, text in BLOCKS if kind == "python" and not title]
 FILES = {title: text for _, _, title, text in BLOCKS if title}
 # The gate runs or installs these, or they need more than audiot.
-OTHER_PROGRAMS = ("pip install ", "pytest", "git clone ", "hf upload ", "eval ", "python -m audiot.s3prl_upstream ")
+OTHER_PROGRAMS = ("curl ", "pip install ", "pytest", "git clone ", "hf upload ", "eval ", "python -m audiot.s3prl_upstream ")
 PICTURES = ("pretrain", "finetune", "abx", "analyze")  # commands that can leave them out
 MEASUREMENTS = ("results.md", "performance.md")
 PUBLISHED = {*options("data")} - {"demo", "folder", "manifest"}
@@ -63,11 +64,17 @@ class Command(NamedTuple):
         return words[1:] if words[0] == "audiot" else [Path(words[1]).stem, *words[2:]]
 
     @property
+    def waits(self) -> bool:
+        """Whether it goes on until Ctrl-C; tests of its own run it."""
+        return self.words[0] == "serve" or "--microphone" in self.words
+
+    @property
     def is_run(self) -> bool:
         """Whether it needs nothing that is not here."""
         chosen = dict(word.split("=", 1) for word in self.words if "=" in word)
         needs = chosen.get("data") in PUBLISHED or chosen.get("experiment", "demo_gpu") != "demo_gpu"
-        return self.page.name not in MEASUREMENTS and self.words[0] != "study" and not needs  # tests/study runs a tiny one
+        is_elsewhere = self.waits or self.words[0] == "study"  # tests/study runs a tiny one
+        return self.page.name not in MEASUREMENTS and not is_elsewhere and not needs
 
 
 def commands() -> list[Command]:
@@ -200,7 +207,15 @@ def test_commands_run(folder, monkeypatch, composed_once):
     assert len(list(folder.glob("sweep*/sweep.csv"))) == len(sweeps) > 0
 
 
-@pytest.mark.parametrize("command", [each for each in commands() if not each.is_run], ids=lambda command: command.line)
+@pytest.mark.parametrize("command", [each for each in commands() if each.waits], ids=lambda command: command.line)
+def test_arguments_of_commands_that_wait_are_known(command):
+    name, *rest = command.words
+    assert parse(name, rest).run == rest[0]
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in commands() if not each.is_run and not each.waits], ids=lambda command: command.line
+)
 def test_commands_that_need_more_are_composed(command, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["audiot"])
     name, *rest = command.words

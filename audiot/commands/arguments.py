@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from audiot.data.audio import SILENCE_DBFS
+from audiot.data.audio import MIN_DURATION_S, SILENCE_DBFS
+from audiot.data.utterances import LOUD_DBFS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,10 +51,11 @@ def predict(arguments: list[str]) -> argparse.Namespace:
     """Arguments of ``audiot predict``."""
     parser = argparse.ArgumentParser(
         prog="audiot predict",
-        description="What a fine-tuned model says of audio files: labels with scores, segments, text, or how alike speakers are.",
+        description="What a fine-tuned model says of audio files, or of a microphone: labels with scores, segments, text, or how "
+        "alike speakers are.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a fine-tuning run, or of a probe: RUN/probes/NAME")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio of any format and rate; a folder: all audio in it")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="audio of any format and rate; a folder: all audio in it")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K best labels of each file (default: 1)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line and file, with everything there is to say")
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
@@ -63,13 +65,85 @@ def predict(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--silence-dbfs",
         type=float,
-        default=SILENCE_DBFS,
         metavar="DB",
-        help=f"a file of a lower level is silent and can't be used (default: {SILENCE_DBFS:g}); -inf: none is",
+        help=f"a file of a lower level is silent and can't be used (default: {SILENCE_DBFS:g}); -inf: none is. What a microphone "
+        f"hears below it is no speech (default: {LOUD_DBFS:g})",
     )
+    parser.add_argument(
+        "--microphone",
+        action="store_true",
+        help="listen, and predict each utterance; a pause ends one. Of a task that compares speakers, FILE … are the voices",
+    )
+    parser.add_argument("--input", metavar="N|NAME", help="number or part of the name of a microphone (default: the system's)")
+    parser.add_argument(
+        "--window", type=float, metavar="S", help="longest utterance of a microphone in seconds (default: 10); it is cut there"
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help="listen for so long (default: until Ctrl-C)")
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise ValueError(f"--top must be at least 1, found {options.top}")
+    if not options.microphone and not options.files:
+        raise ValueError(f"nothing to predict: name audio, audiot predict {options.run} FILE …, or give --microphone")
+    for name in ("input", "window", "seconds"):
+        if getattr(options, name) is not None and not options.microphone:
+            raise ValueError(f"--{name} is for --microphone, which is not given")
+    if options.window is None:
+        options.window = 10.0
+    if not MIN_DURATION_S <= options.window <= 3600:
+        raise ValueError(f"--window must be from {MIN_DURATION_S:g} to 3600 seconds, found {options.window:g}")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds must be above 0, found {options.seconds:g}")
+    if options.silence_dbfs is None:
+        options.silence_dbfs = LOUD_DBFS if options.microphone else SILENCE_DBFS
+    return options
+
+
+def serve(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot serve``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot serve",
+        description="A web page and a JSON API of a fine-tuned model: a file goes in, label, scores and spectrogram come out.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a fine-tuning run, or of a probe: RUN/probes/NAME")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine alone); 0.0.0.0: all of them"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000); 0: a free one")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which browsers call the server, besides localhost, --host and addresses of numbers",
+    )
+    parser.add_argument("--max-mb", type=float, default=20.0, metavar="MB", help="largest file (default: 20)")
+    parser.add_argument("--max-s", type=float, default=60.0, metavar="S", help="longest audio in seconds (default: 60)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=30.0, metavar="S", help="seconds from a request to its answer, at most (default: 30)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=8, metavar="N", help="requests that come in, wait or are worked on at a time (default: 8)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
+    )
+    parser.add_argument(
+        "--silence-dbfs",
+        type=float,
+        default=SILENCE_DBFS,
+        metavar="DB",
+        help=f"audio of a lower level is silent and refused (default: {SILENCE_DBFS:g}); -inf: none is",
+    )
+    options = parser.parse_args(arguments)
+    for name, least, most in (("max-mb", 0.001, 2000), ("max-s", MIN_DURATION_S, 3600), ("timeout-s", 0.1, 3600)):
+        value = getattr(options, name.replace("-", "_"))
+        if not least <= value <= most:
+            raise ValueError(f"--{name} must be from {least:g} to {most:g}, found {value:g}")
+    if options.queue < 1:
+        raise ValueError(f"--queue must be at least 1, found {options.queue}")
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port must be from 0 to 65535, found {options.port}")
     return options
 
 
@@ -197,6 +271,7 @@ PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "rerun": rerun,
     "average": average,
     "predict": predict,
+    "serve": serve,
     "extract": extract,
     "import-s3prl": import_s3prl,
     "export-s3prl": export_s3prl,

@@ -1,4 +1,4 @@
-"""``audiot predict RUN FILE …``: what a fine-tuned model says of audio files."""
+"""``audiot predict RUN FILE …``: what a fine-tuned model says of audio files, or of a microphone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from audiot.downstream.verification import Verification
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print a prediction a file, in the order given; files that can't be used are listed at the end, and the exit code is 1."""
+    """Print a prediction a file, in the order given; files that can't be used are listed at the end, and the exit code is 1.
+
+    With ``--microphone``, print one for each utterance that is spoken.
+    """
+    if options.microphone:
+        from audiot.commands.listening import listen
+        from audiot.data.microphone import Microphone
+
+        microphone = Microphone(options.input)  # tells what is missing before the model is loaded
+        listen(load_classifier(options.run, options.device, options.trust), microphone, options)
+        return
     classifier = load_classifier(options.run, options.device, options.trust)
     paths = [path for name in options.files for path in audio_files(name)]
     pairs = isinstance(classifier.objective, Verification) and not options.json

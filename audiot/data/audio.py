@@ -259,6 +259,12 @@ class AudioFile:
             if view.error is not None:
                 raise view.error
 
+    @property
+    def declared(self) -> int | None:
+        """Samples per channel by the headers of its parts; None if one does not tell. Nothing is decoded."""
+        known = [length for length in self._lengths if length is not None]
+        return sum(known) if len(known) == len(self._lengths) else None
+
     @cached_property
     def num_samples(self) -> int:
         """Samples per channel. If the header does not tell, they are counted by decoding.
@@ -266,9 +272,7 @@ class AudioFile:
         Raises:
             BadAudioError: same errors as `blocks`.
         """
-        if None in self._lengths:
-            return sum(map(len, self.blocks()))
-        return sum(length for length in self._lengths if length)
+        return sum(map(len, self.blocks())) if self.declared is None else self.declared
 
     def blocks(self, start: int = 0, num_samples: int | None = None) -> Iterator[np.ndarray]:
         """Decode to successive blocks (n, channels) of float32.

@@ -13,11 +13,11 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import soundfile
 import torch
 from lhotse.supervision import AlignmentItem
 from torch import nn
+from untrained import CLASSES, write_runs
 
 import audiot
 from audiot.commands import predict as command
@@ -26,52 +26,12 @@ from audiot.data.audio import BadAudioError, read_audio
 from audiot.data.labels import FrameLabels
 from audiot.downstream.classifier import by_length, compute_with_fallback, load_classifier
 from audiot.downstream.module import DownstreamModule
-from audiot.downstream.upstream import random_encoder
-
-HEADS = "audiot.downstream.heads."
-CLASSES = ["down", "left", "stop", "up"]
-TASKS = {  # head, objective, classes
-    "keyword": (
-        {"_target_": HEADS + "UtteranceClassifier"},
-        {"_target_": "audiot.downstream.objectives.Classification"},
-        CLASSES,
-    ),
-    "phone": ({"_target_": HEADS + "FrameClassifier"}, {"_target_": "audiot.downstream.objectives.Classification"}, CLASSES),
-    "asr": ({"_target_": HEADS + "FrameClassifier"}, {"_target_": "audiot.downstream.ctc.CTC", "unit": "phone"}, CLASSES),
-    "intent": (
-        {"_target_": HEADS + "UtteranceClassifier"},
-        {"_target_": "audiot.downstream.objectives.Slots", "fields": ["what", "where"]},
-        ["what=lamp", "what=music", "where=bath", "where=hall"],
-    ),
-    "verification": (
-        {"_target_": HEADS + "UtteranceClassifier"},
-        {"_target_": "audiot.downstream.verification.Verification", "embedding_dim": 5},
-        CLASSES,
-    ),
-}
 
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
     """A folder with a run of each task, untrained."""
-    base = tmp_path_factory.mktemp("runs")
-    upstream = random_encoder(0, features=tiny["features"], model=tiny["model"])
-    for number, (task, (head, objective, classes)) in enumerate(TASKS.items()):
-        torch.manual_seed(number)
-        module = DownstreamModule(
-            upstream.config, head, objective, classes, "weighted_sum", False, tiny["optimizer"], tiny["scheduler"]
-        )
-        module.upstream.load_state_dict(upstream.state_dict())
-        nn.init.normal_(module.head.linear.weight)  # spread the guesses
-        save(module, base / task)
-    return base
-
-
-def save(module, run):
-    """The Lightning checkpoint that `audiot finetune` writes for a module."""
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(run / "checkpoints" / "best.ckpt")
+    return write_runs(tiny, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
