@@ -44,6 +44,11 @@ def test_utterances_lie_around_what_is_loud_and_end_at_pauses():
         assert not utterance.lost
 
 
+def test_an_utterance_soon_after_a_pause_has_its_beginning_too():
+    found = cut(sound(4, (1, 2, -20), (2.62, 3, -20)))
+    assert seconds(found) == [pytest.approx((0.8, 2.2), abs=0.021), pytest.approx((2.42, 3.2), abs=0.021)]
+
+
 @pytest.mark.parametrize("size", [1, 7, 159, 160, 161, 1024, 8000, 30011])
 def test_blocks_of_any_size_give_the_same_utterances(size):
     samples = sound(6, (0.05, 0.5, -20), (2, 3, -30), (3.2, 4.9, -20), (5.7, 6, -20))
