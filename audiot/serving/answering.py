@@ -84,7 +84,7 @@ class Answering:
         self._names = count()
         self._free = threading.BoundedSemaphore(limits.queue)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audiot-serve")
-        noise = 0.1 * torch.randn(2 * classifier.sample_rate, generator=torch.Generator().manual_seed(0))
+        noise = 0.1 * torch.randn(classifier.sample_rate, generator=torch.Generator().manual_seed(0))
         (row,) = classifier.predict([(noise, classifier.sample_rate)])  # the first one takes longest, and its picture too
         self.painter.svg(noise, row.get("segments", ()), 720)
         self.kind = next(kind for kind in ("slots", "segments", "text", "embedding", "label") if kind in row)
