@@ -280,6 +280,11 @@ def _check(cfg: DictConfig) -> None:
             f"trainer.val_check_interval={cfg.trainer.val_check_interval} comes after the last step, "
             f"trainer.max_steps={cfg.trainer.max_steps}: lower it, since the best validation chooses the checkpoint"
         )
+    if cfg.data.get("global_batch_s") is not None and cfg.downstream.cache and not cfg.downstream.train_encoder:
+        raise ValueError(
+            f"data.global_batch_s={cfg.data.global_batch_s:g} has no effect on kept states, whose batches have "
+            "downstream.batch_size utterances: set downstream.cache=false, or drop it"
+        )
     if cfg.downstream.batch_size < 1:
         raise ValueError(f"downstream.batch_size must be at least 1, found {cfg.downstream.batch_size}")
     if str(cfg.upstream._target_).endswith(".FeaturesUpstream"):

@@ -119,6 +119,8 @@ class SpeechDataModule(EndlessData):
         corpus: Prepared corpus.
         task: Task whose splits are used; ``pretrain`` for pre-training.
         batch_s: Seconds of audio per batch.
+        global_batch_s: Seconds of audio per training step, of all batches of all processes together (see
+            `audiot.training.trainer.share_step`); None: a training batch has ``batch_s``.
         crop_s: Longest piece of an utterance in seconds, at random in training, else from the start; None takes whole utterances.
         lengths: Lengths in samples to which training crops instead (see `crop_lengths`). They exclude labels.
         num_buckets: Number of buckets of similar duration, used without ``lengths``.
@@ -136,6 +138,7 @@ class SpeechDataModule(EndlessData):
         task: str,
         *,
         batch_s: float,
+        global_batch_s: float | None = None,
         crop_s: float | None = None,
         lengths: Sequence[int] | None = None,
         num_buckets: int = 10,
@@ -151,6 +154,8 @@ class SpeechDataModule(EndlessData):
             raise ValueError(f"data.label_fraction must be in (0, 1], found {label_fraction}")
         if batch_s <= 0:
             raise ValueError(f"data.batch_s must be a positive number of seconds, found {batch_s}")
+        if global_batch_s is not None and max_utterances is not None:
+            raise ValueError("data.global_batch_s and data.max_utterances both say how large a batch is: set one to null")
         if crop_s is not None and crop_s <= 0:
             raise ValueError(f"data.crop_s must be a positive number of seconds, found {crop_s}")
         if num_buckets < 1:
@@ -166,6 +171,7 @@ class SpeechDataModule(EndlessData):
         self.corpus = corpus
         self.task = task
         self.batch_s = batch_s
+        self.global_batch_s = global_batch_s
         self.crop_s = crop_s
         self.lengths = lengths
         self.num_buckets = num_buckets
@@ -197,6 +203,40 @@ class SpeechDataModule(EndlessData):
         return CutSet.from_cuts(ranked[: ceil(self.label_fraction * len(ranked))])
 
     @property
+    def _batches_per_step(self) -> int:
+        """Batches that a training step takes, of all processes."""
+        return self.trainer.world_size * self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
+    def training_batch_s(self) -> float:
+        """Seconds of audio per training batch.
+
+        Raises:
+            ValueError: so many processes share a step that none has room for one crop.
+        """
+        if self.global_batch_s is None:
+            return self.batch_s
+        share = self.global_batch_s / self._batches_per_step
+        if self.crop_s is not None and share < self.crop_s:
+            raise ValueError(
+                f"data.global_batch_s={self.global_batch_s:g} leaves each of {self._batches_per_step} batches {share:g} s, less "
+                f"than a crop of data.crop_s={self.crop_s:g}: raise it, use fewer processes, or lower data.crop_s"
+            )
+        return share
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position at which training continues, and in what batches it counts."""
+        return super().state_dict() | {"batch_s": self.training_batch_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position at which training continues: to the step where other processes share steps than before."""
+        super().load_state_dict(state_dict)
+        before, now = state_dict.get("batch_s"), self.training_batch_s
+        if self.global_batch_s is not None and before not in (None, now):
+            epoch, number = self.next_batch
+            self.next_batch = (epoch, round(number * before / now / self._batches_per_step) * self._batches_per_step)
+
+    @property
     def loader_processes(self) -> int:
         """``num_workers``, with ``auto`` resolved."""
         return self._useful_workers if self.num_workers == "auto" else int(self.num_workers)
@@ -216,9 +256,10 @@ class SpeechDataModule(EndlessData):
 
     def _loader(self, cuts: CutSet | Iterable[Piece], training: bool) -> DataLoader[Batch]:
         trainer = self.trainer
+        batch_s = self.training_batch_s if training else self.batch_s
         stream = BatchStream(
             cuts,
-            self.batch_s,
+            batch_s,
             training=training,
             num_buckets=self.num_buckets,
             seed=self.seed,
@@ -233,7 +274,7 @@ class SpeechDataModule(EndlessData):
         if not training and isinstance(cuts, CutSet) and not cuts.is_lazy:
             batches = min(len(cuts), ceil(sum(cut.duration for cut in cuts) / self.batch_s))
             workers = min(workers, ceil(batches / AHEAD))  # starting a process takes as long as making a few batches
-        seconds = min(self.batch_s, 3600 * max(self.corpus.hours.values()))  # seconds of 16-bit samples
+        seconds = min(batch_s, 3600 * max(self.corpus.hours.values()))  # seconds of 16-bit samples
         check_room(workers, AHEAD, 2 * seconds * self.corpus.sample_rate, trainer.num_devices if trainer else 1)
         dataset = SpeechDataset(self.seed if training else None, self.labels, self.index)
         return make_loader(dataset, stream, workers, pin_memory=torch.cuda.is_available())

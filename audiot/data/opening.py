@@ -142,4 +142,5 @@ def _check_data(run: Path, cfg: DictConfig, corpus: PreparedCorpus) -> None:
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of a data module from ``cfg.data``."""
-    return {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")} | {"seed": cfg.seed}
+    settings = {name: cfg.data[name] for name in ("batch_s", "max_utterances", "num_buckets", "num_workers")}
+    return settings | {"seed": cfg.seed, "global_batch_s": cfg.data.get("global_batch_s")}  # earlier runs have none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from math import ceil
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from audiot.base.console import say
 from audiot.base.devices import fast_precision
 from audiot.base.private import requeue_by_hand, watch_processes_with
 from audiot.training.ddp import warn_of_slow_strategy
@@ -71,10 +73,32 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
         raise
     if cfg.trainer.accelerator == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
+    share_step(cfg, trainer)
     warn_of_slow_strategy(trainer.strategy)
     watch_processes_with(watch_children)
     requeue_by_hand(trainer)
     return trainer
+
+
+def share_step(cfg: DictConfig, trainer: pl.Trainer) -> None:
+    """Share out the audio of a step (``data.global_batch_s``) among the processes: in batches of at most ``data.batch_s`` each.
+
+    Raises:
+        ValueError: the config says how many batches a step has, too.
+    """
+    total = cfg.data.get("global_batch_s")
+    if total is None:
+        return
+    if not isinstance(total, int | float) or total <= 0:
+        raise ValueError(f"data.global_batch_s must be a positive number of seconds or null, found {total}")
+    if cfg.trainer.accumulate_grad_batches != 1:
+        raise ValueError("data.global_batch_s chooses how many batches a step has: drop trainer.accumulate_grad_batches")
+    processes = trainer.num_devices * trainer.num_nodes
+    batches = ceil(total / processes / cfg.data.batch_s)
+    trainer.accumulate_grad_batches = batches
+    trainer.val_check_interval *= batches  # Lightning counts batches there
+    share = f"{batches} batches of {total / processes / batches:g} s" if batches > 1 else "one batch"
+    say(f"step    {total:g} s of audio: {processes} process{'es' if processes > 1 else ''}, {share} each")
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:

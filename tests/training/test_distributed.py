@@ -21,12 +21,14 @@ from test_cli import succeed
 from audiot.training.ddp import ReplicatedStrategy, warn_of_slow_strategy
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "pretrain.py"
+BATCH_S = 2
 TINY = [
     "data=folder",
     "data.valid_fraction=0.2",
     "data.num_workers=0",
     "data.prepare.num_jobs=1",
-    "data.batch_s=2",
+    f"data.batch_s={BATCH_S}",
+    "data.crop_s=1",
     "model.embed_dim=24",
     "model.num_heads=2",
     "model.ffn_dim=48",
@@ -70,7 +72,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("trainer", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_give_the_encoder_of_one_that_adds_up_as_many_batches(alone, trainer):
     folder, expected = alone
-    pretrain(folder, trainer, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2")
+    together = ["data.batch_s=60", f"data.global_batch_s={2 * BATCH_S}"]  # 60 would fit, each process takes its share
+    pretrain(folder, trainer, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", *together)
     found = weights(folder, trainer)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
