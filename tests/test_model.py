@@ -50,6 +50,31 @@ def test_padding_does_not_change_valid_frames(name, norm, published_attention):
             torch.testing.assert_close(batch[number, :length], one[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("name", names())
+def test_activation_checkpointing_changes_the_memory_of_a_step_alone(name, norm, published_attention):
+    options = published_attention(name) | {"norm": norm, "num_layers": 3}
+    if name == "routing":
+        with pytest.raises(ValueError, match="Routing would learn from both"):
+            encoder(**options, activation_checkpointing=True)
+        return
+    found = []
+    for checkpointing in (False, True):
+        model = stir(encoder(**options, dropout=0.1, activation_checkpointing=checkpointing)).train()
+        kept = []
+        torch.manual_seed(3)  # of dropout and hashes
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda x: x
+        ):
+            loss = model(randn(3, 12, 10))[-1].square().sum()
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.requires_grad], sum(kept)))
+    (loss, gradients, size), (same_loss, same_gradients, small_size) = found
+    torch.testing.assert_close(same_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-9, atol=1e-11)
+    assert small_size < size / 3
+
+
 def linear(x, layer):
     return x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
 
