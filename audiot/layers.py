@@ -5,6 +5,8 @@ In half precision on a CUDA device, kernels compute the parts that only move mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ class EncoderLayer(nn.Module):
         norm_eps: Constant added to the variance in the LayerNorms.
     """
 
+    compiled: Callable[[Tensor, Tensor | None], Tensor] | None = None  # `compute`, for training
+
     def __init__(
         self,
         attention: SelfAttention,
@@ -52,6 +56,11 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         """Map (B, T, d) to (B, T, d). ``valid`` is bool (B, T), or None where nothing is padded."""
+        compute = self.compiled if self.training and self.compiled is not None else self.compute
+        return compute(hidden, valid)
+
+    def compute(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`forward`, which may be compiled in training."""
         if self.pre_norm:
             hidden = hidden + self.dropout(self.attention(self.attention_input(hidden), valid))
             return hidden + self.dropout(self.ffn(self.ffn_norm(hidden)))

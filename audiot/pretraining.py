@@ -203,6 +203,13 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         self._loss = compiled(self.loss, graphs)
         self.objective.compile_source()
 
+    def compile_layers(self) -> None:
+        """Compile every layer on its own for training, where processes fetch parameters between the layers."""
+        from audiot.training.compilation import compiled  # imports the compiler
+
+        for layer in self.model.encoder.layers:
+            layer.compiled = compiled(layer.compute, False)
+
     def view(self, batch: Batch) -> View:
         """Targets and predictions of a validation batch, whose every masked span is hidden; see the objective's ``view``."""
         tokens, lengths, keys, valid, source = self.inputs(batch)

@@ -105,9 +105,6 @@ def test_pretraining_refuses(made, argument, expected):
 
 def test_what_sharded_parameters_exclude_is_told(made):
     sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
-    assert refusal("pretrain", *TINY, *sharded, "probe=false", "compile=true") == (
-        "compile=true does not work with trainer=fsdp, which fetches parameters between the layers: set compile=auto"
-    )
     assert refusal("finetune", *TINY, *sharded, "upstream=checkpoint", f"upstream.path={made.run}/encoder") == (
         "trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu"
     )

@@ -48,7 +48,7 @@ from audiot.training.averaging import hand_over_average
 from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
 from audiot.training.early_stopping import stopped_early
 from audiot.training.exhibits import show_picture
-from audiot.training.fsdp import is_sharded
+from audiot.training.fsdp import ShardedStrategy, is_sharded
 from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit
 
@@ -227,7 +227,10 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     trainer, module = work.trainer, work.module
     compiled = wants_compile(work.cfg, trainer)
     if compiled:
-        module.compile_step(graphs=wants_graphs(trainer))
+        if isinstance(trainer.strategy, ShardedStrategy):
+            module.compile_layers()
+        else:
+            module.compile_step(graphs=wants_graphs(trainer))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = " and ".join(dict.fromkeys(type(each).__name__ for each in module.model.encoder.mechanisms))
     how = ", compiled" if compiled else ""

@@ -127,17 +127,13 @@ def wants_compile(cfg: DictConfig, trainer: pl.Trainer) -> bool:
     """Whether to compile the training step, from the config's ``compile``.
 
     Raises:
-        ValueError: it is not auto, true or false, or it is true with sharded parameters.
+        ValueError: it is not auto, true or false.
     """
     if cfg.compile not in ("auto", True, False):
         raise ValueError(f"compile must be auto, true or false, found {cfg.compile}")
-    sharded = isinstance(trainer.strategy, ShardedStrategy)
-    if sharded and cfg.compile is True:
-        raise ValueError(
-            "compile=true does not work with trainer=fsdp, which fetches parameters between the layers: set compile=auto"
-        )
     if cfg.compile != "auto":
         return bool(cfg.compile)
+    sharded = isinstance(trainer.strategy, ShardedStrategy)
     return not is_short(trainer) and trainer.strategy.root_device.type == "cuda" and not cfg.debug and not sharded
 
 

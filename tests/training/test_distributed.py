@@ -81,6 +81,14 @@ def test_two_processes_give_the_encoder_of_one_that_adds_up_as_many_batches(alon
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
+def test_two_processes_whose_layers_are_compiled_give_the_same_encoder(alone):
+    folder, expected = alone
+    pretrain(folder, "compiled", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "compile=true")
+    for name, value in weights(folder, "compiled").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
 @pytest.mark.parametrize(
     ("kind", "device", "told"),
     [(DDPStrategy, "cuda", True), (DDPStrategy, "cpu", False), (ReplicatedStrategy, "cuda", False)],
