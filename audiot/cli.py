@@ -14,6 +14,7 @@ from audiot.base.groups import described, groups, nearest
 
 COMMANDS = {
     "pretrain": "pre-train a masked acoustic model, probe it, draw it",
+    "tune": "find a batch and a learning rate for a pre-training on this machine",
     "finetune": "probe or fine-tune an encoder on a speech task",
     "evaluate": "measure a finished run again",
     "analyze": "draw a run: curves, reconstructions, attention",

@@ -149,7 +149,7 @@ def last_line(text):
 def test_help_names_every_command():
     out = succeed("--help")
     assert out == succeed()
-    for command in ("pretrain", "finetune", "evaluate", "analyze", "abx", "prepare", "benchmark", "list"):
+    for command in ("pretrain", "tune", "finetune", "evaluate", "analyze", "abx", "prepare", "benchmark", "list"):
         assert command in out
 
 

@@ -33,7 +33,7 @@ PROGRAMS = [text for _, kind, title, text in BLOCKS if kind == "python" and not 
 FILES = {title: text for _, _, title, text in BLOCKS if title}
 # The gate runs or installs these, or they need more than audiot.
 OTHER_PROGRAMS = ("curl ", "pip install ", "pytest", "git clone ", "hf upload ", "eval ", "python -m audiot.s3prl_upstream ")
-PICTURES = ("pretrain", "finetune", "abx", "analyze")  # commands that can leave them out
+PICTURES = ("pretrain", "tune", "finetune", "abx", "analyze")  # commands that can leave them out
 MEASUREMENTS = ("results.md", "performance.md")
 PUBLISHED = {*options("data")} - {"demo", "folder", "manifest"}
 
@@ -101,12 +101,18 @@ BENCHMARK = shlex.split(
     "benchmark.seconds=0"
 )
 
+TUNING = shlex.split(
+    "tune.batch.largest_s=4 tune.batch.warmup=1 tune.batch.steps=1 tune.lr.steps=20 tune.lr.repeats=1 tune.lr.lowest=1e-4"
+)
+
 
 def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[str]:
     """A command's arguments with everything small, in a folder of its own, ``RUN`` being the first run."""
     command, *rest = [argument.replace("RUN", str(run)) for argument in arguments]
     if command == "benchmark":
         return [command, *rest, *BENCHMARK]
+    if command == "tune":
+        return [command, *rest, *DEMO, *MODEL, *TRAINING[:-2], *TUNING, f"hydra.run.dir={folder / 'tune'}{number}"]
     if command == "align":
         return [command, *rest, *DEMO]
     if command == "abx":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -150,6 +151,77 @@ def plot_training(metrics_csv: str | Path, path: str | Path, objective: Loss) ->
     norm.plot(*series("pretrain/gradient_norm"), color=GREY, linewidth=0.6)
     norm.set_ylabel("gradient norm", color=GREY)
     norm.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+class Size(Protocol):
+    """A batch that was tried: seconds of audio, frames per second (None: out of memory), GiB at the peak (None: unknown)."""
+
+    @property
+    def batch_s(self) -> float: ...  # noqa: D102
+
+    @property
+    def frames_per_s(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def peak_gib(self) -> float | None: ...  # noqa: D102
+
+
+def plot_tuning(
+    sizes: Sequence[Size],
+    batch_s: float | None,
+    tests: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    suggested: Mapping[str, float],
+    lr: float | None,
+    path: str | Path,
+) -> None:
+    """Plot throughput and memory against the batch, and the loss of range tests against the learning rate.
+
+    Args:
+        sizes: Batches that were tried; none: no panel.
+        batch_s: The batch that is recommended; None: none is.
+        tests: Name of a range test → rates, losses, smoothed losses; none: no panel.
+        suggested: Name of a range test → the rate that it suggests, if it does.
+        lr: The rate that is recommended; None: none is.
+        path: Path of the PNG.
+    """
+    figure = Figure(figsize=(5.6 * (bool(sizes) + bool(tests)), 4.2), layout="constrained")
+    axes = iter(figure.subplots(1, bool(sizes) + bool(tests), squeeze=False)[0])
+    if sizes:
+        axis = next(axes)
+        speeds = [(size.batch_s, size.frames_per_s) for size in sizes if size.frames_per_s is not None]
+        axis.plot(*zip(*speeds, strict=True), color=GREEN, marker="o", markersize=4)
+        axis.set(xlabel="seconds of audio per batch", title="Throughput", xscale="log")
+        axis.set_ylabel("frames/s", color=GREEN)
+        axis.set_ylim(bottom=0)
+        if batch_s is not None:
+            axis.axvline(batch_s, color=BLUE, linestyle="--", label=f"data.batch_s={batch_s:g}")
+        for number, size in enumerate(size for size in sizes if size.frames_per_s is None):
+            axis.axvline(size.batch_s, color=ORANGE, linestyle=":", label=None if number else "out of memory")
+        if any(size.peak_gib is not None for size in sizes):
+            memory = axis.twinx()
+            known = [
+                (size.batch_s, size.peak_gib) for size in sizes if size.peak_gib is not None and size.frames_per_s is not None
+            ]
+            memory.plot(*zip(*known, strict=True), color=GREY, marker="s", markersize=3)
+            memory.set_ylabel("GiB at the peak", color=GREY)
+            memory.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    if tests:
+        axis = next(axes)
+        for (name, (rates, losses, smooth)), colour in zip(tests.items(), cycle(LINE_COLOURS)):
+            axis.plot(rates, losses, color=colour, linewidth=0.6, alpha=0.35)
+            axis.plot(rates[: len(smooth)], smooth, color=colour, linewidth=1.3, label=name)
+            if name in suggested:
+                at = rates.index(suggested[name])
+                axis.plot(rates[at], smooth[at], color=colour, marker="o", markersize=7)
+        shown = [value for _, _, smooth in tests.values() for value in smooth]
+        low, first = min(shown), max(smooth[0] for _, _, smooth in tests.values())
+        axis.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low) or None)  # an explosion would hide all else
+        axis.set(xlabel="learning rate", ylabel="loss", title="Range test, smoothed; dots: steepest", xscale="log")
+        if lr is not None:
+            axis.axvline(lr, color="black", linestyle="--", linewidth=1, label=f"optimizer.lr={lr:g}")
+        axis.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -17,6 +17,7 @@ from audiot.attention import SelfAttention, build
 from audiot.attention.lsh import LSHAttention, recall
 from audiot.attention.mechanism import check_type
 from audiot.base.console import say
+from audiot.base.devices import free_memory
 from audiot.base.files import write_csv, write_text
 from audiot.base.groups import options, read_option
 from audiot.base.private import many_compilations
@@ -25,7 +26,7 @@ from audiot.base.tables import aligned
 from audiot.benchmark.attention_report import draw, grid, markdown_report, notes
 from audiot.benchmark.attention_results import Panel, Row, panels, rows_of
 from audiot.benchmark.entries import BASELINE, Entry, check_labels
-from audiot.benchmark.measure import Failed, Measured, MismatchError, attempt, free_memory, measure
+from audiot.benchmark.measure import Failed, Measured, MismatchError, attempt, measure
 from audiot.benchmark.results import cells, refuse_broken
 from audiot.benchmark.settings import check_choices, check_counts, check_seconds, find_device
 from audiot.benchmark.standing import sentences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from audiot.base.devices import synchronise
+from audiot.base.devices import free_memory, synchronise
 
 MAX_CALLS = 1000  # of a very fast call in one round
 
@@ -59,13 +58,6 @@ def attempt(call: Callable[[], Result]) -> Result | Failed:
             failure = Failed(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     free_memory()  # not earlier: the error kept the tensors of its stack frames alive
     return failure
-
-
-def free_memory() -> None:
-    """Give unused GPU memory back to the driver."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def time_of(call: Callable[[], object], count: int, device: torch.device) -> float:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from audiot.base.console import say
-from audiot.base.devices import synchronise
+from audiot.base.devices import free_memory, synchronise
 from audiot.base.files import write_csv, write_text
 from audiot.base.groups import options
 from audiot.base.private import many_compilations
 from audiot.base.quoting import quoted
 from audiot.base.tables import aligned
 from audiot.benchmark.entries import Entry, check_labels
-from audiot.benchmark.measure import Failed, MismatchError, attempt, free_memory, quartiles, time_of
+from audiot.benchmark.measure import Failed, MismatchError, attempt, quartiles, time_of
 from audiot.benchmark.products import Work, products
 from audiot.benchmark.results import cells, refuse_broken
 from audiot.benchmark.roofline import measure_ceilings, rates

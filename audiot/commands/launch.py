@@ -366,6 +366,11 @@ def _choices(override: Override) -> list[str]:
 def _check_run(command: str, overrides: list[str], complete: bool) -> None:
     """Compose one run's config and check what Hydra doesn't: the types of values, and that all are given."""
     names = [override.split("=", 1)[0] for override in overrides]
+    if command == "tune" and (of_tasks := [name for name in names if re.match(r"\+*(downstream|upstream)\b", name)]):
+        raise ValueError(
+            f"{of_tasks[0]}: audiot tune is for pre-training; for a task, a sweep finds the rate: "
+            "audiot finetune -m optimizer.lr=2e-4,2e-3,2e-2 …"
+        )
     for override in overrides:
         now = instead(*override.split("=", 1)) if "=" in override else None
         if now is not None:

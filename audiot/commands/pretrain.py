@@ -173,12 +173,8 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
     continues = checkpoint is not None
     if checkpoint is not None:
         module = build(cfg, saved_teacher(checkpoint, cfg.trusted) if "teacher" in cfg.objective else None)
-    elif path := teacher or cfg.objective.get("teacher"):
-        upstream = open_upstream(kind_of(path), path, cfg.trusted)
-        module = build(cfg, upstream.config)
-        module.objective.get_submodule("teacher").load_state_dict(upstream.state_dict())
     else:
-        module = build(cfg)
+        module = new_module(cfg, teacher)
     corpus = open_corpus(cfg, run if continues else None)
     if not continues:
         note_data(cfg, corpus)
@@ -186,7 +182,7 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
             write_config(cfg, run)
     note_environment(cfg, run, 0 if checkpoint is None else step_of(checkpoint))
     say_few(cfg, corpus, "pretrain", ("valid",))
-    _check_rate(module, corpus.sample_rate)
+    check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run, trusted=None if resumed is None else cfg.trusted) if cfg.probe else {}
     check_probes(probes, corpus)
     if len(probes) > 1 and cfg.probe_jobs != 1 and trainer.is_global_zero and is_short(trainer):
@@ -203,6 +199,22 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
         if figures and trainer.is_global_zero:
             write_json(noted, figures)
     return Pretraining(run, cfg, trainer, module, data, probes, figures)
+
+
+def new_module(cfg: DictConfig, teacher: str | None = None) -> MaskedAcousticModel:
+    """The module with which a run begins, before anything is fitted.
+
+    Args:
+        cfg: Config of the run.
+        teacher: Encoder of an earlier round that the objective learns from; None: ``cfg.objective.teacher``, if it has one.
+    """
+    path = teacher or cfg.objective.get("teacher")
+    if not path:
+        return build(cfg)
+    upstream = open_upstream(kind_of(path), path, cfg.trusted)
+    module = build(cfg, upstream.config)
+    module.objective.get_submodule("teacher").load_state_dict(upstream.state_dict())
+    return module
 
 
 def say_targets(figures: Mapping[str, Any]) -> None:
@@ -308,7 +320,8 @@ def probe(work: Pretraining, failures: Failures) -> tuple[dict[str, float], dict
     return figures, failed
 
 
-def _check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
+def check_rate(module: MaskedAcousticModel, sample_rate: int) -> None:
+    """Refuse a corpus of another sample rate (Hz) than the features'."""
     wanted = module.model.features.sample_rate
     if wanted != sample_rate:
         raise ValueError(
