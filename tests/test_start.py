@@ -58,6 +58,7 @@ def failing_start(folder, *arguments):
     assert "data.root: there is no folder nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_takes_away_what_it_has_made_and_nothing_else(tmp_path):
     failing_start(tmp_path)
     assert not any(tmp_path.iterdir())

@@ -13,6 +13,7 @@ DEVICE = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 QUICK = ["tune.batch.warmup=1", "tune.batch.steps=1", "tune.lr.steps=12", "tune.lr.repeats=2", "tune.lr.lowest=1e-4"]
 
 
+@pytest.mark.slow  # the documented commands are run in test_readme.py
 def test_one_command_finds_both_and_prints_a_command_that_runs(made, tmp_path):  # noqa: F811
     given = [*DATA[:-1], "data.batch_s=2", *MODEL, *DEVICE, "data.crop_s=1"]
     out = succeed("tune", *given, *QUICK, "seed=3", f"hydra.run.dir={tmp_path / 'tune'}")
@@ -47,6 +48,7 @@ def test_one_command_finds_both_and_prints_a_command_that_runs(made, tmp_path): 
     succeed(*command[1:], *short, f"hydra.run.dir={tmp_path / 'next'}")
 
 
+@pytest.mark.slow
 def test_the_rate_alone_is_a_function_of_the_seed(made, tmp_path):  # noqa: F811
     given = [*DATA, *MODEL, *DEVICE, *QUICK, "tune.batch.search=false", "tune.lr.repeats=1", "plots=false"]
     files = []
