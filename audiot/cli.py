@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare": "make a corpus ready for training",
     "align": "write phone or character times of a transcribed corpus",
     "benchmark": "measure the speed and memory of attention mechanisms",
+    "superb": "an encoder on SUPERB's tasks, learning rates chosen on validation, in one table",
     "study": "what each mechanism costs and buys, under which objective, over seeds",
 }
 TOOLS = {  # of plain arguments, without a config

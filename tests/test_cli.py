@@ -149,7 +149,7 @@ def last_line(text):
 def test_help_names_every_command():
     out = succeed("--help")
     assert out == succeed()
-    for command in ("pretrain", "tune", "finetune", "evaluate", "analyze", "abx", "prepare", "benchmark", "list"):
+    for command in ("pretrain", "tune", "finetune", "superb", "evaluate", "analyze", "abx", "prepare", "benchmark", "list"):
         assert command in out
 
 
@@ -799,3 +799,8 @@ def test_wandb_runs_without_a_login(made, tmp_path, mode):
     assert media == ({"images", "audio"} if mode == "offline" else set())
     assert (folder / "metrics.csv").is_file()
     assert wandb.run is None  # or the next run of a sweep would go on in it
+
+
+@pytest.mark.parametrize("arguments", [["--cfg=job", "a run"], ["a run", "-c", "job"], ["plots=false", "-c", "job", "a run"]])
+def test_a_run_needs_no_key_where_the_command_is_about_one(arguments):
+    assert "run: a run\n" in succeed("analyze", *arguments)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -51,6 +52,14 @@ def launch_name() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 
+def run_name(run: str | None) -> str:
+    """What a folder is called that is about a run, given by its folder or its encoder's; ``features`` without a run."""
+    if run is None:
+        return "features"
+    path = Path(os.path.realpath(run)) if os.path.exists(run) else Path(run)
+    return path.parent.name if path.name == "encoder" else path.name
+
+
 class _ConfigPackages(SearchPathPlugin):
     """Adds the config files of installed packages to those where Hydra looks for options."""
 
@@ -64,6 +73,7 @@ if packages()[1:]:
 OmegaConf.register_new_resolver("float", float, replace=True)  # 25 and 25.0 are one number, and so one name
 OmegaConf.register_new_resolver("frames", frames, replace=True)
 OmegaConf.register_new_resolver("launch_name", launch_name, use_cache=True, replace=True)  # one name per launch
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def parse(overrides: list[str]) -> list[Override]:

@@ -54,6 +54,7 @@ from audiot.runs import (
 )
 
 TRAINING = ("pretrain", "finetune")  # commands whose runs can be resumed
+OF_A_RUN = ("evaluate", "analyze", "superb")  # commands that are about a run, whose folder needs no run=
 SWEEP_FLAGS = ("-m", "--multirun")
 PLACES = ("hydra.run.dir", "hydra.sweep.dir")
 CONFIG_DIR = ("--config-dir", "-cd")  # a folder of config groups beside those of audiot
@@ -68,9 +69,11 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
 
     Args:
         command: One of `audiot.cli.COMMANDS`.
-        arguments: What follows it on the command line.
+        arguments: What follows it on the command line; a run's folder stands for ``run=FOLDER`` where the command is about one.
         program: What a shell that is to complete words knows the program by; None: the command's own module.
     """
+    if command in OF_A_RUN:
+        arguments = _run_named(arguments)
     module = f"audiot.commands.{command}"  # imported when nothing is wrong with the config: it takes seconds
     debug = "debug=true" in [argument.lower() for argument in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sweep = [argument for argument in arguments if argument in SWEEP_FLAGS]
@@ -127,6 +130,16 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
             for one in known.glob("*") if sweep else [known]:
                 check_fresh(one)
         hydra.main(version_base="1.3", config_path="pkg://audiot.conf", config_name=command)(guarded)()
+
+
+def _run_named(arguments: list[str]) -> list[str]:
+    """Arguments with ``run=`` before the first that is neither a flag, nor a flag's value, nor an override."""
+    flag = ""
+    for place, given in enumerate(arguments):
+        if flag not in (*VALUED, *CONFIG_DIR) and re.match(r"[^-+~=][^=]*$", given):
+            return [*arguments[:place], quoting.override("run", given), *arguments[place + 1 :]]
+        flag = given
+    return arguments
 
 
 def _go_on(command: str, folder: str, arguments: list[str], debug: bool) -> None:

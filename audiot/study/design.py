@@ -26,7 +26,8 @@ ASIDE = ("run_dir", "data_dir", "logger", "callbacks", "debug", "plots", "probe_
 CHANGING = ("average", "early_stopping")  # callbacks that change figures
 UNTRAINED, FEATURES = "untrained", "features"
 CONTROLS = (UNTRAINED, FEATURES)
-_PLACE = re.compile(r"data\.(root|num_workers|prepare\.num_jobs)=")  # where the corpus is and who reads it, not what it is
+# Where something is and who reads it, not what it is.
+_PLACE = re.compile(r"(data\.(root|num_workers|prepare\.num_jobs)|upstream\.path)=")
 
 
 @cache
@@ -55,6 +56,7 @@ class Job:
         encoder: The pre-training whose encoder it takes; None where it takes none.
         task: Name of the task that it measures; empty for pre-training and for what was learned.
         alone: Whether it has its device to itself, because it measures what the device does in a time.
+        heard: Digest of an encoder from elsewhere; empty where `encoder` says which it takes, or it takes none.
     """
 
     name: str
@@ -64,11 +66,12 @@ class Job:
     encoder: Job | None = None
     task: str = ""
     alone: bool = False
+    heard: str = ""
 
     @cached_property
     def key(self) -> str:
         """Digest of all that its figures depend on."""
-        heard = None if self.encoder is None else self.encoder.key
+        heard = (self.heard or None) if self.encoder is None else self.encoder.key
         return _digest([self.command, fingerprint(self.command, self.shared), self.own, heard])[:16]
 
     @property

@@ -182,8 +182,9 @@ def collect(command: str, run: Path, figure: str = "", alone: bool = False) -> t
         best = min(read_json(run / "abx.json", "ABX errors")["layers"], key=abx_error)
         columns = [f"{best['layer']}/{speaker}" for speaker in SPEAKERS if speaker in best]
         return {"value": abx_error(best)}, _draws(run, columns)
-    metrics = read_results(run / "metrics.json", [figure])
-    return {"value": float(metrics[figure])}, _draws(run, [figure])
+    metrics = read_results(run / "metrics.json", [figure, "monitor"])
+    validation = float(metrics[f"valid/{metrics['monitor']}"])
+    return {"value": float(metrics[figure]), "validation": validation}, _draws(run, [figure])
 
 
 def _derived(costs: Mapping[str, float], run: Path) -> dict[str, float]:

@@ -9,13 +9,13 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -25,8 +25,9 @@ from audiot.base.lock import owned
 from audiot.base.quoting import override
 from audiot.benchmark.machine import describe_machine
 from audiot.data.prepare import start_worker, usable_cores
+from audiot.runs import has_checkpoints
 from audiot.study import opened
-from audiot.study.design import Job, Study
+from audiot.study.design import Job, Task
 from audiot.study.records import Record, Records, collect, travelling
 
 LOOK_S = 1.0  # between looks at what other processes have finished
@@ -50,34 +51,47 @@ class Running:
     place: int
 
 
+class Plan(Protocol):
+    """What is to be run."""
+
+    tasks: Mapping[str, Task]
+
+    def jobs(self, records: Mapping[str, Record]) -> Iterable[Job]:
+        """All runs that are known by now, each after what it needs, from the records of the finished ones by key."""
+
+
 class Worker:
     """Runs of a study until none is left that can run.
 
     Several may work on one folder, on several machines that share it: a run is claimed by a lock, which ends with its process.
 
     Args:
-        study: The study.
+        study: The study, or another plan.
         folder: Its folder.
         at_a_time: Runs at a time. They share out the cores, and the GPUs where there are several. A run that measures costs has
             its GPU (or the machine) to itself, as far as this process can tell.
         command: Function that runs a command with its arguments, in a process of its own.
-        corpus: Function that prepares the corpus of the runs, and gives its folder.
+        corpus: Function that prepares the corpus of the runs, and gives its folder; None where they have several.
         data_dir: Folder of the corpora.
         modules: What that function imports. It is imported once for all processes.
+        name: What the progress bar is called.
+        resumes: Whether a run that was killed goes on from its last checkpoint, and does not begin anew.
     """
 
     def __init__(
         self,
-        study: Study,
+        study: Plan,
         folder: Path,
         at_a_time: int,
         command: Callable[[str, list[str]], None],
-        corpus: Callable[[], Path],
+        corpus: Callable[[], Path] | None,
         data_dir: str,
         modules: Sequence[str],
+        name: str = "study",
+        resumes: bool = False,
     ) -> None:
         self.study, self.folder, self.at_a_time, self.command = study, folder, at_a_time, command
-        self.corpus, self.data_dir = corpus, data_dir
+        self.corpus, self.data_dir, self.name, self.resumes = corpus, data_dir, name, resumes
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.cards = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
         self.records = Records(folder)
@@ -95,7 +109,7 @@ class Worker:
         records = self.records.load()
         if any(job.key not in records for job in self.study.jobs(records)):
             self._serve()
-        with tqdm(desc="study", unit="run", smoothing=0) as bar:
+        with tqdm(desc=self.name, unit="run", smoothing=0) as bar:
             try:
                 while True:
                     left = self._left(bar)
@@ -119,6 +133,9 @@ class Worker:
 
     def _serve(self) -> None:
         """Start the server from which the runs fork, with all that they import and read."""
+        if self.corpus is None:
+            forkserver.ensure_running()
+            return
         os.environ[opened.VARIABLE] = str(self.corpus())
         forkserver.ensure_running()
         del os.environ[opened.VARIABLE]
@@ -207,7 +224,8 @@ class Worker:
             encoder_is_gone = job.command == "pretrain" and not (self.folder / job.folder / "encoder").is_dir()
             if (self.folder / "results" / f"{job.key}.json").is_file() and not encoder_is_gone:
                 return False
-            shutil.rmtree(self.folder / job.folder, ignore_errors=True)  # what an earlier process left unfinished
+            if not (self.resumes and has_checkpoints(self.folder / job.folder)):
+                shutil.rmtree(self.folder / job.folder, ignore_errors=True)  # what an earlier process left unfinished
             claims.push(claim.pop_all())
         return True
 
@@ -292,13 +310,14 @@ def _run_all(
 def _run(command: Callable[[str, list[str]], None], run: Run, study: Path) -> None:
     """Run a command, and keep its record. Its checkpoints have served then, and take most of its room."""
     job, folder, begin = run.job, study / run.job.folder, time.monotonic()
-    folder.mkdir(parents=True)
-    with (folder / "output.txt").open("w") as output:
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [override("resume", folder)] if has_checkpoints(folder) else run.arguments
+    with (folder / "output.txt").open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    command(job.command, run.arguments)
+    command(job.command, arguments)
     figures, draws = collect(job.command, folder, run.figure, job.alone)
     figures["wall_s"] = round(time.monotonic() - begin, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
