@@ -54,7 +54,9 @@ class Running:
 class Plan(Protocol):
     """What is to be run."""
 
-    tasks: Mapping[str, Task]
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks of its runs, by name."""
 
     def jobs(self, records: Mapping[str, Record]) -> Iterable[Job]:
         """All runs that are known by now, each after what it needs, from the records of the finished ones by key."""
