@@ -9,7 +9,7 @@ from torch import Tensor
 def cka(one: Tensor, other: Tensor) -> float:
     """Linear centred kernel alignment of states of the same frames, ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖) of centred X and Y.
 
-    It is equation 4 of Kornblith et al. 2019, arXiv:1905.00414, with linear kernels: 1 for states that differ by a rotation, a
+    It is that of Kornblith et al. 2019, arXiv:1905.00414, with linear kernels: 1 for states that differ by a rotation, a
     factor and a shift, 0 for states that share no direction of variance.
 
     Args:
