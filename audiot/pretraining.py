@@ -155,6 +155,11 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         source = self.objective.source(self.model, clean, lengths, tokens if heard is clean else None)
         return tokens, num_tokens.to(tokens.device, non_blocking=True), batch["keys"], valid, source
 
+    def frames(self, batch: Batch) -> int:
+        """Number of spectrogram frames in a batch, without padding."""
+        features = self.model.features
+        return int(features.num_tokens(batch["lengths"]).sum()) * features.stack
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the objective."""
         return self.weighted(self.step_loss(*self.inputs(batch)), batch_idx)

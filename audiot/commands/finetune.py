@@ -43,7 +43,9 @@ from audiot.runs import (
     write_config,
 )
 from audiot.training.averaging import hand_over_average
+from audiot.training.callbacks import Throughput
 from audiot.training.early_stopping import stopped_early
+from audiot.training.exhibits import show_picture
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.store import store_of
 from audiot.training.trainer import make_trainer
@@ -189,6 +191,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     score = store.best_score if store and best else trainer.callback_metrics.get(f"valid/{task.monitor}")
     if score is None:
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
+    throughput = next((each for each in trainer.callbacks if isinstance(each, Throughput)), None)  # a run of an earlier version
     stopped = stopped_early(trainer)  # before a checkpoint is tested, which brings its own count
     with how_to_go_on(trainer, run):
         metrics = test(trainer, module, source, best)
@@ -206,8 +209,10 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
             "train_utterances": len(data.training_cuts()),
             "classes": len(data.classes),
             "steps": trainer.global_step,
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
         }
         | stopped
+        | (throughput.costs(trainer.strategy.root_device) if throughput else {})
     )
     weights = module.layers.weights()
     if weights is not None:
@@ -229,6 +234,9 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
                 states = [str(state) for state in module.layers.chosen]
                 plot_layer_weights(weights.tolist(), states, title, run / "layer_weights.png")
                 files.append("layer_weights.png")
+        for picture in (name for name in files if name.endswith(".png")):
+            with failures.noted(f"{picture} in the loggers"):
+                show_picture(trainer.loggers, run / picture, trainer.global_step)
         say(describe(metrics, run, files))
         failures.tell(cfg.debug)
     return metrics

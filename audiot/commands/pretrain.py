@@ -259,26 +259,18 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, {module.monitor} is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
     throughput = next(callback for callback in work.callbacks if isinstance(callback, Throughput))
-    device = trainer.strategy.root_device
-    on_device = {} if device.type != "cuda" else {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)}
-    if throughput.energy_wh is not None:
-        on_device["energy_wh"] = round(throughput.energy_wh, 3)
     return (
         {name: value for name, value in validation.items() if name.startswith("pretrain/")}
         | work.targets
         | {
             "monitor": module.monitor,
-            "frames_per_s": round(throughput.average),
-            "data_wait": round(throughput.data_wait, 4),
-            "first_step_s": round(throughput.first_step_s, 1),
-            "train_s": round(throughput.total_s, 1),
+            **throughput.costs(trainer.strategy.root_device),
             "precision": trainer.precision,
             "parameters": parameters,
             "steps": trainer.global_step,
             "resumed_step": module.trained_steps,
         }
         | stopped_early(trainer)
-        | on_device
     )
 
 

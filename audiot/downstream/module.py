@@ -104,6 +104,11 @@ class DownstreamModule(WeightedSteps, Saved):
         picked, lengths = self.picked_states(batch)
         return self.head(self.layers(picked), lengths), lengths * self.stack
 
+    def frames(self, batch: Batch) -> int:
+        """Number of spectrogram frames in a batch, without padding."""
+        lengths = batch["lengths"] if "hidden" in batch else self.upstream.features.num_tokens(batch["lengths"])
+        return int(lengths.sum()) * self.stack
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the objective."""
         outputs, lengths = self(batch)

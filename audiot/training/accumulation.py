@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from audiot.attention import AttentionMechanism, mechanisms
 from audiot.base.private import scale
+from audiot.data.batches import Batch
 from audiot.training.fsdp import full_tensor, local_part
 from audiot.training.optimization import skip_step
 
@@ -58,6 +59,10 @@ class WeightedSteps(pl.LightningModule):
     @abstractmethod
     def sample_rate(self) -> int:
         """Samples per second of the waveforms."""
+
+    @abstractmethod
+    def frames(self, batch: Batch) -> int:
+        """Number of spectrogram frames in a batch, without padding."""
 
     @abstractmethod
     def log_loss(self, loss: Tensor) -> None:

@@ -124,6 +124,8 @@ class Throughput(Callback):
         self._counter = energy_counter(pl_module.device) if trainer.world_size == 1 else None
         if self._counter is None:
             self.joules = None
+        if pl_module.device.type == "cuda":  # an earlier run of this process may have needed more
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start()
 
     def _start(self) -> None:
@@ -169,9 +171,8 @@ class Throughput(Callback):
             self._start()
             self._start_energy()
             return
-        features = pl_module.model.features  # type: ignore[union-attr]
-        tokens = features.num_tokens(batch["lengths"]).sum()  # type: ignore[union-attr, operator]
-        self.frames += int(tokens * features.stack) * trainer.world_size  # type: ignore[union-attr, operator]
+        assert isinstance(pl_module, WeightedSteps)
+        self.frames += pl_module.frames(batch) * trainer.world_size
         self._ended, self.last = self._now(pl_module), time.monotonic()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rate, waited = self._count()
@@ -236,6 +237,20 @@ class Throughput(Callback):
     def energy_wh(self) -> float | None:
         """Energy of the whole training in watt-hours; None where it was not counted."""
         return None if self.joules is None else self.joules / 3600
+
+    def costs(self, device: torch.device) -> dict[str, float]:
+        """What the whole training has cost: speed, time, and on a GPU its peak of memory, and its energy where it tells."""
+        costs: dict[str, float] = {
+            "frames_per_s": round(self.average),
+            "data_wait": round(self.data_wait, 4),
+            "first_step_s": round(self.first_step_s, 1),
+            "train_s": round(self.total_s, 1),
+        }
+        if device.type == "cuda":
+            costs["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        if self.energy_wh is not None:
+            costs["energy_wh"] = round(self.energy_wh, 3)
+        return costs
 
     @property
     def data_wait(self) -> float:
