@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_module
 from test_cli import DATA, REPOSITORY, read, run, succeed
 
-from audiot.checkpoint import AudioEncoder, save_encoder
+from audiot.checkpoint import AudioEncoder, load_encoder, save_encoder
 from audiot.commands.evaluate import evaluate_downstream
 from audiot.commands.finetune import finetune
 from audiot.commands.rerun import SPEED
@@ -113,6 +113,8 @@ def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
         if name not in ("test/macro_f1", "test/min_dcf"):  # may lie elsewhere in tests of few utterances
             assert low <= found[name] <= high
     assert found["classes"] > 1
+    assert found["frames_per_s"] > 0
+    assert found["parameters"] > sum(parameter.numel() for parameter in load_encoder(made.encoder).parameters())
     assert {path.name for path in folder.glob("*.csv")} | {path.name for path in folder.glob("*.png")} == files
     assert all(name in caplog.messages[-1] for name in files)
     rows = table(folder / ("trials.csv" if "trials.csv" in files else "per_utterance.csv"))
@@ -165,6 +167,15 @@ def test_comparing_features_with_themselves_is_refused_before_training(made, tmp
         "audiot: error: compare=true sets an encoder beside features and itself untrained: choose another upstream"
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_loggers_get_the_pictures_of_a_task(made, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = [*SHORT[:-1], "logger=tensorboard", f"upstream.path={made.encoder}"]
+    succeed("finetune", *given, f"hydra.run.dir={tmp_path / 'run'}")
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [image.step for image in found.Images("confusion")] == [2]
 
 
 def test_fine_tuning_the_top_layer_is_a_setting(made, tmp_path):

@@ -191,8 +191,9 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     score = store.best_score if store and best else trainer.callback_metrics.get(f"valid/{task.monitor}")
     if score is None:
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
-    throughput = next((each for each in trainer.callbacks if isinstance(each, Throughput)), None)  # a run of an earlier version
-    stopped = stopped_early(trainer)  # before a checkpoint is tested, which brings its own count
+    # Before a checkpoint is tested, which brings its own counts. A run of an earlier version counts no costs.
+    stopped = stopped_early(trainer)
+    costs = next((each.costs(trainer.strategy.root_device) for each in trainer.callbacks if isinstance(each, Throughput)), {})
     with how_to_go_on(trainer, run):
         metrics = test(trainer, module, source, best)
     resampled = resampling.intervals(module.objective.measured(), metrics)
@@ -212,7 +213,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
         }
         | stopped
-        | (throughput.costs(trainer.strategy.root_device) if throughput else {})
+        | costs
     )
     weights = module.layers.weights()
     if weights is not None:

@@ -233,3 +233,15 @@ def test_a_features_upstream_can_be_cached(tiny, demo_corpus):
             torch.testing.assert_close(scores[row, :count], expected[number, :count], rtol=1e-4, atol=1e-5)
             row += 1
     assert row == len(scores)
+
+
+def test_kept_states_count_the_frames_that_were_spoken(tiny, upstream, demo_corpus):
+    source = data(demo_corpus, upstream)
+    model = module(tiny, upstream, source.classes, "phone", "last")
+    waveforms = next(iter(source.ordered_loader("valid")))
+    states = CachedStates(source, model.upstream, CPU, layers=model.layers, batch_size=len(waveforms["lengths"]))
+    kept = next(iter(states.val_dataloader()))
+    spoken = sum(((length - 400) // 160 + 1) // 3 * 3 for length in waveforms["lengths"].tolist())  # 25 ms every 10 ms, by threes
+    assert model.frames(waveforms) == spoken
+    assert set(kept["ids"]) == set(waveforms["ids"])
+    assert model.frames(kept) == spoken
