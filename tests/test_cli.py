@@ -464,6 +464,7 @@ def test_a_signal_to_all_processes_saves_a_checkpoint_and_prints_the_command_tha
     assert read(folder / "summary.json")["steps"] == step + 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
     folder, names = tmp_path / "run", ["probe/phone/encoder", "probe/phone/random"]
     without_probes(made, folder, [], names)

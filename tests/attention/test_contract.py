@@ -90,7 +90,16 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "overrides"), cases(*COMPILED))
+OF_A_KIND = [name for name in names() if name.startswith("alsh_")][1:]  # each differs from the first in how it transforms frames
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if case.values[1] or case.values[0] in OF_A_KIND else [])
+        for case in cases(*COMPILED)
+    ],
+)
 def test_compiles_without_graph_breaks_and_a_few_times_for_all_lengths(name, overrides):
     if "lsh" in name:
         overrides = {"num_bits": 16, **overrides}  # a step of the graph for every bit
