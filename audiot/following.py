@@ -23,12 +23,14 @@ from audiot.base.quoting import Value, argument, path, quoted
 from audiot.data.labels import survey
 from audiot.data.opening import corpus_folder
 from audiot.data.prepare import ROLES, PreparedCorpus
+from audiot.data.shards import manifest_of
 from audiot.runs import choices, has_config, run_config, run_overrides, written_config
 
 CARRIED = re.compile(r"[+~]*(data[=.]|data_dir=|hydra\.searchpath=)")
 RATE = 16000  # Hz, the default sample rate of a prepared corpus
 SLOTS = ("action", "object", "location")  # of downstream=intent
 Task = list[tuple[str, Value]]
+MOST_LOOKED_AT = 100_000  # utterances in shards whose labels are read to suggest a task
 DEMO_TASK: Task = [("downstream", "phone_linear")]
 
 
@@ -116,6 +118,8 @@ def fitting_task(corpus: PreparedCorpus, settings: DictConfig) -> Task | None:
         corpus: Prepared corpus.
         settings: Config of a run. Its front end tells how many frames a transcript may use.
     """
+    if corpus.is_sharded and sum(corpus.counts.values()) > MOST_LOOKED_AT:  # their labels would be fetched for a suggestion
+        return None
     if _has_phones(corpus):
         return [("downstream", "phone_linear")]
     fields = list(_fields(corpus.directory, corpus.split_for("pretrain", "train")))
@@ -156,7 +160,7 @@ def _plain(cfg: DictConfig, name: str) -> Any:
 
 def _lines(directory: Path, split: str) -> Iterator[dict[str, Any]]:
     """The cuts of a prepared split as plain dicts. Making Lhotse objects of them would take ten times as long."""
-    with gzip.open(directory / f"{split}.jsonl.gz", "rb") as stream:
+    with gzip.open(manifest_of(directory, split), "rb") as stream:
         yield from map(json.loads, stream)
 
 

@@ -52,7 +52,13 @@ def command_of(group, option):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_option_of_every_group_composes_and_resolves(choice):
     group, option = choice.rsplit("/", 1)
-    given = {"data/folder": ["data.root=audio"], "data/manifest": ["data.train=train.jsonl"]}.get(choice, [])
+    needed = {
+        "folder": ["data.root=audio"],
+        "manifest": ["data.train=train.jsonl"],
+        "shar": ["data.root=shards"],
+        "webdataset": ["data.root=shards"],
+    }
+    given = needed.get(option, []) if group == "data" else []
     given += ["upstream.path=encoder"] if group == "upstream" and "path: ???" in (CONF / f"{choice}.yaml").read_text() else []
     path = ["upstream.path=encoder"] if group in ("downstream", "experiment") and command_of(group, option) == "finetune" else []
     given += ["attention=lsh_simple"] if group == "attention/search" else []
@@ -69,7 +75,7 @@ NOT_BUILT = ("logger/wandb", "logger/mlflow", "data/festvox", "data/manifest")
 @pytest.mark.parametrize("choice", [each for each in CHOICES if each.startswith(BUILT) and each not in NOT_BUILT])
 def test_the_parts_of_an_option_are_built(choice, tmp_path):
     group, option = choice.split("/")
-    given = [f"data.root={tmp_path}"] if choice == "data/folder" else []
+    given = [f"data.root={tmp_path}"] if choice in ("data/folder", "data/shar", "data/webdataset") else []
     given += ["upstream.path=encoder"] if command_of(group, option) == "finetune" else []
     cfg = compose(command_of(group, option), [f"{group}={option}", *given, f"run_dir={tmp_path}", f"data_dir={tmp_path}"])
     chosen = {"part": cfg.data.corpus} if group == "data" else cfg[group]

@@ -29,7 +29,7 @@ from audiot.benchmark.settings import check_counts, check_known, check_seconds, 
 from audiot.data.batches import Batch, crop_lengths, to_device
 from audiot.data.datamodule import SpeechDataModule, useful_workers
 from audiot.data.manifests import Manifests
-from audiot.data.opening import data_options, open_corpus
+from audiot.data.opening import NO_RESULT, data_options, open_corpus
 from audiot.data.prepare import PreparedCorpus, prepare
 from audiot.features import Features
 from audiot.following import same_data
@@ -168,6 +168,7 @@ class DataBenchmark:
             raise ValueError(f"data={data.name} has no split {split!r} to pre-train on: it has {', '.join(corpus.splits)}")
         some = Manifests({"train": CutSet.from_cuts(islice(corpus.splits[split], self.prepare_utterances))})
         settings: dict[str, Any] = OmegaConf.to_container(data.prepare, resolve=True)  # type: ignore[assignment]
+        settings = {name: value for name, value in settings.items() if name not in NO_RESULT}
         settings |= {"num_jobs": 1, "copy": True, "progress": False}
         taken = []
         for _ in range(self.rounds):

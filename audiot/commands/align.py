@@ -48,6 +48,7 @@ def main(cfg: DictConfig) -> None:
     classifier = load_classifier(run, cfg.device, cfg.trusted)
     labels = token_labels(run, classifier, cfg.lexicon, cfg.trusted)
     corpus = open_corpus(cfg)
+    corpus.check_files("alignment writes manifests of")
     if corpus.sample_rate != classifier.sample_rate:
         raise ValueError(
             f"the corpus is at {corpus.sample_rate} Hz and the model of run={run} at {classifier.sample_rate} Hz: "

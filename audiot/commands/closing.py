@@ -58,6 +58,7 @@ def report(run: Path) -> str:
                 "throughput": f"{summary['frames_per_s']:,} frames/s, {summary['steps']} steps, "
                 f"{summary['parameters'] / 1e6:.2f} M parameters, {summary['wall_s']:.0f} s {since}"
                 + (f", {summary['first_step_s']:.0f} s to the first step" if summary.get("first_step_s", 0) >= 5 else ""),
+                **({"data": f"{summary['read_gb']:.3g} GB read from shards, {since}"} if "read_gb" in summary else {}),
                 **stop_line(summary),
             }
         ),

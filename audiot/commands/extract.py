@@ -20,12 +20,14 @@ from audiot.base.devices import find_device
 from audiot.base.files import name_text, printable
 from audiot.base.framing import middles
 from audiot.base.private import compile_error
+from audiot.base.quoting import argument
 from audiot.checkpoint import DTYPES
 from audiot.commands.upstreams import open_upstream
 from audiot.data.audio import AudioFile, BadAudioError, audio_files
 from audiot.data.corpora.manifest import SAFE_SOURCES, ManifestCorpus
 from audiot.data.datamodule import PreparedPieces
 from audiot.data.prepare import PreparedCorpus
+from audiot.data.shards import INDEX
 from audiot.downstream.upstream import EncoderUpstream, Upstream
 from audiot.extraction.extract import Extractor, Utterance, data_digest, num_frames, plan, total_seconds, usable, write_index
 from audiot.extraction.states import FORMAT_VERSION, Failures, States, claim, is_done, shard_failures, shard_path, stored
@@ -131,6 +133,9 @@ def find_utterances(names: Sequence[str], failures: Failures, sources: Sequence[
             corpus.check_audio()
             # Splits may share utterances, which are then the same.
             own = list({utterance.id: utterance for split in corpus.counts for utterance in _prepared(path, split)}.values())
+        elif (path / INDEX).is_file():
+            opens = " ".join(["audiot prepare data=shar", argument("data.root", name)])
+            raise ValueError(f"{name} holds shards: {opens} prints the folder to name here")
         elif name.endswith((".jsonl", ".jsonl.gz")):
             split = path.name.split(".jsonl")[0]
             prepared = (path.parent / "corpus.json").is_file() and split in PreparedCorpus.load(path.parent).counts
@@ -149,7 +154,7 @@ def find_utterances(names: Sequence[str], failures: Failures, sources: Sequence[
 
 def _prepared(directory: Path, split: str) -> Iterator[Utterance]:
     for piece in PreparedPieces(directory, split):
-        yield Utterance(piece.id, piece.path, piece.num_samples, piece.sampling_rate, prepared=True)
+        yield Utterance(piece.id, piece if piece.in_shard else piece.path, piece.num_samples, piece.sampling_rate, prepared=True)
 
 
 def _listed(path: Path, failures: Failures, sources: Sequence[str]) -> Iterator[Utterance]:

@@ -15,7 +15,7 @@ from audiot.base.config import plain
 from audiot.base.console import say, table
 from audiot.base.failures import Failures
 from audiot.base.files import write_json
-from audiot.base.quoting import path
+from audiot.base.quoting import argument, path
 from audiot.commands.closing import stop_line
 from audiot.commands.compare import bracket, cell, is_rate, write_comparison
 from audiot.commands.environment import note_environment
@@ -77,6 +77,9 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     metrics = finetune(cfg, resumed)
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
+    if corpus.is_sharded:  # which has no files to predict
+        say(f"next:   audiot evaluate {argument('run', cfg.run_dir)}")
+        return metrics[f"valid/{cfg.downstream.monitor}"]
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
     if (Path(cfg.run_dir) / BEST).is_file():  # not after trainer.fast_dev_run
         trust = [f"--trust {name}" for name in cfg.upstream.get("trusted", []) if name != "audiot"]
@@ -193,7 +196,8 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         raise ValueError("training ended before its first validation: lower trainer.val_check_interval, or train longer")
     # Before a checkpoint is tested, which brings its own counts. A run of an earlier version counts no costs.
     stopped = stopped_early(trainer)
-    costs = next((each.costs(trainer.strategy.root_device) for each in trainer.callbacks if isinstance(each, Throughput)), {})
+    counted = [each for each in trainer.callbacks if isinstance(each, Throughput)]  # type: ignore[attr-defined]
+    costs = counted[0].costs(trainer.strategy.root_device) if counted else {}
     with how_to_go_on(trainer, run):
         metrics = test(trainer, module, source, best)
     resampled = resampling.intervals(module.objective.measured(), metrics)

@@ -259,6 +259,10 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
     if not math.isfinite(loss):
         raise ValueError(f"training diverged, {module.monitor} is {loss}: lower optimizer.lr={work.cfg.optimizer.lr}")
     throughput = next(callback for callback in work.callbacks if isinstance(callback, Throughput))
+    reading = {}
+    if work.data.corpus.is_sharded:
+        read = torch.tensor(float(work.data.bytes_read), device=trainer.strategy.root_device)
+        reading["read_gb"] = round(float(trainer.strategy.reduce(read, reduce_op="sum")) / 1e9, 6)
     return (
         {name: value for name, value in validation.items() if name.startswith("pretrain/")}
         | work.targets
@@ -271,6 +275,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             "resumed_step": module.trained_steps,
         }
         | stopped_early(trainer)
+        | reading
     )
 
 

@@ -40,7 +40,7 @@ from audiot.runs import (
 from audiot.training.saved import read_checkpoint
 
 # Figures of how it went, not of what came out.
-SPEED = ("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "peak_gib", "energy_wh", "resumed_step")
+SPEED = ("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "peak_gib", "energy_wh", "read_gb", "resumed_step")
 NAMED = 6  # differences that a line names
 
 

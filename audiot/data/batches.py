@@ -12,7 +12,7 @@ from functools import cache
 from itertools import islice
 from multiprocessing.util import Finalize
 from threading import current_thread, main_thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import soundfile
@@ -31,6 +31,7 @@ from audiot.base.private import shared_storage, worker_processes
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, speaker_of
+from audiot.data.shards import decode_member, member_size, read_members
 from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
@@ -54,6 +55,12 @@ class Piece(NamedTuple):
     num_samples: int
     sampling_rate: int
     cut: Cut | None = None  # a cut that only Lhotse can read; ``begin`` counts from its start
+    in_shard: bool = False  # whether ``path`` is a place in a shard (see `audiot.data.shards`)
+
+    @property
+    def duration(self) -> float:
+        """Duration in seconds."""
+        return self.num_samples / self.sampling_rate
 
     @classmethod
     def of(cls, cut: Cut | Piece) -> Piece:
@@ -66,6 +73,9 @@ class Piece(NamedTuple):
             if source.type == "file" and source.channels == [cut.channel] and source.source.lower().endswith((".wav", ".flac")):
                 begin = compute_num_samples(cut.start, cut.sampling_rate)
                 return cls(cut.id, source.source, begin, cut.num_samples, cut.sampling_rate)
+            if source.type == "shar":
+                begin = compute_num_samples(cut.start, cut.sampling_rate)
+                return cls(cut.id, source.source, begin, cut.num_samples, cut.sampling_rate, in_shard=True)
             if source.type not in (
                 "file",
                 "memory",
@@ -73,12 +83,20 @@ class Piece(NamedTuple):
                 raise ValueError(f"the cut {cut.id} has a source of the kind {source.type!r}: no corpus that audiot prepared has")
         return cls(cut.id, "", 0, cut.num_samples, cut.sampling_rate, cut)
 
-    def read(self, out: np.ndarray) -> np.ndarray:
+    def read(self, out: np.ndarray, data: bytes | None = None) -> np.ndarray:
         """Samples (num_samples,). A 16-bit file is read into ``out`` (int16), any other kind into a new float32 array.
+
+        Args:
+            out: Room for samples (num_samples,).
+            data: Content of the file, of a piece in a shard.
 
         Raises:
             AudioLoadingError: the file is gone or has changed.
+            StorageError: audio in a shard can't be read, or is damaged.
         """
+        if self.in_shard:
+            (data,) = [data] if data is not None else read_members([self.path])
+            return decode_member(self.path, data, self.begin, self.num_samples, self.sampling_rate, out)
         if self.cut is not None:
             cut, rate = self.cut, self.sampling_rate
             if self.num_samples < cut.num_samples:
@@ -102,11 +120,24 @@ class Piece(NamedTuple):
             raise self._failed(f"found {self.begin + count} samples, expected {self.begin + self.num_samples}")
         return samples
 
+    def floats(self) -> np.ndarray:
+        """Samples (num_samples,) in float32. Errors are those of `read`."""
+        samples = self.read(np.empty(self.num_samples, np.int16))
+        return samples * np.float32(SCALE) if samples.dtype == np.int16 else samples
+
     def _failed(self, details: str) -> AudioLoadingError:
         return AudioLoadingError(f"Reading audio from '{self.path}' failed. Details: {details}")
 
 
 Item = tuple[tuple[int, int], Sequence[Piece] | CutSet]
+
+
+@runtime_checkable
+class Shuffled(Protocol):
+    """What is streamed from shards in a random order of the shards."""
+
+    def shuffled(self, seed: int) -> Iterable[Any]:
+        """The same, in the order that a seed gives."""
 
 
 def crop_lengths(features: Features, crop_s: float | None, num_lengths: int | None) -> list[int] | None:
@@ -208,7 +239,7 @@ class BatchStream(Sampler[Item]):
         self.start = start
 
     def _similar_durations(self, epoch: int) -> Iterator[CutSet]:
-        cuts = self.cuts
+        cuts = self._in_order(epoch)
         assert isinstance(cuts, CutSet)
         held = not cuts.is_lazy
         num_buckets = min(self.num_buckets, len(cuts)) if held else self.num_buckets  # at most one bucket per cut
@@ -235,6 +266,14 @@ class BatchStream(Sampler[Item]):
         sampler.set_epoch(epoch)
         for batch in sampler:
             yield from self._within_seconds(batch)
+
+    def _in_order(self, epoch: int) -> CutSet | Iterable[Piece]:
+        """The cuts of an epoch. Those in shards come shard by shard, in training in another order of the shards each epoch."""
+        source = self.cuts.data if isinstance(self.cuts, CutSet) else self.cuts
+        if not self.training or not isinstance(source, Shuffled):
+            return self.cuts
+        shuffled = source.shuffled(key("shards", self.seed, epoch))
+        return CutSet(shuffled) if isinstance(self.cuts, CutSet) else shuffled
 
     def _within_seconds(self, batch: CutSet) -> Iterator[CutSet]:
         """The batch, or two if it has too many seconds: Lhotse takes the last cut as no longer than those before it."""
@@ -263,7 +302,7 @@ class BatchStream(Sampler[Item]):
         A manifest in memory is shuffled as a whole. A streamed one is shuffled within windows: for each cut taken from a window,
         one cut of the next window is read.
         """
-        source = iter(self.cuts)
+        source = iter(self._in_order(epoch))
         held = isinstance(self.cuts, Sequence) or (isinstance(self.cuts, CutSet) and not self.cuts.is_lazy)
         size = len(self.cuts) if held else WINDOW  # type: ignore[arg-type]
         window, number = list(islice(source, size)), 0
@@ -321,7 +360,8 @@ class SpeechDataset(Dataset[Batch]):
 
     A batch is a dict: ``waveforms`` (B, N), zero-padded, int16 if all files have 16 bits, else float32 (`to_device` makes equal
     floats of both); ``lengths`` (B,) in samples; ``keys`` (B,) of the utterances' random numbers; ``ids``; ``position`` (epoch,
-    batch). With labels also ``labels`` (B,) or (B, …) padded with ``IGNORED``, and ``speakers`` (None where a cut has not one).
+    batch); ``bytes_read`` where audio comes from shards. With labels also ``labels`` (B,) or (B, …) padded with ``IGNORED``, and
+    ``speakers`` (None where a cut has not one).
 
     Args:
         seed: Seed of the random keys; None derives keys from the cut alone (validation).
@@ -347,6 +387,8 @@ class SpeechDataset(Dataset[Batch]):
             "ids": [piece.id for piece in pieces],
             "position": position,
         }
+        if any(piece.in_shard for piece in pieces):
+            batch["bytes_read"] = sum(member_size(piece.path) for piece in pieces if piece.in_shard)
         if self.labels is not None:
             assert isinstance(cuts, CutSet)
             batch["labels"] = shared(self.labels.collate([self.labels.encode(cut, self.index) for cut in cuts]))
@@ -359,12 +401,14 @@ def load(pieces: Sequence[Piece]) -> Tensor:
 
     Raises:
         AudioLoadingError: a file is gone or has changed.
+        StorageError: audio in a shard can't be read, or is damaged.
     """
     waveforms = _shared(len(pieces), max(piece.num_samples for piece in pieces))
     floats: dict[int, np.ndarray] = {}
+    contents = iter(read_members([piece.path for piece in pieces if piece.in_shard]))
     for row, piece in enumerate(pieces):
         out = waveforms[row, : piece.num_samples].numpy()
-        samples = piece.read(out)
+        samples = piece.read(out, next(contents) if piece.in_shard else None)
         if samples is not out:
             floats[row] = samples
         waveforms[row, piece.num_samples :] = 0

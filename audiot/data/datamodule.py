@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cache, lru_cache
 from math import ceil
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lhotse import CutSet
+from lhotse import AudioSource, CutSet, Recording
+from lhotse.cut import Cut, MonoCut
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from audiot.base.streams import key
+from audiot.base.streams import bits, key
 from audiot.data.batches import AHEAD, Batch, BatchStream, Piece, SpeechDataset, first_batches, make_loader, to_device
 from audiot.data.labels import Labels, survey
 from audiot.data.prepare import PreparedCorpus, usable_cores
+from audiot.data.shards import Index, Shards, is_sharded, open_shards
 from audiot.data.shared_memory import check_room
 
 log = logging.getLogger("audiot")
@@ -40,7 +43,8 @@ def open_cuts(directory: Path, split: str, supervisions: bool = True, content: s
         content: Digest of the corpus, its ``content``. With another digest the folder is read again.
     """
     corpus = PreparedCorpus.load(directory)
-    cuts = corpus.cuts(split)
+    from_index = is_sharded(directory) and not supervisions
+    cuts = CutSet(ShardCuts(ShardPieces(directory, split))) if from_index else corpus.cuts(split)
     if not supervisions:  # crops would copy them, and workers would be sent them
         cuts = cuts.drop_supervisions()
     return cuts.to_eager() if corpus.counts[split] <= EAGER_CUTS else cuts
@@ -54,6 +58,9 @@ class PreparedPieces:
         self.split = split
 
     def __iter__(self) -> Iterator[Piece]:
+        if is_sharded(self.directory):
+            yield from ShardPieces(self.directory, self.split)
+            return
         with gzip.open(self.directory / f"{self.split}.jsonl.gz", "rb") as stream:
             for line in stream:
                 recording = json.loads(line)["recording"]  # a prepared cut is its whole recording
@@ -61,9 +68,76 @@ class PreparedPieces:
                 yield Piece(recording["id"], path, 0, recording["num_samples"], recording["sampling_rate"])
 
 
+class ShardPieces:
+    """Utterances of a split that lie in shards, as pieces, shard by shard.
+
+    Args:
+        directory: Folder of the opened corpus.
+        split: Name of the split.
+        seed: Seed of the order of the shards; None keeps theirs.
+    """
+
+    def __init__(self, directory: Path, split: str, seed: int | None = None) -> None:
+        self.shards = open_shards(directory.absolute())
+        self.index = open_index(directory.absolute(), self.shards)
+        self.split = split
+        self.seed = seed
+
+    def shuffled(self, seed: int) -> ShardPieces:
+        """The same pieces with the shards in another order."""
+        found = copy(self)
+        found.seed = seed
+        return found
+
+    def __iter__(self) -> Iterator[Piece]:
+        numbers, bounds = self.index.splits[self.split], self.index.shards(self.split)
+        paths = [f"{self.shards.folder}/{file.name}" for file in self.shards.recordings]
+        order = torch.arange(len(bounds) - 1)
+        if self.seed is not None:
+            order = bits(torch.tensor([self.seed]), len(order))[0].argsort()
+        for place in order.tolist():
+            for name, path, num_samples in self.index.rows(numbers[bounds[place] : bounds[place + 1]], paths):
+                yield Piece(name, path, 0, num_samples, self.shards.sample_rate, in_shard=True)
+
+
+class ShardCuts:
+    """Pieces as Lhotse cuts without labels.
+
+    Args:
+        pieces: Pieces that cover whole utterances.
+    """
+
+    def __init__(self, pieces: ShardPieces) -> None:
+        self.pieces = pieces
+
+    def shuffled(self, seed: int) -> ShardCuts:
+        """The same cuts with the shards in another order."""
+        return ShardCuts(self.pieces.shuffled(seed))
+
+    def __iter__(self) -> Iterator[Cut]:
+        return map(as_cut, self.pieces)
+
+
+def as_cut(piece: Cut | Piece) -> Cut:
+    """A whole utterance in a shard as a Lhotse cut without labels; a cut as it is."""
+    if not isinstance(piece, Piece):
+        return piece
+    source = AudioSource("shar", [0], piece.path)
+    recording = Recording(piece.id, [source], piece.sampling_rate, piece.num_samples, piece.duration, channel_ids=[0])
+    return MonoCut(piece.id, 0.0, piece.duration, 0, recording=recording)
+
+
+@lru_cache(maxsize=2)
+def open_index(directory: Path, shards: Shards) -> Index:
+    """The index of an opened corpus, read once in a process."""
+    return shards.index()
+
+
 @lru_cache(maxsize=8)
 def open_pieces(directory: Path, split: str, content: str | None = None) -> Iterable[Piece]:
     """Like `open_cuts`, without labels."""
+    if is_sharded(directory):
+        return ShardPieces(directory, split)
     pieces = PreparedPieces(directory, split)
     return list(pieces) if PreparedCorpus.load(directory).counts[split] <= EAGER_CUTS else pieces
 
@@ -92,6 +166,7 @@ class EndlessData(pl.LightningDataModule):
     """
 
     next_batch = (0, 0)  # epoch at which training continues, and batches to leave out from its start
+    bytes_read = 0  # from shards, for the batches that this process has used
 
     def consumed(self, batch: Batch) -> None:
         """Note that training has used ``batch`` and the other ranks have used the batches of the same turn.
@@ -99,6 +174,7 @@ class EndlessData(pl.LightningDataModule):
         The turn may end in the next epoch: then ``next_batch`` counts on from the epoch of this batch.
         """
         epoch, number = batch["position"]
+        self.bytes_read += batch.get("bytes_read", 0)
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self.next_batch = (epoch, number - rank + ranks)
 
@@ -193,6 +269,12 @@ class SpeechDataModule(EndlessData):
         """Cuts of the task's ``train``, ``valid`` or ``test`` split. Without labels they hold only audio."""
         corpus = self.corpus
         return open_cuts(corpus.directory, corpus.split_for(self.task, role), self.labels is not None, corpus.content)
+
+    def _whole(self, role: str) -> Iterable[Cut | Piece]:
+        """The cuts of a role. Of millions in shards without labels, pieces, which are made ten times as fast."""
+        if self.labels is None and self.corpus.is_sharded:
+            return open_pieces(self.corpus.directory, self.corpus.split_for(self.task, role), self.corpus.content)
+        return self.cuts(role)
 
     def training_cuts(self) -> CutSet:
         """Training cuts that ``label_fraction`` keeps."""
@@ -303,22 +385,23 @@ class SpeechDataModule(EndlessData):
     def sample(self, seconds: float, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """Batches of training utterances drawn by the seed until they have so many seconds, the same in every process."""
         chosen, left = set(), seconds
+        whole = self._whole("train")
         for _, number, duration in sorted(
-            (key("sample", self.seed, cut.id), number, cut.duration) for number, cut in enumerate(self.cuts("train"))
+            (key("sample", self.seed, cut.id), number, cut.duration) for number, cut in enumerate(whole)
         ):
             if left <= 0:
                 break
             chosen.add(number)
             left -= duration if self.crop_s is None else min(duration, self.crop_s)
-        cuts = CutSet.from_cuts(cut for number, cut in enumerate(self.cuts("train")) if number in chosen)
+        cuts = CutSet.from_cuts(as_cut(cut) for number, cut in enumerate(whole) if number in chosen)
         for batch in self._loader(cuts, training=False):
             yield to_device(batch, torch.device(device))
 
     def some(self, role: str, count: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """Batches of so many utterances of a role, the same ones whatever the seed; of all where there are fewer."""
-        cuts = self.cuts(role)
+        cuts = self._whole(role)
         chosen = {name for _, name in sorted((key("some", cut.id), cut.id) for cut in cuts)[:count]}
-        for batch in self._loader(CutSet.from_cuts(cut for cut in cuts if cut.id in chosen), training=False):
+        for batch in self._loader(CutSet.from_cuts(as_cut(cut) for cut in cuts if cut.id in chosen), training=False):
             yield to_device(batch, torch.device(device))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

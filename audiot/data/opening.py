@@ -20,6 +20,8 @@ from audiot.base.files import read_json, write_json
 from audiot.data.prepare import PreparedCorpus, prepare
 from audiot.data.sources import Sources, file_digest, places
 
+NO_RESULT = ("num_jobs", "when", "format", "shard_hours")  # settings of a preparation that do not change the prepared folder
+
 
 def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
     """The corpus of ``cfg.data``, prepared on first use. Its folder is named after a digest of its settings and places.
@@ -40,17 +42,21 @@ def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
             f"corpus  {former} was prepared by an earlier audiot, which recorded no sources: preparing it again in "
             f"{folder.name}; delete the old folder when no run needs it"
         )
-    if not (folder / "corpus.json").is_file():
-        instantiate(cfg.data.corpus)  # raises errors of the settings before a folder is made
-    corpus = prepare(
-        lambda: instantiate(cfg.data.corpus).manifests(),
-        folder,
-        sources=lambda: _sources(cfg),
-        settings=settings,
-        num_jobs=cfg.data.prepare.num_jobs,
-        when="check" if run is not None and when == "update" else when,
-        **options,
-    )
+    careful = "check" if run is not None and when == "update" else when
+    if hasattr(get_object(cfg.data.corpus._target_), "open"):  # it is streamed, and needs no preparation
+        corpus = instantiate(cfg.data.corpus).open(folder, settings, careful)
+    else:
+        if not (folder / "corpus.json").is_file():
+            instantiate(cfg.data.corpus)  # raises errors of the settings before a folder is made
+        corpus = prepare(
+            lambda: instantiate(cfg.data.corpus).manifests(),
+            folder,
+            sources=lambda: _sources(cfg),
+            settings=settings,
+            num_jobs=cfg.data.prepare.num_jobs,
+            when=careful,
+            **options,
+        )
     kept = ", kept as it was" if when == "keep" else ""
     count, hours = corpus.utterances, corpus.total_hours
     if count is None or hours is None:
@@ -64,7 +70,7 @@ def open_corpus(cfg: DictConfig, run: Path | None = None) -> PreparedCorpus:
 def corpus_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Folder of the prepared ``cfg.data``, with the settings of the corpus and of its preparation."""
     written, options = plain(cfg.data.corpus), plain(cfg.data.prepare)
-    for name in ("num_jobs", "when"):  # these do not change the result
+    for name in NO_RESULT:
         options.pop(name, None)
     here = places(get_object(written["_target_"]), written)
     folder, former = (_prepared_folder(cfg, settings, options) for settings in (written | here, written))

@@ -42,6 +42,7 @@ from audiot.data.audio import (
     reason,
     resample,
 )
+from audiot.data.shards import is_sharded, located_cuts
 from audiot.data.sources import (
     Difference,
     File,
@@ -447,9 +448,28 @@ class PreparedCorpus:
 
         if split not in self.counts:
             raise ValueError(f"{self.directory} has no split {split!r}: it has {', '.join(self.counts)}")
+        if is_sharded(self.directory):
+            return located_cuts(self.directory, split)
         cuts = CutSet.from_jsonl_lazy(self.directory / f"{split}.jsonl.gz")
         # Absolute paths (of audio that is used in place) are kept.
         return cuts.with_recording_path_prefix(self.directory.absolute())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its audio lies in shards, perhaps of a server, and not in files."""
+        return is_sharded(self.directory)
+
+    def check_files(self, what: str) -> None:
+        """Refuse a corpus in shards.
+
+        Args:
+            what: What needs files, as the begin of a sentence.
+
+        Raises:
+            ValueError: its audio is not in files.
+        """
+        if self.is_sharded:
+            raise ValueError(f"{what} audio files, but {self.directory} has its audio in shards: take the corpus they are of")
 
     def check_audio(self) -> None:
         """Refuse audio that is used in place and has changed since preparation.

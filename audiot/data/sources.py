@@ -82,6 +82,8 @@ def places(corpus: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str
 
 
 def _resolved(place: str | Path) -> str:
+    if "://" in str(place):  # an address
+        return str(place)
     return os.path.realpath(os.path.abspath(place))  # abspath first, so that a/../b is b even if a is a link
 
 

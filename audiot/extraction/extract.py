@@ -23,7 +23,7 @@ from tqdm import tqdm
 from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.files import write_csv
 from audiot.data.audio import AudioFile, BadAudioError, read_audio, resample, resample_checked
-from audiot.data.batches import ignore_signals, shared
+from audiot.data.batches import Piece, ignore_signals, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
 from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
@@ -37,10 +37,10 @@ ALONE_S = 600  # seconds of audio; less than this is read before worker processe
 
 
 class Utterance(NamedTuple):
-    """One utterance to encode: a whole audio file of any format, or a Lhotse cut."""
+    """One utterance to encode: a whole audio file of any format, a Lhotse cut, or audio in a shard."""
 
     id: str
-    source: str | Cut
+    source: str | Cut | Piece
     num_samples: int
     sample_rate: int  # Hz
     prepared: bool = False  # whether preparation has checked the audio already
@@ -56,6 +56,8 @@ class Utterance(NamedTuple):
         Raises:
             BadAudioError: the audio cannot be used. The message is the reason.
         """
+        if isinstance(self.source, Piece):
+            return resample(self.source.floats(), self.sample_rate, sample_rate)
         if not isinstance(self.source, str):
             return resample_checked(read_cut(self.source), self.sample_rate, sample_rate)
         if not self.prepared:

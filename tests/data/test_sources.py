@@ -498,6 +498,8 @@ def test_every_corpus_names_its_places_and_has_sources(name):
         "voxceleb1": {"root", "iden_split", "trials"},
         "fsdd": {"root"},
         "festvox": {"root"},
+        "shar": {"root"},
+        "webdataset": {"root"},
         "fluent_speech_commands": {"root"},
     }
     anything = dict.fromkeys(("root", "labels", "train", "valid", "test", "phones", "phone_train", "phone_test", "trials"), "x")
@@ -616,7 +618,7 @@ def test_a_folder_of_an_earlier_version_is_said_and_kept_apart(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     cfg = config(project, tmp_path / "data")
     caplog.set_level("INFO", "audiot")
-    options = {name: value for name, value in cfg.data.prepare.items() if name not in ("when", "num_jobs")}
+    options = {name: value for name, value in cfg.data.prepare.items() if name not in opening.NO_RESULT}
     former = opening._prepared_folder(cfg, OmegaConf.to_container(cfg.data.corpus), options)
     prepare(lambda: project.corpus().manifests(False), former, progress=False, num_jobs=1)
     opened = opening.open_corpus(cfg)

@@ -132,9 +132,7 @@ class ManifestCorpus:
             raise ValueError(f"{path}:{number}: {detail}") from None
 
     def _lhotse(self, entry: dict[str, Any]) -> Cut:
-        _check_sources(entry, self.kinds)
-        cut = deserialize_item(entry)
-        _check(cut)
+        cut = checked_cut(entry, self.kinds)
         root = self.folder if self.root is None else self.root
         if isinstance(cut, (MonoCut, MultiCut)):
             cut = cut.with_recording_path_prefix(root)
@@ -188,6 +186,22 @@ class ManifestCorpus:
             )
         ]
         return cut
+
+
+def checked_cut(entry: dict[str, Any], kinds: Collection[str]) -> Cut:
+    """The cut of a line, whose fields have the right types.
+
+    Args:
+        entry: The line as a dict.
+        kinds: Kinds of audio sources that it may name.
+
+    Raises:
+        ValueError: a field is wrong, or a source is of another kind. Lhotse may raise other errors for fields that it lacks.
+    """
+    _check_sources(entry, kinds)
+    cut = deserialize_item(entry)
+    _check(cut)
+    return cut
 
 
 def _labels(cut: Cut) -> dict[str, str]:
