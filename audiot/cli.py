@@ -35,6 +35,8 @@ TOOLS = {  # of plain arguments, without a config
     "import-s3prl": "make an encoder of an S3PRL checkpoint",
     "export-s3prl": "write an encoder as an S3PRL checkpoint",
     "export-hf": "write an encoder as a Hugging Face model",
+    "export-onnx": "write a model as ONNX, features included",
+    "export-torch": "write a model as a graph of torch.export, features included",
 }
 USAGE = """usage: audiot COMMAND [group=option …] [key=value …]
        audiot TOOL ARGUMENT …

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from audiot.attention import AttentionMechanism, SelfAttention
 from audiot.base.parts import make
+from audiot.base.tracing import can_be_read
 from audiot.layers import LAYER_NORM_EPS, EncoderLayer, norm_dropout
 from audiot.positions import Positions
 
@@ -248,7 +249,7 @@ def length_mask(lengths: Tensor, num_frames: int, device: torch.device | str | N
     Returns:
         bool (B, T) or None.
     """
-    if lengths.device.type == "cpu" and bool((lengths == num_frames).all()):
+    if can_be_read(lengths) and bool((lengths == num_frames).all()):
         return None
     lengths = lengths.to(device or lengths.device, non_blocking=True)
     return torch.arange(num_frames, device=lengths.device) < lengths[:, None]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audiot.base.tracing import first, for_sine
+
 
 class Positions(nn.Module):
     """Base of all positions: adds nothing and turns nothing.
@@ -96,14 +98,15 @@ class Sinusoid(Positions):
     def forward(self, hidden: Tensor) -> Tensor:
         """Add the sinusoids: (B, T, d) → (B, T, d)."""
         num_frames = hidden.shape[1]
-        table = self.table if num_frames <= len(self.table) else self._table(num_frames).to(hidden.device)
+        is_stored = not torch.compiler.is_exporting() and num_frames <= len(self.table)  # a graph is for all lengths
+        table = self.table if is_stored else self._table(num_frames).to(hidden.device)
         return hidden + table[:num_frames].to(hidden.dtype)
 
     def _table(self, num_frames: int) -> Tensor:
         """scale·(sin, cos, sin, cos, …) of position / 10000^(2i/d), float32 (T, d)."""
         position = torch.arange(num_frames, dtype=torch.float64)[:, None]
         rate = 10000.0 ** -(torch.arange(0, self.embed_dim, 2, dtype=torch.float64) / self.embed_dim)
-        angle = position * rate  # T, d/2
+        angle = for_sine(position * rate)  # T, d/2
         return (self.scale * torch.stack([angle.sin(), angle.cos()], dim=-1)).flatten(1).float()
 
 
@@ -136,7 +139,7 @@ class Learned(Positions):
                 f"sequence has {num_frames} frames but max_frames is {self.max_frames} (learned positions): "
                 "raise max_frames, shorten the sequences (data.crop_s) or set positions=sinusoid"
             )
-        return hidden + self.table[:num_frames].to(hidden.dtype)
+        return hidden + first(self.table, 0, num_frames).to(hidden.dtype)
 
 
 class Rotary(Positions):
@@ -180,15 +183,16 @@ class Rotary(Positions):
 
     def factors(self, num_frames: int, dtype: torch.dtype) -> Tensor:
         """What `turn` multiplies by, (2, T, D), for T frames."""
-        if num_frames <= self.table.shape[1] and dtype == torch.float32:
+        is_stored = not torch.compiler.is_exporting() and num_frames <= self.table.shape[1]  # a graph is for all lengths
+        if is_stored and dtype == torch.float32:
             return self.table[:, :num_frames]
         return self._table(torch.arange(num_frames, dtype=torch.float64, device=self.table.device)).to(dtype)
 
     def _table(self, position: Tensor) -> Tensor:
         """What multiplies each element (cos) and the other one of its pair (−sin, sin): (2, T, D) for positions (T,)."""
         index = torch.arange(0, self.head_dim, 2, device=position.device, dtype=position.dtype)
-        angle = (position[:, None] * self.base ** -(index / self.head_dim)).repeat_interleave(2, dim=1)
-        sign = torch.tensor([-1.0, 1.0], device=position.device, dtype=position.dtype).repeat(self.head_dim // 2)
+        angle = for_sine(position[:, None] * self.base ** -(index / self.head_dim)).repeat_interleave(2, dim=1)
+        sign = torch.tensor([-1.0, 1.0], device=position.device, dtype=angle.dtype).repeat(self.head_dim // 2)
         return torch.stack([angle.cos(), angle.sin() * sign])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rotary:

@@ -29,6 +29,7 @@ ORDER = (  # from the ground up: packages, and the modules at the top of the pac
     "downstream",
     "interop",
     "extraction",
+    "deployment",
     "serving",
     "measures",
     "benchmark",

@@ -36,6 +36,7 @@ print(*sorted(set({heavy!r}) & set(sys.modules)), sep=",")
         (["predict", "--tip", "3"], ""),
         (["extract", "a", "b", "--encoder", "e", "--workers", "-1"], "--workers must be at least 0, found -1"),
         (["export-hf", "--help"], "usage: audiot export-hf"),
+        (["export-onnx", "run", "--opset", "7"], "--opset must be from 18 to 23, found 7"),
         (["list", "attention"], "synthesizer_dense"),
         (["list", "attentoin"], "no config group 'attentoin' (did you mean attention?)"),
     ],

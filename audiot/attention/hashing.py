@@ -120,8 +120,15 @@ def centred(transformed: Transformed, valid: Tensor | None) -> Transformed:
 def project(transformed: Transformed, projections: Tensor) -> Tensor:
     """a_k·[scale·v; extra] for the K columns a_k of each head's projections (H, D + E, K): (B, H, T, K)."""
     size = transformed.vectors.shape[-1]
-    product = torch.einsum("bhtd,hdk->bhtk", transformed.vectors, projections[:, :size])
-    return product * transformed.scale + torch.einsum("bhte,hek->bhtk", transformed.extra, projections[:, size:])
+    product = _products(transformed.vectors, projections[:, :size])
+    return product * transformed.scale + _products(transformed.extra, projections[:, size:])
+
+
+def _products(vectors: Tensor, columns: Tensor) -> Tensor:
+    """(B, H, T, D) times the columns of each head (H, D, K): (B, H, T, K)."""
+    if torch.compiler.is_exporting():  # the other one asks for strides, and the graph would not hold for a single sequence
+        return vectors @ columns
+    return torch.einsum("bhtd,hdk->bhtk", vectors, columns)
 
 
 def srp_code(projected: Tensor) -> Tensor:

@@ -101,4 +101,4 @@ class LocalDenseSynthesizer(AttentionMechanism):
     def dense_choice(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
         """The real frames of the window, bool (B, H, T, T)."""
         near = offsets(hidden.shape[1], hidden.device).abs() <= self.context_width // 2
-        return among_real(near.expand(len(hidden), self.num_heads, -1, -1), valid)
+        return among_real(near.expand(hidden.shape[0], self.num_heads, -1, -1), valid)

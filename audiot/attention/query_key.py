@@ -80,7 +80,7 @@ class SharedQueryKey(QueryKeyMechanism):
 
     def dense_choice(self, query: Tensor, key: Tensor, valid: Tensor | None, positions: Positions) -> Tensor:
         """All real frames but the query's own, bool (B, H, T, T)."""
-        return self._others_first(query, valid).expand(len(query), self.num_heads, -1, -1)
+        return self._others_first(query, valid).expand(query.shape[0], self.num_heads, -1, -1)
 
     def _others_first(self, query: Tensor, valid: Tensor | None) -> Tensor:
         """Real keys other than the query's own frame; the own one where it is the only real frame: (B or 1, 1, T, T)."""

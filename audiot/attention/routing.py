@@ -197,7 +197,7 @@ class Routing(QueryKeyMechanism):
         """Which frames each centroid takes, bool (B, H, C, T)."""
         chosen = self._clusters(frames, valid)[0].long()
         members = torch.zeros((*chosen.shape[:3], frames.shape[-2] + 1), dtype=torch.bool, device=frames.device)
-        return members.scatter(-1, chosen.remainder(frames.shape[-2] + 1), True)[..., :-1]
+        return members.scatter(-1, torch.where(chosen < 0, frames.shape[-2], chosen), True)[..., :-1]
 
     @torch.no_grad()
     def _record(self, frames: Tensor, nearest: Tensor, valid: Tensor | None) -> None:

@@ -206,6 +206,10 @@ class Chunked(Search):
     @torch.no_grad()
     def windows(self, hasher: Hasher, query: Tensor, key: Tensor, valid: Tensor | None) -> Windows:
         """Sort queries and keys by cell, cut the queries into chunks, and find each chunk's keys."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "attention/search=chunked sorts a known number of frames, which a graph has not: attention/search=topk"
+            )
         cell = hasher.all_cells(query, key, valid, self.num_rounds)  # 2, R, B, H, T
         shape, num_frames = cell.shape, cell.shape[-1]
         # Numbers that tell the rows apart as well: one sort of all frames is much faster on a GPU than one per row.

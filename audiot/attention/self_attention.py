@@ -88,6 +88,8 @@ class SelfAttention(nn.Module):
         Raises:
             ValueError: T is beyond the mechanism's limit.
         """
+        if torch.compiler.is_exporting() and not self.training:  # other runtimes have no fused kernels
+            return self.reference(hidden, valid)
         context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs, valid))  # B, H, T, D
         output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))
         return output if valid is None else output * valid[:, :, None]

@@ -69,8 +69,8 @@ class SparseMechanism(QueryKeyMechanism):
         """The real frames of each head's pattern, bool (B, H, T, T)."""
         position = torch.arange(query.shape[2], device=query.device)
         near, far = self.patterns(position[:, None], position)
-        local = torch.arange(self.num_heads, device=query.device) < self.num_local_heads
-        choice = torch.where(local[:, None, None], near, far).expand(len(query), -1, -1, -1)
+        local = (torch.arange(self.num_heads, device=query.device) < self.num_local_heads)[:, None, None]
+        choice = (near & local | far & ~local).expand(query.shape[0], -1, -1, -1)
         return among_real(choice, valid)
 
     @abstractmethod

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism, at_least_one, check_type, fused_attention, key_mask, masked_softmax
+from audiot.base.tracing import first
 
 
 class SynthesizerDense(AttentionMechanism):
@@ -87,7 +88,7 @@ class SynthesizerDense(AttentionMechanism):
             frames = frames.unflatten(-1, (self.num_heads, self.head_dim)).squeeze(1).transpose(1, 2)  # B, H, T, D
         num_frames = frames.shape[2]
         middle = (frames @ self.w1 + self.b1[:, None]).relu()  # B, H, T, b
-        return middle @ self.w2[:, :, :num_frames] + self.b2[:, None, :num_frames]
+        return middle @ first(self.w2, 2, num_frames) + first(self.b2, 1, num_frames)[:, None]
 
     def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
         """Queries (B, H, T, b + 1) and keys (1, H or 1, T, b + 1) whose products are the scores; and no bias."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from audiot.attention.mechanism import at_least_one, fused_attention, key_mask
 from audiot.attention.synthesizer_dense import common_size, widen
 from audiot.attention.table import TableSynthesizer
+from audiot.base.tracing import first
 
 
 class SynthesizerFactorized(TableSynthesizer):
@@ -51,7 +52,7 @@ class SynthesizerFactorized(TableSynthesizer):
 
     def scores(self, num_frames: int) -> Tensor:
         """R₁R₂ᵀ, (H, T, T)."""
-        return self.left[:, :num_frames] @ self.right[:, :num_frames].transpose(1, 2)
+        return first(self.left, 1, num_frames) @ first(self.right, 1, num_frames).transpose(1, 2)
 
     def attend(self, value: Tensor, valid: Tensor | None) -> Tensor:
         """Attend with PyTorch's fused attention."""

@@ -11,6 +11,7 @@ from audiot.attention import folding
 from audiot.attention.mechanism import choose, key_mask, masked_softmax
 from audiot.attention.patterns import NAMES, legacy_patterns, patterns
 from audiot.attention.table import Init, TableSynthesizer, check_floor, floored
+from audiot.base.tracing import first
 
 
 class SynthesizerRandom(TableSynthesizer):
@@ -88,7 +89,7 @@ class SynthesizerRandom(TableSynthesizer):
 
     def scores(self, num_frames: int) -> Tensor:
         """The table for sequences of T frames, R or Δ, (H, T, T)."""
-        return self.table[:, :num_frames, :num_frames]
+        return first(first(self.table, 1, num_frames), 2, num_frames)
 
     def fold(self, scores: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
         """The context (B, H, T, D). With `anchor: length`, the rows of padded frames are zero."""
@@ -183,6 +184,10 @@ class OfLength:
     @staticmethod
     def weights(scores: Tensor, valid: Tensor | None, floor: float) -> Tensor:
         """The dense weights of the changes (B, H, T, T)."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "anchor=length makes the patterns of one utterance after the other, which a graph can't: anchor=max_frames"
+            )
         num_sequences, num_heads, num_frames, _ = scores.shape
         if valid is None:
             valid = torch.ones(num_sequences, num_frames, dtype=torch.bool, device=scores.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from audiot.data.audio import MIN_DURATION_S, SILENCE_DBFS
 from audiot.data.utterances import LOUD_DBFS
 
+OPSETS = range(18, 24)  # of ONNX, that torch.onnx can write
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -241,6 +242,52 @@ def export_hf(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def export_onnx(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot export-onnx``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot export-onnx",
+        description="Write the encoder of a pre-training run, or a fine-tuned model, as an ONNX file with its features inside.",
+    )
+    _exported(parser, "model.onnx")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="weights of eight bits, and the test of the task with them and with float32 (default file: RUN/model-int8.onnx)",
+    )
+    parser.add_argument(
+        "--utterances", type=int, default=1000, metavar="N", help="utterances of the test for --int8, at most (default: 1000)"
+    )
+    first, last = OPSETS[0], OPSETS[-1]
+    parser.add_argument(
+        "--opset", type=int, default=first, metavar="N", help=f"version of the operators, {first} (default) to {last}"
+    )
+    options = parser.parse_args(arguments)
+    if options.opset not in OPSETS:
+        raise ValueError(f"--opset must be from {first} to {last}, found {options.opset}")
+    if options.utterances < 1:
+        raise ValueError(f"--utterances must be at least 1, found {options.utterances}")
+    return options
+
+
+def export_torch(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of ``audiot export-torch``."""
+    parser = argparse.ArgumentParser(
+        prog="audiot export-torch",
+        description="Write the encoder of a pre-training run, or a fine-tuned model, as a graph that PyTorch alone loads.",
+    )
+    _exported(parser, "model.pt2")
+    return parser.parse_args(arguments)
+
+
+def _exported(parser: argparse.ArgumentParser, name: str) -> None:
+    """Arguments of what writes a run's model."""
+    parser.add_argument("run", metavar="RUN", help="folder of a pre-training or fine-tuning run, of a probe, or of an encoder")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"file to write, which is not there yet (default: RUN/{name})")
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="a package of your own heads or mechanisms"
+    )
+
+
 def rerun(arguments: list[str]) -> argparse.Namespace:
     """Arguments of ``audiot rerun``."""
     parser = argparse.ArgumentParser(
@@ -276,4 +323,6 @@ PARSERS: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "import-s3prl": import_s3prl,
     "export-s3prl": export_s3prl,
     "export-hf": export_hf,
+    "export-onnx": export_onnx,
+    "export-torch": export_torch,
 }

@@ -75,6 +75,8 @@ class RecurrentClassifier(nn.Module):
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T · stack, C)."""
+        if torch.compiler.is_exporting():
+            raise ValueError(f"{type(self).__name__} packs the frames of a batch by their lengths, which a graph can't")
         packed = pack_padded_sequence(self.projector(hidden), lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=hidden.shape[1])
         return _unstacked(self.linear(self.dropout(states)), self.stack)

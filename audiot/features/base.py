@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from audiot.base.framing import Count, SpectrogramScale, num_frames
+from audiot.base.tracing import can_be_read, first
 
 MOST_HZ, MOST_POINTS, MOST_CHANNELS = 1_000_000, 2**15, 2**12  # beyond all that features of sound are: a file may say anything
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
@@ -289,7 +290,7 @@ class Features(nn.Module, ABC):
     def _frame_lengths(self, lengths: Tensor, waveforms: Tensor) -> Tensor | None:
         """Frames of each utterance (B,), on the device of the waveforms; None if it is known that no frame is padding."""
         frame_lengths = self.num_frames(lengths)
-        if lengths.device.type == "cpu" and bool((frame_lengths == self.num_frames(waveforms.shape[1])).all()):
+        if can_be_read(lengths) and bool((frame_lengths == self.num_frames(waveforms.shape[1])).all()):
             return None
         return frame_lengths.to(waveforms.device, non_blocking=True)
 
@@ -299,7 +300,7 @@ class Features(nn.Module, ABC):
         if self.level_db is None and not self.center:
             return waveforms
         if lengths is None:
-            lengths = waveforms.new_full((len(waveforms),), waveforms.shape[1], dtype=torch.long)
+            lengths = waveforms.new_full((waveforms.shape[0],), waveforms.shape[1], dtype=torch.long)
         ends = lengths.to(waveforms.device, non_blocking=True)[:, None]
         if self.level_db is not None:
             padded = torch.arange(waveforms.shape[1], device=waveforms.device) >= ends
@@ -352,7 +353,7 @@ class Features(nn.Module, ABC):
 
     def _stack(self, frames: Tensor) -> Tensor:
         num_tokens = frames.shape[1] // self.stack
-        return frames[:, : num_tokens * self.stack].reshape(len(frames), num_tokens, self.output_dim)
+        return first(frames, 1, num_tokens * self.stack).reshape(frames.shape[0], num_tokens, self.output_dim)
 
     def _check(self, waveforms: Tensor, lengths: Tensor | None) -> None:
         if waveforms.dim() != 2 or not waveforms.is_floating_point():
@@ -369,7 +370,7 @@ class Features(nn.Module, ABC):
             raise ValueError(
                 f"lengths must be ({len(waveforms)},) integers, one per waveform, found {tuple(lengths.shape)} {lengths.dtype}"
             )
-        if lengths.device.type != "cpu":  # checking them would wait for the device
+        if not can_be_read(lengths):
             return
         shortest = int(lengths.argmin())
         if int(lengths[shortest]) < self.num_samples(1):
@@ -447,8 +448,24 @@ def scale_gradient(values: Tensor, factor: float) -> Tensor:
 
 def power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
     """Power spectrum: (..., win_length) → (..., n_fft / 2 + 1)."""
+    if torch.compiler.is_exporting():
+        return _power_by_products(windowed, n_fft)
     spectrum = torch.fft.rfft(windowed, n=n_fft)
     return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+
+
+def _power_by_products(windowed: Tensor, n_fft: int) -> Tensor:
+    """`power_spectrum` as a matrix product with sines and cosines: not every runtime has complex numbers."""
+    win_length = windowed.shape[-1]
+    turns = torch.outer(torch.arange(win_length), torch.arange(n_fft // 2 + 1)) % n_fft
+    angles = [2 * math.pi * step / n_fft for step in range(n_fft)]
+    cos, sin = (
+        torch.tensor([*map(function, angles)], dtype=windowed.dtype, device=windowed.device)[turns]
+        for function in (math.cos, math.sin)
+    )
+    waves = torch.cat([cos, sin], dim=1)  # win_length, n_fft + 2
+    real, imag = (windowed @ waves).chunk(2, dim=-1)
+    return real.square() + imag.square()
 
 
 def log_power(power: Tensor, floor: float, add_floor: bool) -> Tensor:
@@ -463,7 +480,7 @@ def _deltas(frames: Tensor, frame_lengths: Tensor | None, window: int) -> Tensor
     final = frames[:, -1:]
     if frame_lengths is not None:
         last = (frame_lengths - 1).clamp(min=0)
-        final = frames[torch.arange(len(frames), device=frames.device), last].unsqueeze(1)
+        final = frames[torch.arange(frames.shape[0], device=frames.device), last].unsqueeze(1)
         frames = torch.where(_padding(frame_lengths, num_frames), final, frames)
     extended = torch.cat([frames[:, :1].expand(-1, reach, -1), frames, final.expand(-1, reach, -1)], dim=1)
     deltas = torch.zeros_like(frames)

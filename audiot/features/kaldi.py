@@ -54,8 +54,9 @@ class Kaldi(Features):
 
     def log_mel(self, waveforms: Tensor) -> Tensor:
         """Log mel filter banks: (B, N) → (B, F, num_mel_bins)."""
-        # A CPU's cache holds some 30 s of audio. A GPU takes the whole batch at once.
-        rows = max(1, 2**19 // waveforms.shape[1]) if waveforms.device.type == "cpu" else len(waveforms)
+        if waveforms.device.type != "cpu" or torch.compiler.is_exporting():
+            return self._log_mel_of(waveforms)
+        rows = max(1, 2**19 // waveforms.shape[1])  # a CPU's cache holds some 30 s of audio
         return torch.cat([self._log_mel_of(part) for part in waveforms.split(rows)])
 
     def _log_mel_of(self, waveforms: Tensor) -> Tensor:

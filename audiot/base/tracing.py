@@ -1,0 +1,34 @@
+"""What differs while a model is written as a graph for other programs, by torch.export.
+
+The graph must hold for all lengths. Whatever asks for one of them while it is recorded would leave a graph for some lengths only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can decide what is computed: without waiting for a device, and outside such a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+def for_sine(angle: Tensor) -> Tensor:
+    """An angle in float64, as sine and cosine are computed of it: in a graph within one turn and in float32.
+
+    Not every runtime has sine and cosine of float64, and a large angle in float32 has few digits left.
+    """
+    return angle.remainder(2 * math.pi).float() if torch.compiler.is_exporting() else angle
+
+
+def first(tensor: Tensor, dim: int, count: int) -> Tensor:
+    """The first ``count`` entries along a dimension, a view.
+
+    In a graph they are copied: a view would ask whether it is the whole tensor.
+    """
+    if torch.compiler.is_exporting():
+        return tensor.index_select(dim, torch.arange(count, device=tensor.device))
+    return tensor.narrow(dim, 0, count)
