@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from audiot.base.tracing import first, for_sine
+from audiot.base.tracing import first, for_sine, is_recording
 
 
 class Positions(nn.Module):
@@ -98,7 +98,7 @@ class Sinusoid(Positions):
     def forward(self, hidden: Tensor) -> Tensor:
         """Add the sinusoids: (B, T, d) → (B, T, d)."""
         num_frames = hidden.shape[1]
-        is_stored = not torch.compiler.is_exporting() and num_frames <= len(self.table)  # a graph is for all lengths
+        is_stored = not is_recording() and num_frames <= len(self.table)  # a graph is for all lengths
         table = self.table if is_stored else self._table(num_frames).to(hidden.device)
         return hidden + table[:num_frames].to(hidden.dtype)
 
@@ -183,7 +183,7 @@ class Rotary(Positions):
 
     def factors(self, num_frames: int, dtype: torch.dtype) -> Tensor:
         """What `turn` multiplies by, (2, T, D), for T frames."""
-        is_stored = not torch.compiler.is_exporting() and num_frames <= self.table.shape[1]  # a graph is for all lengths
+        is_stored = not is_recording() and num_frames <= self.table.shape[1]  # a graph is for all lengths
         if is_stored and dtype == torch.float32:
             return self.table[:, :num_frames]
         return self._table(torch.arange(num_frames, dtype=torch.float64, device=self.table.device)).to(dtype)

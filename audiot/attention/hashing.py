@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audiot.base.tracing import is_recording
+
 EPSILON = 1e-12
 
 
@@ -126,7 +128,7 @@ def project(transformed: Transformed, projections: Tensor) -> Tensor:
 
 def _products(vectors: Tensor, columns: Tensor) -> Tensor:
     """(B, H, T, D) times the columns of each head (H, D, K): (B, H, T, K)."""
-    if torch.compiler.is_exporting():  # the other one asks for strides, and the graph would not hold for a single sequence
+    if is_recording():  # the other one asks for strides, and the graph would not hold for a single sequence
         return vectors @ columns
     return torch.einsum("bhtd,hdk->bhtk", vectors, columns)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from audiot.attention.grouped import gather, grouped_attention, pair_bias
 from audiot.attention.mechanism import among_real, at_least_one, fused_attention, key_mask, masked_softmax, position_bias
+from audiot.base.tracing import is_recording
 from audiot.kernels.sorting import stable_sort
 from audiot.positions import Positions
 
@@ -206,7 +207,7 @@ class Chunked(Search):
     @torch.no_grad()
     def windows(self, hasher: Hasher, query: Tensor, key: Tensor, valid: Tensor | None) -> Windows:
         """Sort queries and keys by cell, cut the queries into chunks, and find each chunk's keys."""
-        if torch.compiler.is_exporting():
+        if is_recording():
             raise ValueError(
                 "attention/search=chunked sorts a known number of frames, which a graph has not: attention/search=topk"
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from audiot.attention.mechanism import AttentionMechanism
 from audiot.base.devices import autocast_dtype, in_half_precision
+from audiot.base.tracing import is_recording
 from audiot.positions import Positions, Rotary
 
 try:
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
         Raises:
             ValueError: T is beyond the mechanism's limit.
         """
-        if torch.compiler.is_exporting() and not self.training:  # other runtimes have no fused kernels
+        if is_recording() and not self.training:  # other runtimes have no fused kernels
             return self.reference(hidden, valid)
         context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs, valid))  # B, H, T, D
         output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))

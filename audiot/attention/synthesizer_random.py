@@ -11,7 +11,7 @@ from audiot.attention import folding
 from audiot.attention.mechanism import choose, key_mask, masked_softmax
 from audiot.attention.patterns import NAMES, legacy_patterns, patterns
 from audiot.attention.table import Init, TableSynthesizer, check_floor, floored
-from audiot.base.tracing import first
+from audiot.base.tracing import first, is_recording
 
 
 class SynthesizerRandom(TableSynthesizer):
@@ -184,7 +184,7 @@ class OfLength:
     @staticmethod
     def weights(scores: Tensor, valid: Tensor | None, floor: float) -> Tensor:
         """The dense weights of the changes (B, H, T, T)."""
-        if torch.compiler.is_exporting():
+        if is_recording():
             raise ValueError(
                 "anchor=length makes the patterns of one utterance after the other, which a graph can't: anchor=max_frames"
             )

@@ -1,7 +1,7 @@
 """Models as graphs of plain operations: waveforms and lengths in, hidden states or outputs of a task out.
 
 A graph holds for any number of utterances and any length, the features are inside, and padding changes nothing. Attention is
-computed by the plain form of its mechanism, and the Fourier transform as a matrix product (`torch.compiler.is_exporting`).
+computed by the plain form of its mechanism, and the Fourier transform as a matrix product (`audiot.base.tracing`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils._sympy.numbers import int_oo
 from audiot.attention.lsh import LSHAttention
 from audiot.attention.routing import Routing
 from audiot.base.parts import named
+from audiot.base.tracing import recording
 from audiot.checkpoint import load_encoder
 from audiot.data.labels import BLANK_TOKEN
 from audiot.downstream.classifier import load_classifier
@@ -167,7 +168,7 @@ def trace(model: Deployable) -> ExportedProgram:
     example = _example(model)
     axes = ({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO})
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), recording():
             program = torch.export.export(model.module, example, dynamic_shapes=axes)
     except Exception as error:  # PyTorch has many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from audiot.base.devices import autocast_dtype
+from audiot.base.tracing import is_recording
 from audiot.model import length_mask
 
 
@@ -75,7 +76,7 @@ class RecurrentClassifier(nn.Module):
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T · stack, C)."""
-        if torch.compiler.is_exporting():
+        if is_recording():
             raise ValueError(f"{type(self).__name__} packs the frames of a batch by their lengths, which a graph can't")
         packed = pack_padded_sequence(self.projector(hidden), lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=hidden.shape[1])

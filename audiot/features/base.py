@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from audiot.base.framing import Count, SpectrogramScale, num_frames
-from audiot.base.tracing import can_be_read, first
+from audiot.base.tracing import can_be_read, first, is_recording
 
 MOST_HZ, MOST_POINTS, MOST_CHANNELS = 1_000_000, 2**15, 2**12  # beyond all that features of sound are: a file may say anything
 SelfFeatures = TypeVar("SelfFeatures", bound="Features")
@@ -448,7 +448,7 @@ def scale_gradient(values: Tensor, factor: float) -> Tensor:
 
 def power_spectrum(windowed: Tensor, n_fft: int) -> Tensor:
     """Power spectrum: (..., win_length) → (..., n_fft / 2 + 1)."""
-    if torch.compiler.is_exporting():
+    if is_recording():
         return _power_by_products(windowed, n_fft)
     spectrum = torch.fft.rfft(windowed, n=n_fft)
     return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)

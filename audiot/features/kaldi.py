@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from audiot.base.framing import samples_in
 from audiot.base.pairing import torchaudio
+from audiot.base.tracing import is_recording
 from audiot.features.base import MOST_CHANNELS, Features, check_band, check_size, power_spectrum
 
 
@@ -54,7 +55,7 @@ class Kaldi(Features):
 
     def log_mel(self, waveforms: Tensor) -> Tensor:
         """Log mel filter banks: (B, N) → (B, F, num_mel_bins)."""
-        if waveforms.device.type != "cpu" or torch.compiler.is_exporting():
+        if waveforms.device.type != "cpu" or is_recording():
             return self._log_mel_of(waveforms)
         rows = max(1, 2**19 // waveforms.shape[1])  # a CPU's cache holds some 30 s of audio
         return torch.cat([self._log_mel_of(part) for part in waveforms.split(rows)])
