@@ -13,6 +13,7 @@ from io import TextIOWrapper
 from audiot.base.groups import described, groups, nearest
 
 COMMANDS = {
+    "adapt": "from a folder of audio and a table of labels to a model and its report",
     "pretrain": "pre-train a masked acoustic model, probe it, draw it",
     "tune": "find a batch and a learning rate for a pre-training on this machine",
     "finetune": "probe or fine-tune an encoder on a speech task",

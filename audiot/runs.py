@@ -157,11 +157,15 @@ def repeated_config(run: Path, folder: Path, trusted: Collection[str] = ()) -> D
 
 def record_repeat(run: Path, folder: Path) -> None:
     """Note in a repeat's folder how the run was composed, for those who ask `run_overrides` and `choices`."""
+    record_start(folder, [each for each in run_overrides(run) if not each.startswith("hydra.run.dir=")], choices(run))
+
+
+def record_start(folder: Path, overrides: list[str], options: Mapping[str, str]) -> None:
+    """Note in the folder of a run that Hydra does not start how it is composed: its overrides, and options of config groups."""
     with replacing_text(folder / OVERRIDES) as stream:
-        kept = [override for override in run_overrides(run) if not override.startswith("hydra.run.dir=")]
-        yaml.safe_dump(kept, stream, sort_keys=False, allow_unicode=True, width=1000)
+        yaml.safe_dump(overrides, stream, sort_keys=False, allow_unicode=True, width=1000)
     with replacing_text(folder / CHOICES) as stream:
-        yaml.safe_dump({"hydra": {"runtime": {"choices": choices(run)}}}, stream, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump({"hydra": {"runtime": {"choices": dict(options)}}}, stream, sort_keys=False, allow_unicode=True)
 
 
 def changes_on_the_way(run: Path) -> list[str]:
@@ -448,6 +452,7 @@ class Interrupted(BaseException):
         super().__init__(f"interrupted {where}after step {step}")
         self.checkpoint, self.is_warning = checkpoint, is_warning
         self.lasts = False  # whether the same command line would name the run again
+        self.command: str | None = None  # what goes on with it, if it is not the run's own command
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ PROGRAMS = [text for _, kind, title, text in BLOCKS if kind == "python" and not 
 FILES = {title: text for _, _, title, text in BLOCKS if title}
 # The gate runs or installs these, or they need more than audiot.
 OTHER_PROGRAMS = ("curl ", "pip install ", "pytest", "git clone ", "hf upload ", "eval ", "python -m audiot.s3prl_upstream ")
-PICTURES = ("pretrain", "tune", "finetune", "abx", "analyze")  # commands that can leave them out
+PICTURES = ("adapt", "pretrain", "tune", "finetune", "abx", "analyze")  # commands that can leave them out
 MEASUREMENTS = ("results.md", "performance.md")
 PUBLISHED = {*options("data")} - {"demo", "folder", "manifest"}
 
@@ -111,6 +111,12 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
     command, *rest = [argument.replace("RUN", str(run)) for argument in arguments]
     if command == "benchmark":
         return [command, *rest, *BENCHMARK]
+    if command == "adapt":
+        place = len(list(folder.glob("adapt*")))
+        own = [each for each in rest if not each.startswith("hydra.run.dir=")]
+        short = ["adapt.timed_steps=1", "adapt.pretrain_steps=2", f"hydra.run.dir={folder / 'adapt'}{place}"]
+        model = [] if any(each.startswith("init=") for each in own) else MODEL
+        return [command, *own, *model, *TRAINING, *short]
     if command == "tune":
         return [command, *rest, *DEMO, *MODEL, *TRAINING[:-2], *TUNING, f"hydra.run.dir={folder / 'tune'}{number}"]
     if command == "align":

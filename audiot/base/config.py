@@ -60,6 +60,11 @@ def run_name(run: str | None) -> str:
     return path.parent.name if path.name == "encoder" else path.name
 
 
+def folder_name(place: str) -> str:
+    """The last part of a path, however it is written, without what a name of a folder should not have."""
+    return re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(str(place)))) or "folder"
+
+
 class _ConfigPackages(SearchPathPlugin):
     """Adds the config files of installed packages to those where Hydra looks for options."""
 
@@ -71,6 +76,7 @@ class _ConfigPackages(SearchPathPlugin):
 if packages()[1:]:
     Plugins.instance().register(_ConfigPackages)
 OmegaConf.register_new_resolver("float", float, replace=True)  # 25 and 25.0 are one number, and so one name
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("frames", frames, replace=True)
 OmegaConf.register_new_resolver("launch_name", launch_name, use_cache=True, replace=True)  # one name per launch
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -43,8 +43,8 @@ def stop_line(figures: Mapping[str, Any]) -> dict[str, str]:
     return {"stopped": f"{words} (callbacks.early_stopping.patience={patience})"}
 
 
-def report(run: Path) -> str:
-    """The closing lines: what was done, how good it is, what to run next."""
+def report(run: Path, follow: bool = True) -> str:
+    """The closing lines: what was done, how good it is, and with ``follow`` what to run next."""
     path = run / "summary.json"
     summary: Mapping[str, Any] = read_results(path, ["frames_per_s", "steps", "parameters", "wall_s"])
     read_results(path, [summary.get("monitor", FIRST_MONITOR)])
@@ -84,6 +84,6 @@ def report(run: Path) -> str:
         "",
         f"run     {run}",
         *([f"plots   {run / 'plots'}: {', '.join(plots)}"] if plots else []),
-        f"next:   {finetune_command(run)}",
+        *([f"next:   {finetune_command(run)}"] if follow else []),
     ]
     return "\n".join(lines)

@@ -62,29 +62,43 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
         resumed: How a run goes on that was stopped.
     """
     run = Path(cfg.run_dir)
+    if resumed is not None and is_finished(run, cfg):
+        metrics = read_results(run / "metrics.json")
+        say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
+        return float(metrics[f"valid/{cfg.downstream.monitor}"])
+    metrics = noted(cfg, resumed)
+    if (run / BEST).is_file():  # not after trainer.fast_dev_run
+        say(f"next:   {predict_command(cfg)}")
+    return metrics[f"valid/{cfg.downstream.monitor}"]
+
+
+def noted(cfg: DictConfig, resumed: Resumed | None = None) -> dict[str, Any]:
+    """`finetune`, with what a run's folder notes before it begins or goes on."""
+    run = Path(cfg.run_dir)
     if resumed is None:
         check_new(cfg)
         write_config(cfg, run)
         note_environment(cfg, run)
-    elif is_finished(run, cfg):
-        metrics = read_results(run / "metrics.json")
-        say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
-        return float(metrics[f"valid/{cfg.downstream.monitor}"])
     else:
         announce(resumed)
         assert resumed.checkpoint is not None
         note_environment(cfg, run, step_of(resumed.checkpoint))
-    metrics = finetune(cfg, resumed)
+    return finetune(cfg, resumed)
+
+
+def predict_command(cfg: DictConfig) -> str:
+    """The command that uses a run's model on files of its test, to be pasted; what lies in shards is measured again."""
     corpus = PreparedCorpus.load(corpus_folder(cfg)[0])
     pair = str(cfg.downstream.objective._target_).endswith(".Verification")
     if corpus.is_sharded:  # which has no files to predict
-        say(f"next:   audiot evaluate {argument('run', cfg.run_dir)}")
-        return metrics[f"valid/{cfg.downstream.monitor}"]
+        return f"audiot evaluate {argument('run', cfg.run_dir)}"
     examples = example_files(corpus, cfg.downstream.task, 2 if pair else 1)
-    if (Path(cfg.run_dir) / BEST).is_file():  # not after trainer.fast_dev_run
-        trust = [f"--trust {name}" for name in cfg.upstream.get("trusted", []) if name != "audiot"]
-        say(" ".join(["next:   audiot predict", *map(path, [cfg.run_dir, *examples]), *trust]))
-    return metrics[f"valid/{cfg.downstream.monitor}"]
+    return " ".join(["audiot predict", *map(path, [cfg.run_dir, *examples]), *trust_flags(cfg)])
+
+
+def trust_flags(cfg: DictConfig) -> list[str]:
+    """The flags of a tool that opens a run's model, for packages from outside audiot that are in it."""
+    return [f"--trust {name}" for name in cfg.upstream.get("trusted", []) if name != "audiot"]
 
 
 def finetune(cfg: DictConfig, resumed: Resumed | None = None) -> dict[str, Any]:
@@ -153,7 +167,6 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         metrics = read_results(run / "metrics.json")
         say(f"done    {describe(metrics, run, [])}")
         return metrics
-    layers = list(task.layers) if isinstance(task.layers, ListConfig) else task.layers
     trainer = make_trainer(cfg)
     if isinstance(trainer.strategy, ShardedStrategy):
         raise ValueError("trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu")
@@ -161,19 +174,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
     pl.seed_everything(cfg.seed, verbose=False)
-    module = DownstreamModule(
-        upstream=upstream.config,
-        head=plain(task.head),
-        objective=plain(task.objective),
-        classes=data.classes,
-        layers=layers,
-        train_encoder=task.train_encoder,
-        top_layers=task.top_layers,
-        optimizer=plain(cfg.optimizer),
-        scheduler=plain(cfg.scheduler),
-        seed=cfg.seed,
-    )
-    module.upstream.load_state_dict(upstream.state_dict())
+    module = new_module(cfg, upstream, data.classes)
     module.objective.check(data.cuts("test").ids)
     resampling = bootstrap(cfg, data)
     source: pl.LightningDataModule = data
@@ -209,7 +210,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
             "task": task.task,
             "monitor": task.monitor,
             "upstream": str(cfg.upstream._target_).rpartition(".")[2],
-            "layers": layers,
+            "layers": chosen_layers(cfg),
             "fine_tuned": task.top_layers or task.train_encoder,
             "train_utterances": len(data.training_cuts()),
             "classes": len(data.classes),
@@ -245,6 +246,31 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         say(describe(metrics, run, files))
         failures.tell(cfg.debug)
     return metrics
+
+
+def new_module(cfg: DictConfig, upstream: Upstream, classes: list[str]) -> DownstreamModule:
+    """The module with which a training begins on an upstream, whose weights it copies."""
+    task = cfg.downstream
+    module = DownstreamModule(
+        upstream=upstream.config,
+        head=plain(task.head),
+        objective=plain(task.objective),
+        classes=classes,
+        layers=chosen_layers(cfg),
+        train_encoder=task.train_encoder,
+        top_layers=task.top_layers,
+        optimizer=plain(cfg.optimizer),
+        scheduler=plain(cfg.scheduler),
+        seed=cfg.seed,
+    )
+    module.upstream.load_state_dict(upstream.state_dict())
+    return module
+
+
+def chosen_layers(cfg: DictConfig) -> str | int | list[int]:
+    """The hidden states that the head reads."""
+    layers = cfg.downstream.layers
+    return list(layers) if isinstance(layers, ListConfig) else layers
 
 
 def _compare(cfg: DictConfig, control: Upstream, corpus: PreparedCorpus) -> dict[str, Any]:

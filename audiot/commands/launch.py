@@ -384,6 +384,8 @@ def _check_run(command: str, overrides: list[str], complete: bool) -> None:
             f"{of_tasks[0]}: audiot tune is for pre-training; for a task, a sweep finds the rate: "
             "audiot finetune -m optimizer.lr=2e-4,2e-3,2e-2 …"
         )
+    if command == "adapt" and (others := [each for each in overrides if each.startswith("data=") and each != "data=folder"]):
+        raise ValueError(f"{others[0]}: audiot adapt is for a folder, data=folder; audiot finetune trains on a corpus")
     for override in overrides:
         now = instead(*override.split("=", 1)) if "=" in override else None
         if now is not None:
@@ -424,7 +426,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         GlobalHydra.instance().clear()
         sys.stderr.write(f"\naudiot: {stop}")
         if stop.checkpoint is not None:
-            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {resume_command(whole_run(stop.checkpoint.parent.parent))}")
+            goes_on = stop.command or resume_command(whole_run(stop.checkpoint.parent.parent))
+            sys.stderr.write(f"; saved {stop.checkpoint}\nresume:  {goes_on}")
         sys.stderr.write("\n")
         if stop.is_warning and (name := job()) and is_first_process():
             sys.stderr.write(f"requeue: {_requeued(name, stop)}\n")

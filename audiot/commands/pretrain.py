@@ -86,13 +86,14 @@ class Pretraining:
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
 
-def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = None) -> float:
+def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = None, follow: bool = True) -> float:
     """Run the whole of it in ``cfg.run_dir``, or the rest of it there; the validation loss, for a sweep that searches.
 
     Args:
         cfg: Config of the run.
         resumed: How it goes on; None: it starts.
         steps: Number of steps after which it stops before its end.
+        follow: Whether to say what to run next.
 
     Raises:
         ValueError: something can't be done; or probes failed, which is told after all else is done.
@@ -122,7 +123,7 @@ def main(cfg: DictConfig, resumed: Resumed | None = None, steps: int | None = No
     figures, failed = probe(work, failures)
     summary |= figures | {"wall_s": round(time.monotonic() - begin, 1)}
     write_json(run / "summary.json", summary)
-    say(report(run))
+    say(report(run, follow))
     failures.tell(cfg.debug)
     if failed:
         first, why = next(iter(failed.items()))

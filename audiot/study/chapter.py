@@ -7,8 +7,9 @@ from html import escape
 from itertools import count
 from typing import Any
 
-from audiot.study.drawings import Layers, by_layer, curves, matrix, small_tables
-from audiot.study.elements import breakable, figure, folded, head, many, table
+from audiot.reporting.charts import matrix
+from audiot.reporting.elements import breakable, figure, folded, head, many, table
+from audiot.study.drawings import Layers, by_layer, curves, small_tables
 from audiot.study.figures import Row, intervals
 from audiot.study.findings import Estimate, Findings, Learned, Measure, Similarity
 from audiot.study.wording import interval, number, unit

@@ -9,11 +9,10 @@ from html import escape
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from audiot.analysis.inline import EVEN, INK, MUTED, STYLE, inline
-from audiot.study.figures import WIDTH, measure_across, short, tick_label
+from audiot.reporting.charts import WIDTH, measure_across, short, tick_label
 from audiot.study.findings import Estimate, Picture
 
 CELL, GAP, HEADING, MARGIN = 2, 8, 16, 62  # of small tables, in the units of their SVG
@@ -56,35 +55,6 @@ def by_layer(rows: Sequence[Layers], label: str, prefix: str, texts: tuple[str, 
         axis.set_yticks(middles, [short(row.name) for row in rows])
         axis.set_ylim(place - 1.2, -0.8)
         measure_across(axis, label)
-        return inline(figure, prefix, texts)
-
-
-def matrix(names: Sequence[str], values: Sequence[Sequence[float | None]], prefix: str, texts: tuple[str, str]) -> str:
-    """SVG of a square matrix of shares: the darker, the higher among them, with two digits each.
-
-    Args:
-        names: Names of the rows, which are those of the columns too.
-        values: Shares from 0 to 1, row by row; None leaves a cell empty.
-        prefix: Beginning of the ids of this figure, used by no other of the page.
-        texts: Title and description for those who can't see it.
-    """
-    size, least = len(names), min((value for line in values for value in line if value is not None), default=0.0)
-    with rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
-        axis = figure.subplots()
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                if value is None:
-                    continue
-                shade = 0.05 + 0.5 * (value - least) / max(1 - least, 1e-6)
-                square = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=EVEN, alpha=min(1.0, shade), linewidth=0)
-                axis.add_patch(square)
-                digits = f"{value:.2f}".removeprefix("0")
-                axis.text(column, row, digits, color=INK, fontsize=min(8, 60 / size), ha="center", va="center")
-        axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
-        axis.set_xticks(range(size), [short(name, 20) for name in names], rotation=90)
-        axis.set_yticks(range(size), [short(name, 20) for name in names])
-        axis.tick_params(length=0)
         return inline(figure, prefix, texts)
 
 

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from audiot.analysis.inline import BAD, BAND, EVEN, GOOD, INK, MUTED, STYLE, inline
+from audiot.reporting.charts import WIDTH, measure_across, short, tick_label
 from audiot.study.findings import Estimate
-from audiot.study.wording import DOWN, EQUAL, OPEN, UP, compact
+from audiot.study.wording import DOWN, EQUAL, OPEN, UP
 
 LOOKS = {"": ("D", INK), UP: ("^", GOOD), DOWN: ("v", BAD), EQUAL: ("s", EVEN), OPEN: ("o", MUTED)}  # marker and colour of a sign
 OBJECTIVE_MARKERS = {"o": "circle", "s": "square", "D": "diamond", "p": "pentagon", "h": "hexagon"}
 CURVE_MARKERS = "osD^vph"
 LEGEND_COLUMNS = 2
-WIDTH = 4.3  # inches
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,6 @@ class Curve:
     name: str
     look: int
     points: tuple[tuple[float, Estimate], ...]
-
-
-def short(name: str, longest: int = 26) -> str:
-    """A name that fits into a figure, without characters that XML can't hold. The tables have all of it."""
-    name = "".join(each if each.isprintable() else " " for each in name)
-    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def intervals(
@@ -102,16 +96,6 @@ def intervals(
         return inline(figure, prefix, texts)
 
 
-def measure_across(axis: Axes, label: str) -> None:
-    """Give an axis of rows below each other what it measures from left to right."""
-    axis.tick_params(axis="y", length=0)
-    axis.spines["left"].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axis.xaxis.set_major_formatter(tick_label)
-    axis.grid(axis="x")
-    axis.set_xlabel(label)
-
-
 def _interval(axis: Axes, row: Row, place: int, scale: float) -> None:
     marker, colour = LOOKS[row.sign]
     estimate = row.estimate
@@ -120,11 +104,6 @@ def _interval(axis: Axes, row: Row, place: int, scale: float) -> None:
     if estimate.low is not None and estimate.high is not None:
         axis.plot([scale * estimate.low, scale * estimate.high], [place, place], color=colour, linewidth=1.6)
     axis.plot([scale * estimate.mean], [place], marker, markersize=5.5, color=colour, markeredgewidth=0)
-
-
-def tick_label(value: float, _: float) -> str:
-    """The number at a mark of an axis."""
-    return compact(value, ".10g").replace("-", "−")
 
 
 def pareto(points: Sequence[Point], labels: tuple[str, str], prefix: str, texts: tuple[str, str], markers: dict[str, str]) -> str:

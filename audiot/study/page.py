@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from itertools import count
 from urllib.parse import quote
 
+from audiot.reporting.charts import short
+from audiot.reporting.document import commands, document
+from audiot.reporting.elements import breakable, figure, folded, head, many, table
 from audiot.study.chapter import chapter
-from audiot.study.elements import breakable, figure, folded, head, many, table
-from audiot.study.figures import OBJECTIVE_MARKERS, Curve, Point, Row, curves, intervals, pareto, short
+from audiot.study.figures import OBJECTIVE_MARKERS, Curve, Point, Row, curves, intervals, pareto
 from audiot.study.findings import BETTER, EQUIVALENT, UNKNOWN, Comparison, Estimate, Factor, Findings, Measure, Setting
 from audiot.study.front import on_front
 from audiot.study.wording import (
@@ -59,50 +58,16 @@ def page(findings: Findings) -> str:
         "learned": ("What is learned", chapter(findings)),
         "unfinished": ("Unfinished runs", _unfinished(findings)),
         "methods": ("Methods", "".join(f"<p>{escape(paragraph)}</p>" for paragraph in findings.methods)),
-        "repeat": ("Commands to repeat", _commands(findings)),
+        "repeat": ("Commands to repeat", commands(findings.commands)),
         "environment": ("Environment", _environment(findings)),
         "words": ("Words", "<dl>" + "".join(f"<dt>{escape(word)}</dt><dd>{text}</dd>" for word, text in WORDS.items()) + "</dl>"),
     }
-    sections = {name: section for name, section in sections.items() if section[1]}
-    links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, (heading, _) in sections.items())
-    body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-heading">\n'
-        f'<h2 id="{name}-heading">{escape(heading)}</h2>{content}</section>\n'
-        for name, (heading, content) in sections.items()
-    )
-    style, script = (files("audiot.study").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rehearsal = (
         f'<p class="rehearsal" role="note"><strong>Rehearsal: nothing may be concluded.</strong> {escape(findings.rehearsal)}</p>'
         if findings.rehearsal
         else ""
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(findings.title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<a class="skip" href="#content">Skip to the content</a>
-<nav aria-label="Contents"><ul>{links}</ul></nav>
-<main id="content" tabindex="-1">
-<header>
-<h1>{escape(findings.title)}</h1>
-{rehearsal}
-<div class="summary">{"".join(f"<p>{escape(sentence)}</p>" for sentence in findings.summary)}</div>
-<p class="facts">{_facts(findings)}</p>
-</header>
-{body}</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return document(findings.title, findings.summary, _facts(findings), sections, rehearsal)
 
 
 def _facts(findings: Findings) -> str:
@@ -532,13 +497,6 @@ def _unfinished(findings: Findings) -> str:
     caption = "Runs that failed or are missing"
     listed = table(caption, (head("Run"), head("Reason")), rows, "plain") if rows else ""
     return folded(f"{caption}: {len(rows)}", listed) if len(rows) > MOST_LISTED else listed
-
-
-def _commands(findings: Findings) -> str:
-    if not findings.commands:
-        return ""
-    lines = escape("\n".join(findings.commands))
-    return f'<pre class="scroll" role="region" tabindex="0" aria-label="Commands"><code>{lines}</code></pre>'
 
 
 def _environment(findings: Findings) -> str:

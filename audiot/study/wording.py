@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from audiot.reporting.elements import compact
 from audiot.study.findings import BETTER, EQUIVALENT, Comparison, Estimate, Measure, Setting
 
 BUDGETS = {"steps": "Equal steps", "time": "Equal time"}
@@ -28,14 +29,6 @@ def number(value: float, measure: Measure, signed: bool = False) -> str:
     if not text.strip("-0."):
         return text.lstrip("-")
     return f"+{text}" if signed and value > 0 else text.replace("-", "−")
-
-
-def compact(value: float, form: str) -> str:
-    """A number with thousands apart; millions and more end in ``M``, ``G``, ``T`` or ``P``. `form` is that of small ones."""
-    for factor, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= 0.9995 * factor:
-            return f"{value / factor:{form}} {letter}"
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:{form}}".rstrip(".")
 
 
 def interval(estimate: Estimate, measure: Measure, signed: bool = False) -> str:

@@ -384,3 +384,27 @@ def test_the_table_is_read_when_the_manifests_are(tmp_path):
             corpus = FolderCorpus(root, labels=table)
     cuts = corpus.manifests(False).splits["train"]
     assert {cut.supervisions[0].custom["word"] for cut in cuts} == {"new"}
+
+
+def test_a_label_that_is_needed_rejects_files_without_it_and_divides_the_others(tmp_path):
+    names = [f"{number}.wav" for number in range(12)]
+    fill(tmp_path, *names)
+    values = ["", *["b"] * 4, *["a"] * 7]
+    table = "".join(f"{name},{value}\n" for name, value in zip(names, values, strict=True))
+    (tmp_path / "labels.csv").write_text(f"path,sound\n{table}")
+    manifests = FolderCorpus(tmp_path, labels=tmp_path / "labels.csv", label="sound").manifests(progress=False)
+    assert reasons(manifests) == {"0.wav": "without a label: nothing in sound"}
+    for role, counts in {"train": {"a": 5, "b": 2}, "valid": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}.items():
+        found = [values[int(name)] for name in ids(manifests)[role]]
+        assert {value: found.count(value) for value in found} == counts
+    with pytest.raises(ValueError, match=r"no label 'noise' in data.labels or data.pattern: there are sound"):
+        FolderCorpus(tmp_path, labels=tmp_path / "labels.csv", label="noise")
+
+
+def test_speakers_need_not_be_held_out(tmp_path):
+    speakers = "abcdef"
+    fill(tmp_path, *(f"{speaker}_{take}.wav" for speaker in speakers for take in range(5)))
+    for by_speaker in (True, False):
+        found = FolderCorpus(tmp_path, pattern="{speaker}_{take}", by_speaker=by_speaker, valid_fraction=0.2).manifests(False)
+        tested, trained = ({name[0] for name in ids(found)[role]} for role in ("test", "train"))
+        assert (not tested & trained) == by_speaker

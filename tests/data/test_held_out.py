@@ -1,6 +1,7 @@
 """Held-out utterances of a corpus without splits have new speakers if there are enough."""
 
 import json
+from collections import Counter
 from itertools import chain
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 
 from audiot.data.corpora.folder import FolderCorpus
-from audiot.data.corpora.held_out import divide, hold_out_speakers
+from audiot.data.corpora.held_out import divide, hold_out_of_each, hold_out_speakers
 from audiot.data.corpora.manifest import ManifestCorpus
 
 ROLES = ("train", "valid", "test")
@@ -123,3 +124,18 @@ def test_where_no_speaker_has_a_second_utterance_there_are_no_splits_of_known_on
         "too few speakers have a second utterance: there are no splits for tasks about known speakers\n"
     )
     assert ({role: len(names) for role, names in splits.items()}, tasks) == ({"train": 2, "valid": 1, "test": 1}, {})
+
+
+def test_every_label_has_its_share_of_every_split():
+    label_of = {f"{label}{number}": label for label, count in {"a": 40, "b": 20, "c": 3}.items() for number in range(count)}
+    split = hold_out_of_each(list(label_of), 0.1, 0, ("valid", "test"), label_of)
+    shares = {role: Counter(label_of[name] for name in names) for role, names in split.items()}
+    assert shares == {"train": {"a": 32, "b": 16, "c": 1}, "valid": {"a": 4, "b": 2, "c": 1}, "test": {"a": 4, "b": 2, "c": 1}}
+    again = hold_out_of_each(sorted(label_of, reverse=True), 0.1, 0, ("valid", "test"), label_of)
+    assert {role: sorted(names) for role, names in again.items()} == {role: sorted(names) for role, names in split.items()}
+
+
+def test_a_label_of_two_files_can_not_be_in_three_splits():
+    label_of = {"a0": "a", "a1": "a", "a2": "a", "b0": "b", "b1": "b"}
+    with pytest.raises(ValueError, match="label 'b' has 2 usable files, and training, valid and test need one each"):
+        hold_out_of_each(list(label_of), 0.1, 0, ("valid", "test"), label_of)

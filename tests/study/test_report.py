@@ -9,11 +9,11 @@ import json
 import re
 import warnings
 from collections import Counter
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from example_findings import MECHANISMS, example
+from pages import HOSTILE, Page, table_of
 
 from audiot.study.findings import Factor, Findings, Level, Measure, Setting
 from audiot.study.front import on_front
@@ -22,51 +22,6 @@ from audiot.study.report import write_report
 from audiot.study.saved import read_findings
 from audiot.study.tables import latex
 from audiot.study.wording import interval, number, verdict
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "\"two\" & 'one' {three}",
-    r"_ % & # $ ~ ^ \ [x]",
-    "=cmd()",
-    "線形 $x$ <g id=-- -->",
-    "long " * 30,
-)
-VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements of a page with their text, and whether they are nested well."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.open, self.elements = [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open[-1]}"
-
-    def handle_starttag(self, tag, attributes):
-        element = {
-            "tag": tag,
-            "text": "",
-            "inside": [each["tag"] for each in self.open],
-            "parents": {id(each) for each in self.open},
-        }
-        element["attributes"] = dict(attributes)
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> without its beginning"
-        assert self.open[-1]["tag"] == tag, f"</{tag}> closes <{self.open[-1]['tag']}>"
-        self.open.pop()
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag, inside=None):
-        return [each for each in self.elements if each["tag"] == tag and (inside is None or id(inside) in each["parents"])]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +51,6 @@ def hostile(tmp_path_factory):
 def rows_of(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def table_of(page, caption):
-    return next(each for each in page.all("table") if each["text"].startswith(caption))
 
 
 def test_the_page_has_one_title_landmarks_and_headings_in_order(page):

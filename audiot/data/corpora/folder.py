@@ -275,6 +275,9 @@ class FolderCorpus:
         seed: Seed of the choice of held-out utterances.
         channel: Number of the channel to use, or ``average``.
         extensions: Suffixes of audio files, in any case; None takes all that soundfile reads.
+        label: Label that every utterance must have: files without it are rejected. Held-out splits take their share of the files
+            of each of its values, but for ``text``, and where they have speakers of their own. None: no label is needed.
+        by_speaker: Whether splits are held out by speaker, if there are enough.
 
     Raises:
         FileNotFoundError: root or labels are missing.
@@ -293,6 +296,8 @@ class FolderCorpus:
         seed: int = 0,
         channel: str | int = "average",
         extensions: Sequence[str] | None = None,
+        label: str | None = None,
+        by_speaker: bool = True,
     ) -> None:
         self.root = Path(name_text(root))
         if not os.path.isdir(name_bytes(self.root)):
@@ -305,6 +310,9 @@ class FolderCorpus:
         self._read_table()
         self.valid_fraction, self.seed, self.channel = valid_fraction, seed, channel
         self.extensions = {text.lower().lstrip(".") for text in extensions} if extensions else {*READABLE, *UNREADABLE}
+        self.label, self.by_speaker = label, by_speaker
+        if label is not None and label not in self.fields:
+            raise ValueError(f"no label {label!r} in data.labels or data.pattern: there are {', '.join(self.fields) or 'none'}")
 
     def _read_table(self) -> None:
         """Read the table, and the expressions over its columns."""
@@ -313,8 +321,9 @@ class FolderCorpus:
         fields = self.pattern.fields if self.pattern else []
         if both := set(fields) & set(columns):
             raise ValueError(f"{min(both)} is a field of data.pattern and a column of data.labels: rename one of them")
+        self.fields = [*fields, *columns]
         self.splits = {
-            role: SplitExpression(f"data.{role}", text, ["path", *fields, *columns])
+            role: SplitExpression(f"data.{role}", text, ["path", *self.fields])
             for role, text in self.named.items()
             if text is not None
         }
@@ -325,6 +334,33 @@ class FolderCorpus:
         Raises:
             FileNotFoundError: there is no audio.
             ValueError: two files differ only in suffix, or a split is empty.
+        """
+        labels_of, path_of, rejected = self.labelled()
+
+        cuts: dict[str, Cut] = {}
+        with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits for disks
+            read = pool.map(self._read, path_of, path_of.values())
+            bar = tqdm(read, total=len(path_of), desc="read headers", unit="utt", disable=not progress)
+            for utterance, found in zip(path_of, bar, strict=True):
+                if isinstance(found, BadAudioError):
+                    rejected.append((str(path_of[utterance]), str(found)))
+                else:
+                    cuts[utterance] = _labelled(found, labels_of[utterance])
+        rejected.sort()
+        if not cuts:  # preparation reports the error
+            return Manifests({}, rejected=rejected)
+        given = self._split({utterance: labels_of[utterance] for utterance in cuts})
+        shared = None if self.label == "text" else self.label
+        splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed, shared, self.by_speaker)
+        chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
+        return Manifests(chosen, tasks, rejected)
+
+    def labelled(self) -> tuple[dict[str, dict[str, str]], dict[str, Path], list[tuple[str, str]]]:
+        """Labels of each utterance with its ``path`` among them, its file, and the files without labels, each with the reason.
+
+        Raises:
+            FileNotFoundError: there is no audio.
+            ValueError: two files differ only in suffix.
         """
         self._read_table()  # read again, because it may have been edited
         paths = find_audio(self.root, self.extensions)
@@ -347,23 +383,7 @@ class FolderCorpus:
                 rejected.append((str(self.root / path), str(reason)))
         for name in (self.table or {}).keys() - set(paths):
             rejected.append((str(self.root / name), "missing: data.labels lists it"))
-
-        cuts: dict[str, Cut] = {}
-        with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits for disks
-            read = pool.map(self._read, path_of, path_of.values())
-            bar = tqdm(read, total=len(path_of), desc="read headers", unit="utt", disable=not progress)
-            for utterance, found in zip(path_of, bar, strict=True):
-                if isinstance(found, BadAudioError):
-                    rejected.append((str(path_of[utterance]), str(found)))
-                else:
-                    cuts[utterance] = _labelled(found, labels_of[utterance])
-        rejected.sort()
-        if not cuts:  # preparation reports the error
-            return Manifests({}, rejected=rejected)
-        given = self._split({utterance: labels_of[utterance] for utterance in cuts})
-        splits, tasks = divide(given, labels_of, self.valid_fraction, self.seed)
-        chosen = {split: CutSet.from_cuts(cuts[name] for name in names) for split, names in splits.items()}
-        return Manifests(chosen, tasks, rejected)
+        return labels_of, path_of, rejected
 
     def sources(self) -> Sources:
         """All audio files below the root, and the table."""
@@ -377,6 +397,8 @@ class FolderCorpus:
             if path not in self.table:
                 raise BadAudioError("not listed in data.labels")
             labels |= self.table[path]
+        if self.label is not None and not labels.get(self.label):
+            raise BadAudioError(f"without a label: nothing in {self.label}")
         return labels | {"path": path}
 
     def _read(self, utterance: str, path: Path) -> Cut | BadAudioError:

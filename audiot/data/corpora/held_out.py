@@ -48,6 +48,36 @@ def hold_out(
     return split
 
 
+def hold_out_of_each(
+    utterances: Sequence[str], fraction: float, seed: int, roles: Sequence[str], label_of: Mapping[str, str]
+) -> Split:
+    """Take a share of the utterances of every label for each of ``roles``, at least one each. The rest is ``train``.
+
+    Args:
+        utterances: Ids of the utterances.
+        fraction: Share of the utterances for each role.
+        seed: Seed of the choice.
+        roles: Roles to fill: ``valid``, ``test`` or both.
+        label_of: Label of each utterance.
+
+    Raises:
+        ValueError: the fraction is out of range, or a label has too few utterances.
+    """
+    of_label: dict[str, list[str]] = defaultdict(list)
+    for name in utterances:
+        of_label[label_of[name]].append(name)
+    role_of: dict[str, str] = {}
+    for label, names in of_label.items():
+        if len(names) <= len(roles):
+            raise ValueError(
+                f"label {label!r} has {len(names)} usable file{'s' if len(names) > 1 else ''}, and training, "
+                f"{' and '.join(roles)} need one each: add files of it, or leave it out"
+            )
+        parts = hold_out(names, fraction, seed, roles)
+        role_of |= {name: role for role, own in parts.items() for name in own}
+    return {role: [name for name in utterances if role_of[name] == role] for role in ("train", *roles)}
+
+
 def hold_out_speakers(
     labels_of: Mapping[str, Mapping[str, str]], fraction: float, seed: int, roles: Sequence[str]
 ) -> Split | None:
@@ -94,7 +124,12 @@ def hold_out_speakers(
 
 
 def divide(
-    given: Mapping[str, Sequence[str]], labels_of: Mapping[str, Mapping[str, str]], fraction: float, seed: int
+    given: Mapping[str, Sequence[str]],
+    labels_of: Mapping[str, Mapping[str, str]],
+    fraction: float,
+    seed: int,
+    label: str | None = None,
+    by_speaker: bool = True,
 ) -> tuple[Split, dict[str, dict[str, str]]]:
     """The splits, and the splits of each task, with ``valid``, ``test`` or both held out of ``train``.
 
@@ -108,6 +143,8 @@ def divide(
         labels_of: Labels of each utterance.
         fraction: Share of ``train`` for each missing split.
         seed: Seed of the choice.
+        label: Label of which every held-out split takes its share of each value, where no speakers are held out; None: of none.
+        by_speaker: Whether speakers are held out at all.
 
     Raises:
         ValueError: the fraction is out of range, or there are too few utterances.
@@ -116,19 +153,26 @@ def divide(
     splits: Split = {role: list(given.get(role, ())) for role in ("train", "valid", "test")}
     if not roles:
         return splits, {}
-    known = splits | hold_out(splits["train"], fraction, seed, roles)
+
+    def with_known() -> tuple[Split, dict[str, dict[str, str]]]:
+        if label is None:
+            return splits | hold_out(splits["train"], fraction, seed, roles), {}
+        value_of = {name: labels_of[name][label] for name in splits["train"]}
+        return splits | hold_out_of_each(splits["train"], fraction, seed, roles, value_of), {}
+
     speakers = {role: {labels_of[name].get("speaker") or None for name in names} for role, names in given.items()}
-    if speakers["train"] == {None} or any(speakers["train"] & own for role, own in speakers.items() if role != "train"):
-        return known, {}
+    follows = any(speakers["train"] & own for role, own in speakers.items() if role != "train")
+    if not by_speaker or speakers["train"] == {None} or follows:
+        return with_known()
     what = " and ".join({"valid": "validation", "test": "test"}[role] for role in roles)
     if None in speakers["train"]:
         print(f"some utterances have no speaker: {what} may have speakers of training", flush=True)
-        return known, {}
+        return with_known()
     new = hold_out_speakers({name: labels_of[name] for name in splits["train"]}, fraction, seed, roles)
     if new is None:
         few = "1 speaker is" if len(speakers["train"]) == 1 else f"{len(speakers['train'])} speakers are"
         print(f"{few} too few to hold some out: {what} will have speakers of training", flush=True)
-        return known, {}
+        return with_known()
     if len(roles) < 2:
         return splits | new, {}
     try:

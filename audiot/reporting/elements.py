@@ -1,4 +1,4 @@
-"""Elements of a report's page: tables, figures with captions, what opens and closes."""
+"""Elements of a page: tables, figures with captions, what opens and closes; numbers as they stand in them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def table(caption: str, heads: Iterable[str], rows: Iterable[str], kind: str = "
     )
 
 
-def head(name: str, note: str = "", first: str = "ascending") -> str:
+def head(name: str, note: str = "", first: str = "ascending", is_text: bool = False) -> str:
     """The head of a column, with a note below it; `first` is the order that the first click sorts in."""
     small = f" <small>{escape(note)}</small>" if note else ""
-    return f'<th scope="col" data-first="{first}"><span>{escape(name)}</span>{small}</th>'
+    kind = ' class="text"' if is_text else ""
+    return f'<th scope="col"{kind} data-first="{first}"><span>{escape(name)}</span>{small}</th>'
 
 
 def breakable(name: str) -> str:
@@ -39,3 +40,11 @@ def folded(heading: str, content: str, is_open: bool = False) -> str:
 def figure(svg: str, caption: str) -> str:
     """A figure with its caption."""
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def compact(value: float, form: str) -> str:
+    """A number with thousands apart; millions and more end in ``M``, ``G``, ``T`` or ``P``. `form` is that of small ones."""
+    for factor, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= 0.9995 * factor:
+            return f"{value / factor:{form}} {letter}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:{form}}".rstrip(".")

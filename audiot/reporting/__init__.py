@@ -1,0 +1,1 @@
+"""What pages of results share: their frame and style, tables, figures, numbers in words."""
