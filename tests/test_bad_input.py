@@ -39,7 +39,7 @@ def refusal(*arguments, **environment):
 
 
 def test_an_unknown_command_suggests_the_nearest():
-    assert refusal("pretrian").startswith("no command 'pretrian' (did you mean pretrain?); commands: pretrain, ")
+    assert refusal("pretrian").startswith("no command 'pretrian' (did you mean pretrain?); commands: ")
     assert refusal("list", "atention").startswith("no config group 'atention' (did you mean attention?)")
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._sympy.numbers import int_oo
 
 from audiot.attention.lsh import LSHAttention
 from audiot.attention.routing import Routing
@@ -181,7 +180,7 @@ def trace(model: Deployable) -> ExportedProgram:
     limits = program.range_constraints[shape[1].node.expr]
     shortest = max(int(limits.lower), model.features.num_samples(1))
     model.description["min_samples"] = shortest
-    if limits.upper != int_oo:
+    if limits.upper.is_Integer:  # infinity is none
         model.description["max_samples"] = int(limits.upper)
     return program
 
