@@ -65,8 +65,9 @@ class Command(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether it goes on until Ctrl-C; tests of its own run it."""
-        return self.words[0] == "serve" or "--microphone" in self.words
+        """Whether it goes on until Ctrl-C, or takes long and another page's command is like it; tests of its own run it."""
+        is_like_another = "--int8" in self.words or self.words == ["export-torch", "RUN"]
+        return self.words[0] == "serve" or "--microphone" in self.words or is_like_another
 
     @property
     def is_run(self) -> bool:
@@ -141,6 +142,8 @@ def quick(arguments: list[str], number: int, run: Path, folder: Path) -> list[st
         rest += ["data.batch_s=2", "data.crop_s=0.5"]
     if command == "pretrain":
         rest += ["probes=smoke"] if number == 0 else [] if "probe=false" in rest else ["probe=false"]
+    if "model=hubert_large" in rest:  # which is compiled layer by layer
+        rest += ["model.num_layers=2"]
     if "downstream=asr" in rest:
         rest += SMALL_HEAD
     if "-m" in rest:
