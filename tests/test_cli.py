@@ -186,8 +186,8 @@ def test_help_of_a_command_shows_groups_and_keys():
     ("options", "said"),
     [
         (["trainer.fast_dev_run=true"], "1 steps"),
-        (["trainer.overfit_batches=2", "trainer.detect_anomaly=true"], "4 steps"),
-        (["trainer.limit_train_batches=2", "trainer.profiler=simple"], "run_training_epoch"),
+        pytest.param(["trainer.overfit_batches=2", "trainer.detect_anomaly=true"], "4 steps", marks=pytest.mark.slow),
+        pytest.param(["trainer.limit_train_batches=2", "trainer.profiler=simple"], "run_training_epoch", marks=pytest.mark.slow),
     ],
 )
 def test_arguments_of_lightnings_trainer_work(made, tmp_path, options, said):
@@ -497,6 +497,7 @@ def test_ctrl_c_ends_probes_that_run_together(made, tmp_path):
     assert f"resume:  audiot pretrain resume={folder}\n" in err
 
 
+@pytest.mark.slow
 @blank
 def test_a_job_of_slurm_whose_time_ends_is_put_back_into_the_queue_and_goes_on(made, tmp_path, monkeypatch):
     folder, asked = tmp_path / "run", tmp_path / "asked"
@@ -759,6 +760,7 @@ def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
     assert [line.split()[0] for line in table.splitlines()[1:]] == [*header, "wrote"]
 
 
+@pytest.mark.slow
 @blank
 def test_a_sweep_goes_on_after_a_failure_and_says_which_run_failed(made, tmp_path):
     sweep = tmp_path / "sweep"

@@ -104,8 +104,8 @@ def test_a_pretraining_preset_is_the_published_recipe(name):
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_a_pretraining_preset_takes_every_attention_and_strategy(name):
-    for attention in ATTENTION if "study" in name else ("synthesizer_random",):
+def test_a_pretraining_preset_takes_other_attention_and_strategies(name):
+    for attention in ATTENTION[::4] if "study" in name else ("synthesizer_random",):
         cfg = composed("pretrain", f"experiment={name}", f"attention={attention}", "trainer=ddp")
         assert cfg["attention"]["dropout"] == 0.1
         assert cfg["model"]["attention"] == cfg["attention"]

@@ -60,6 +60,7 @@ def test_the_same_command_gives_the_same_files(made, tmp_path):  # noqa: F811
     assert not list((tmp_path / "one").rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_draws_are_kept_of_every_layer_and_the_features(made, tmp_path):  # noqa: F811
     """What a study reads of them is the mean of the best layer's."""
     speakers = ["data.corpus.num_test_speakers=8", f"data_dir={tmp_path / 'data'}"]

@@ -77,6 +77,7 @@ def test_first_steps_are_those_of_the_whole_run(short, tmp_path):
     assert not (tmp_path / "five").exists()
 
 
+@pytest.mark.slow
 @blank
 def test_what_resumes_changed_is_in_the_repeat_from_its_start_and_told(short, tmp_path):
     succeed("pretrain", f"resume={short}", "trainer.max_steps=6", "optimizer.lr=0.1")

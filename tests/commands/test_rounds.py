@@ -124,6 +124,7 @@ def test_an_interrupt_in_an_earlier_round_names_the_whole_run(tmp_path):
     assert str(Interrupted(3, folder / "checkpoints" / "step=3.ckpt")) == "interrupted after step 3"
 
 
+@pytest.mark.slow
 def test_any_encoder_can_be_the_teacher(made, tmp_path):  # noqa: F811
     for name, teacher in (("run", made.run), ("encoder", made.encoder)):
         succeed("pretrain", *CLUSTERS, f"objective.teacher={teacher}", "objective.layer=0", f"hydra.run.dir={name}")

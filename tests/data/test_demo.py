@@ -56,6 +56,7 @@ def cuts(root):
     return {split: list(splits[split]) for split in SPLITS}
 
 
+@pytest.mark.slow
 def test_speech_does_not_depend_on_the_time_of_day():
     pytest.importorskip("espeakng_loader")
     program = (
