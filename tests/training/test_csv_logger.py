@@ -114,7 +114,7 @@ def test_an_empty_or_deleted_file_is_begun_anew(tmp_path):
         logger.save()
 
 
-@pytest.mark.parametrize("new", [{}, {"lr": 1.0}])
+@pytest.mark.parametrize("new", [{"lr": 1.0}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_full_disk_loses_no_earlier_row_and_is_told_in_one_line(tmp_path, new):
     code = """
 import resource, sys
@@ -151,6 +151,7 @@ def test_a_disk_that_fails_to_keep_the_rows_is_named_too(tmp_path, monkeypatch):
         logger.finalize("success")
 
 
+@pytest.mark.slow
 def test_a_long_log_needs_little_memory_to_write_and_to_go_on(tmp_path):
     first = RunCSVLogger(tmp_path)
     first.log_metrics({f"figure{number}": 0.0 for number in range(10)}, 0)
