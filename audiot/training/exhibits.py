@@ -51,6 +51,7 @@ def show_picture(loggers: Iterable[Logger], path: Path, step: int) -> None:
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, imread(path), step, dataformats="HWC")
+            logger.experiment.flush()  # the last pictures come when the logger is closed, and nothing else would write them
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)])
         elif isinstance(logger, MLFlowLogger):
