@@ -352,6 +352,7 @@ def check_fresh(run: Path) -> None:
 
 
 FIGURES = ("pretrain/", "probe/", "finetune/", "valid/", "test/", "targets/")  # beginnings of the names of figures
+ERRORS = ("per", "cer", "wer", "eer")  # of tasks, that are the better, the lower they are
 NUMBERS = (
     *("frames_per_s", "data_wait", "first_step_s", "train_s", "wall_s", "peak_gib", "energy_wh", "read_gb"),
     *("parameters", "steps", "resumed_step", "stopped_patience", "train_utterances"),

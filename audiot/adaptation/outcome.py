@@ -15,10 +15,10 @@ from torch import Tensor
 
 from audiot.adaptation.labelled import TRANSCRIPTION
 from audiot.adaptation.survey import Survey
+from audiot.analysis.plots import read_metrics
 from audiot.downstream.bootstrap import LEVEL, Bootstrap, Metrics, Sums, read_draws
 from audiot.runs import read_results
 
-ERRORS = ("wer", "cer", "per", "eer")  # figures that are the better, the lower they are
 LABEL, PREDICTION = "label", "prediction"
 
 
@@ -196,8 +196,7 @@ def read_curves(title: str, folder: Path, monitor: str | None, lower: bool = Fal
     """
     if not (folder / "metrics.csv").is_file():
         return Curves(title, {})
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        logged = list(csv.DictReader(stream))
+    logged = read_metrics(folder / "metrics.csv")
 
     def line(column: str) -> list[tuple[float, float]]:
         found = [(float(row["step"]), float(row[column])) for row in logged if row.get(column) and row.get("step")]

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from audiot.adaptation.labelled import SPEAKERS, TRANSCRIPTION
-from audiot.adaptation.outcome import ERRORS, LABEL, PREDICTION, Curves, Figure, Outcome
+from audiot.adaptation.outcome import LABEL, PREDICTION, Curves, Figure, Outcome
 from audiot.adaptation.sounds import clip
 from audiot.base.files import write_csv, write_text
 from audiot.data.prepare import ROLES
 from audiot.reporting.charts import matrix, over_steps
 from audiot.reporting.document import commands, document
 from audiot.reporting.elements import breakable, figure, folded, head, many, table
+from audiot.runs import ERRORS
 from audiot.study.figures import Row, intervals
 from audiot.study.findings import Estimate
 

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from audiot.adaptation.labelled import SPEAKERS, TRANSCRIPTION, Labelled, look
-from audiot.adaptation.outcome import ERRORS, Outcome, difference, majority, of_run, read_curves, read_rows
+from audiot.adaptation.outcome import Outcome, difference, majority, of_run, read_curves, read_rows
 from audiot.adaptation.plan import Plan, Size, check_settings, plan_data, plan_encoder, plan_pretraining, plan_training
 from audiot.adaptation.report import bracket, percent, sentences, title_of, write_report
 from audiot.adaptation.survey import Survey, survey
@@ -35,7 +35,7 @@ from audiot.data.corpora.folder import FolderCorpus
 from audiot.data.opening import open_corpus
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.upstream import Upstream
-from audiot.runs import Interrupted, read_results
+from audiot.runs import ERRORS, Interrupted, read_results
 
 NOTE = "adapt.json"
 FEATURES = "a head on features alone"

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from audiot.base.files import replacing_text, write_text
 from audiot.base.tables import aligned, markdown
-from audiot.runs import has_overrides, is_number, read_results, run_overrides
+from audiot.runs import ERRORS, has_overrides, is_number, read_results, run_overrides
 
 if TYPE_CHECKING:
     from audiot.study.findings import Sample
 
-ERRORS = ("per", "cer", "wer", "eer")
 FIGURES = ("test/", "pretrain/", "probe/", "finetune/")  # beginnings of their names
 COSTS = {"frames_per_s": 0, "train_s": 1, "peak_gib": 2, "energy_wh": 2, "parameters": 0}  # with the digits that are shown
 RATES = ("accuracy", "macro_f1", *ERRORS)  # shown in per cent

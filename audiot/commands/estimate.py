@@ -12,15 +12,12 @@ from omegaconf import DictConfig, open_dict
 
 from audiot.base.devices import synchronise
 from audiot.commands.finetune import new_module, task_data
-from audiot.commands.pretrain import check_rate
-from audiot.commands.pretrain import new_module as new_pretraining
-from audiot.commands.tune import SHORT
+from audiot.commands.tune import SHORT, begin
 from audiot.data.batches import Batch
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.prepare import ROLES, PreparedCorpus
 from audiot.downstream.cache import CachedStates
 from audiot.downstream.upstream import FeaturesUpstream, Upstream
-from audiot.pretraining import fit_statistics, open_data
 from audiot.training.trainer import make_trainer
 from audiot.training.tuning import StepTimes
 
@@ -58,17 +55,11 @@ def pretraining_s(cfg: DictConfig, corpus: PreparedCorpus, steps: int) -> float:
         corpus: The corpus.
         steps: Number of steps that are timed.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
     cfg = _short(cfg)
-    pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg, **SHORT, max_steps=WARMUP + steps)
-    module = new_pretraining(cfg)
-    check_rate(module, corpus.sample_rate)
-    data = open_data(cfg, module, corpus)
-    if module.objective.mixing is not None:
-        module.objective.mixing.open()
-    fit_statistics(module, data, trainer.strategy.root_device)
-    before = time.monotonic() - begin  # which the training will take again
+    module, data = begin(cfg, corpus, cfg.seed)
+    before = time.monotonic() - started  # which the training will take again
     step_s = _timed(trainer, module, data, steps)
     valid_s = 3600 * corpus.hours[corpus.split_for("pretrain", "valid")]
     return before + _whole(cfg, step_s, valid_s)
@@ -83,7 +74,7 @@ def finetuning_s(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, st
         corpus: The corpus.
         steps: Number of steps that are timed.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
     cfg = _short(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     trainer = make_trainer(cfg, **SHORT, max_steps=WARMUP + steps)
@@ -91,7 +82,7 @@ def finetuning_s(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, st
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
     module = new_module(cfg, upstream, data.classes)
-    before = time.monotonic() - begin
+    before = time.monotonic() - started
     hours = {role: corpus.hours[corpus.split_for(cfg.downstream.task, role)] for role in ROLES}
     task = cfg.downstream
     if not task.cache or task.train_encoder:
@@ -99,10 +90,10 @@ def finetuning_s(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, st
         test_s = FORWARD * step_s * 3600 * hours["test"] / cfg.data.batch_s
         return before + _whole(cfg, step_s, 3600 * hours["valid"]) + test_s
     some, device = Some(data, SAMPLED), trainer.strategy.root_device
-    begin = time.monotonic()
+    started = time.monotonic()
     source = CachedStates(some, module.upstream, device, layers=module.layers, batch_size=task.batch_size)  # type: ignore[arg-type]
     synchronise(device)
-    computed_s = (time.monotonic() - begin) * 3600 * sum(hours.values()) / max(1e-6, some.seconds)
+    computed_s = (time.monotonic() - started) * 3600 * sum(hours.values()) / max(1e-6, some.seconds)
     return before + computed_s + _whole(cfg, _timed(trainer, module, source, steps), 0.0)
 
 

@@ -21,7 +21,7 @@ from audiot.study.comparison import check_statsmodels
 from audiot.study.design import Study
 from audiot.study.gathering import gather
 from audiot.study.report import write_report
-from audiot.study.running import Worker
+from audiot.study.running import Worker, runs_at_a_time
 
 ON_A_GPU = 16  # runs at a time on each card, if there is a core for each
 MODULES = ("audiot.commands.pretrain", "audiot.commands.finetune", "audiot.commands.abx", "audiot.commands.analyze")
@@ -42,7 +42,8 @@ def main(cfg: DictConfig) -> None:
     folder = Path(cfg.folder)
     if study.rehearsal:
         say(f"rehearsal: {study.rehearsal}")
-    worker = Worker(study, folder, _at_a_time(cfg.jobs), launch.run, partial(_corpus, study, cfg), cfg.data_dir, MODULES)
+    jobs = runs_at_a_time(cfg.jobs, _automatic, "report")
+    worker = Worker(study, folder, jobs, launch.run, partial(_corpus, study, cfg), cfg.data_dir, MODULES)
     if worker.at_a_time:
         worker.work()
     records = worker.records.load()
@@ -67,18 +68,10 @@ def _corpus(study: Study, cfg: DictConfig) -> Path:
     return open_corpus(compose_command("pretrain", settings)).directory
 
 
-def _at_a_time(jobs: int | str) -> int:
-    """Runs at a time.
-
-    Raises:
-        ValueError: it is no number of runs.
-    """
-    if jobs == "auto":
-        cards = torch.cuda.device_count()
-        return cards * max(1, min(ON_A_GPU, usable_cores() // cards)) if cards else usable_cores()
-    if isinstance(jobs, int) and jobs >= 0:
-        return jobs
-    raise ValueError(f"jobs must be auto, a number, or 0 for the report alone, found {jobs}")
+def _automatic() -> int:
+    """Runs at a time, by the machine."""
+    cards = torch.cuda.device_count()
+    return cards * max(1, min(ON_A_GPU, usable_cores() // cards)) if cards else usable_cores()
 
 
 if __name__ == "__main__":

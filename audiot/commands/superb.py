@@ -19,7 +19,7 @@ from audiot.base.tables import aligned, markdown
 from audiot.commands import launch
 from audiot.data.sources import file_digest
 from audiot.study.design import Job
-from audiot.study.running import Worker
+from audiot.study.running import Worker, runs_at_a_time
 from audiot.study.superb import CORPORA, HEADER, TASKS, TITLES, Superb
 
 PASSED = ("upstream=", "upstream.", "trainer=", "trainer.")  # beginnings of overrides that are those of every run
@@ -41,7 +41,8 @@ def main(cfg: DictConfig) -> None:
     search = plain(cfg.search)
     superb = Superb(tasks, heard, search["factors"], search["steps"], list(cfg.seeds), failed)
     folder, modules = Path(cfg.folder), ("audiot.commands.finetune",)
-    worker = Worker(superb, folder, _at_a_time(cfg.jobs), launch.run, None, cfg.data_dir, modules, "superb", resumes=True)
+    jobs = runs_at_a_time(cfg.jobs, _automatic, "table")
+    worker = Worker(superb, folder, jobs, launch.run, None, cfg.data_dir, modules, "superb", resumes=True)
     worker.failed = failed
     if worker.at_a_time:
         worker.work()
@@ -128,17 +129,9 @@ def _check_corpora(cfg: DictConfig) -> None:
         )
 
 
-def _at_a_time(jobs: int | str) -> int:
-    """Runs at a time.
-
-    Raises:
-        ValueError: it is no number of runs.
-    """
-    if jobs == "auto":
-        return max(1, torch.cuda.device_count())
-    if isinstance(jobs, int) and jobs >= 0:
-        return jobs
-    raise ValueError(f"jobs must be auto, a number, or 0 for the table alone, found {jobs}")
+def _automatic() -> int:
+    """Runs at a time, by the machine."""
+    return max(1, torch.cuda.device_count())
 
 
 def _cell(name: str, value: Any) -> str:

@@ -252,6 +252,24 @@ class Worker:
                     say(f"{job.name} failed: {why}")
 
 
+def runs_at_a_time(jobs: int | str, automatic: Callable[[], int], alone: str) -> int:
+    """Runs at a time, as the key ``jobs`` says.
+
+    Args:
+        jobs: ``auto``, a number, or 0 to run nothing.
+        automatic: What stands for ``auto``.
+        alone: What is written without a run, in a word.
+
+    Raises:
+        ValueError: it is no number of runs.
+    """
+    if jobs == "auto":
+        return automatic()
+    if isinstance(jobs, int) and jobs >= 0:
+        return jobs
+    raise ValueError(f"jobs must be auto, a number, or 0 for the {alone} alone, found {jobs}")
+
+
 def _told(record: Record) -> str:
     names = [name for name in ("value", "validation", "frames_per_s") if name in record.figures]
     return ", ".join(f"{name} {record.figures[name]:.4g}" for name in names) or f"{len(record.figures)} figures"

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,8 @@ class SharCorpus:
             StorageError: a file is missing, damaged, or can't be read.
             ValueError: the index is damaged, has another sample rate, or (with ``check``) has changed.
         """
-        with closing(_Journal(directory)) as journal:
-            try:
-                corpus = self._open(directory, settings, when)
-            finally:
-                journal.remove()
-                leave_no_empty_folder(directory)
-        return corpus
+        with opening(directory):
+            return self._open(directory, settings, when)
 
     def _open(self, directory: Path, settings: Mapping[str, Any], when: str) -> PreparedCorpus:
         complete = (directory / "corpus.json").is_file()
@@ -98,12 +93,7 @@ class SharCorpus:
         with replacing(directory / ARRAYS) as temporary:
             temporary.write_bytes(checked(self.storage, arrays))
         index = Index.read(directory / ARRAYS, [file.size for file in recordings])
-        root = self.storage.root if not self.storage.is_local else str(Path(self.storage.root).absolute())
-        write_json(
-            directory / SHARDS,
-            {"root": root, "sample_rate": self.sample_rate, "digest": digest, "shards": content["shards"]},
-        )
-        open_shards.cache_clear()
+        note_shards(directory, self.storage, self.sample_rate, digest, content["shards"])
         write_corpus(directory, index, self.sample_rate, settings, checked_tasks(content, index, place), content.get("corpus"))
 
     def _parsed(self, data: bytes, place: str) -> dict[str, Any]:
@@ -129,6 +119,32 @@ def leave_no_empty_folder(directory: Path) -> None:
     """Delete a folder in which nothing is, as of a corpus that could not be opened."""
     with suppress(OSError):  # something is in it
         directory.rmdir()
+
+
+@contextmanager
+def opening(directory: Path) -> Iterator[None]:
+    """Around the opening of a corpus in a local folder, which one process does at a time."""
+    with closing(_Journal(directory)) as journal:
+        try:
+            yield
+        finally:
+            journal.remove()
+            leave_no_empty_folder(directory)
+
+
+def note_shards(directory: Path, storage: Storage, sample_rate: int, digest: str, shards: Any) -> None:
+    """Write which shards an opened corpus has.
+
+    Args:
+        directory: Its local folder.
+        storage: Where they are.
+        sample_rate: Sample rate in Hz.
+        digest: What it is known by that they have changed.
+        shards: Names and sizes of their files.
+    """
+    root = str(Path(storage.root).absolute()) if storage.is_local else storage.root
+    write_json(directory / SHARDS, {"root": root, "sample_rate": sample_rate, "digest": digest, "shards": shards})
+    open_shards.cache_clear()
 
 
 def checked_tasks(content: Mapping[str, Any], index: Index, place: str) -> dict[str, dict[str, str]]:

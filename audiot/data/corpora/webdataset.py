@@ -16,7 +16,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,10 +28,10 @@ from tqdm import tqdm
 from audiot.base.files import printable, read_json, replacing_gzip, replacing_text, write_json
 from audiot.data.audio import MAX_SAMPLES_PER_BYTE, BadAudioError, check_budget, check_duration, reason
 from audiot.data.corpora.held_out import divide
-from audiot.data.corpora.shar import leave_no_empty_folder, write_corpus
+from audiot.data.corpora.shar import note_shards, opening, write_corpus
 from audiot.data.manifests import Manifests
-from audiot.data.prepare import PreparedCorpus, _Journal
-from audiot.data.shards import ARRAYS, SHARDS, Index, open_shards
+from audiot.data.prepare import PreparedCorpus
+from audiot.data.shards import ARRAYS, SHARDS, Index
 from audiot.data.sources import Sources
 from audiot.data.storage import Storage, StorageError
 from audiot.data.text import as_label, as_text, json_object
@@ -129,12 +128,8 @@ class WebDatasetCorpus:
             ValueError: labels are broken, two utterances have one id, no utterance can be used, or (with ``check``) shards have
                 changed.
         """
-        with closing(_Journal(directory)) as journal:
-            try:
-                return self._open(directory, settings, when)
-            finally:
-                journal.remove()
-                leave_no_empty_folder(directory)
+        with opening(directory):
+            return self._open(directory, settings, when)
 
     def _open(self, directory: Path, settings: Mapping[str, Any], when: str) -> PreparedCorpus:
         complete = (directory / "corpus.json").is_file()
@@ -204,9 +199,7 @@ class WebDatasetCorpus:
             }
             for name, scan in scanned.items()
         ]
-        root = self.storage.root if not self.storage.is_local else str(Path(self.storage.root).absolute())
-        write_json(directory / SHARDS, {"root": root, "sample_rate": self.sample_rate, "digest": digest, "shards": listed})
-        open_shards.cache_clear()
+        note_shards(directory, self.storage, self.sample_rate, digest, listed)
         content = hashlib.sha256(json.dumps([columns, splits, list(labels_of.values())]).encode()).hexdigest()
         write_corpus(directory, index, self.sample_rate, settings, tasks, content)
 
