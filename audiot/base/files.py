@@ -60,6 +60,11 @@ def replacing(path: str | Path, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def finished(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder whose names match, sorted, without those that `replacing` still writes or left when it was killed."""
+    return sorted(path for path in folder.glob(pattern) if path.name[0] != ".")
+
+
 def room(folder: Path) -> str:
     """What is free on a folder's disk, in words for an error of writing there."""
     return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free on the disk of {folder}"

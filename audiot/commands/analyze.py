@@ -18,7 +18,7 @@ from audiot.attention.table import TableSynthesizer
 from audiot.base.console import say
 from audiot.base.devices import find_device
 from audiot.base.failures import Failures
-from audiot.base.files import replacing, write_json
+from audiot.base.files import finished, replacing, write_json
 from audiot.base.framing import SpectrogramScale
 from audiot.base.quoting import argument
 from audiot.checkpoint import AudioEncoder
@@ -188,7 +188,7 @@ def draw(
     if any(key.startswith(("probe/", "finetune/")) for key in summary):
         with failures.noted("probes.png"):
             plot_probes(summary, plots / "probes.png")
-    for path in sorted(plots.glob("*.png")):
+    for path in finished(plots, "*.png"):
         if "step" not in path.name:
             say(str(path))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from audiot.base.console import table
+from audiot.base.files import finished
 from audiot.commands.compare import bracket, cell
 from audiot.following import finetune_command
 from audiot.runs import read_results
@@ -79,7 +80,7 @@ def report(run: Path, follow: bool = True) -> str:
         head, column = ("test accuracy, % (95% interval)", 19) if bounded else ("test accuracy, %", 16)
         lines += ["", f"{head:<{width}}" + "".join(f"{title.replace('_', ' '):>{column}}" for title in columns.values())]
         lines += [f"{name:<{width}}" + "".join(f"{text:>{column}}" for text in cells) for name, cells in rows.items()]
-    plots = sorted(path.name for path in (run / "plots").glob("*.png") if "step" not in path.name)
+    plots = [path.name for path in finished(run / "plots", "*.png") if "step" not in path.name]
     lines += [
         "",
         f"run     {run}",

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from audiot.base.console import say
-from audiot.base.files import read_json, replacing, write_json
+from audiot.base.files import finished, read_json, replacing, write_json
 from audiot.benchmark.products import products
 from audiot.checkpoint import load_encoder
 from audiot.downstream.bootstrap import read_draws
@@ -115,7 +115,7 @@ class Records:
         Raises:
             ValueError: a file is no record.
         """
-        for path in sorted((self.folder / "results").glob("*.json")):
+        for path in finished(self.folder / "results", "*.json"):
             if path.stem not in self._known:
                 self._known[path.stem] = _read(path)
         return self._known

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from audiot.base.files import replacing
 from audiot.measures.similarity import cka
 from audiot.study.records import Arrays, Record, Records, _seconds, flattened, read_arrays, travelling
 
@@ -92,3 +93,11 @@ def test_the_time_of_a_training_is_the_median_of_its_second_half_without_waiting
         ValueError, match=r"metrics\.csv has no speed: study\.cost needs at least trainer\.log_every_n_steps steps$"
     ):
         _seconds(path)
+
+
+def test_a_record_that_another_process_still_writes_is_not_read(tmp_path):
+    records = Records(tmp_path)
+    records.write("0" * 16, Record("one", "runs/one", (), {"value": 1.0}))
+    with replacing(tmp_path / "results" / f"{'1' * 16}.json") as temporary:
+        temporary.write_text('{"format": ')
+        assert list(records.load()) == ["0" * 16]
