@@ -96,13 +96,14 @@ def to_host(*tensors: Tensor) -> tuple[list[Tensor], torch.cuda.Event | None]:
     """Copy tensors of one device to the CPU without waiting.
 
     Returns:
-        The copies, and the event that marks their arrival. The event is None when they are there already.
+        The copies, and the event that marks their arrival. The event is None when they are there already. Who waits for it
+        sleeps, and leaves the core to the processes that load data.
     """
     if tensors[0].device.type != "cuda":
         return [tensor.cpu() for tensor in tensors], None
     copies = [
         torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True) for tensor in tensors
     ]
-    arrived = torch.cuda.Event()
+    arrived = torch.cuda.Event(blocking=True)
     arrived.record()
     return copies, arrived
