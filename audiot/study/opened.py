@@ -16,12 +16,13 @@ VARIABLE = "AUDIOT_STUDY_CORPUS"  # folder of the prepared corpus: the server is
 
 def hold(directory: Path) -> None:
     """Read what data modules read of a corpus, which they then find in this process and its forks."""
+    gc.disable()  # each collection would look at all that is read
     corpus = PreparedCorpus.load(directory)
     for split in corpus.counts:
         open_cuts(corpus.directory, split, True, corpus.content)
     open_pieces(corpus.directory, corpus.split_for("pretrain", "train"), corpus.content)
     open_cuts(corpus.directory, corpus.split_for("pretrain", "valid"), False, corpus.content)
-    gc.collect()
+    gc.enable()
     gc.freeze()  # collections in the forks would copy the pages
 
 

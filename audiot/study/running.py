@@ -187,10 +187,16 @@ class Worker:
             self.running.append(Running(jobs, process, claims, place))
 
     def _together(self, job: Job, idle: Sequence[Job], busy: Collection[str]) -> list[Job]:
-        """A run, and the other tasks of its encoder that follow it in its process: as many as leave work for all places."""
+        """A run, and those that follow it in its process, which need not start again: as many as leave work for all places.
+
+        After a task come others of its encoder, after a run that has its device to itself others that will have it.
+        """
+        waiting = [each for each in idle if each.key not in busy]
+        if job.alone:
+            alike = [each for each in waiting if each.alone]
+            return alike[: max(1, len(alike) // self.num_devices)]
         if job.encoder is None:
             return [job]
-        waiting = [each for each in idle if each.key not in busy]
         most = max(1, len(waiting) // self.at_a_time)
         return [each for each in waiting if each.encoder is not None and each.encoder.key == job.encoder.key][:most]
 

@@ -56,3 +56,10 @@ def test_tasks_of_an_encoder_follow_each_other_while_there_are_enough_for_all_pl
     assert worker([], 6)._together(tasks[0], tasks, set()) == tasks[:2]
     assert two._together(tasks[8], tasks[8:10], set()) == [tasks[8]]
     assert two._together(SHARED, [SHARED, *tasks], set()) == [SHARED]
+
+
+@pytest.mark.parametrize(("cards", "together"), [([], 4), (["0"], 4), (["0", "1"], 2), (["0", "1", "2", "3", "4"], 1)])
+def test_runs_that_are_alone_follow_each_other_on_each_device(cards, together):
+    alone = [job(f"alone {number}", alone=True) for number in range(4)]
+    assert worker(cards, 8)._together(alone[0], [*alone, SHARED], set()) == alone[:together]
+    assert worker(cards, 8)._together(alone[3], [SHARED, *alone], {each.key for each in alone[:3]}) == alone[3:]
