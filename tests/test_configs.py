@@ -199,13 +199,13 @@ def test_every_argument_of_lightnings_trainer_is_a_key():
 def test_keys_that_a_logger_or_callback_takes_need_no_plus(hydra_started):
     given = ["logger.tensorboard.log_graph=true", "callbacks.learning_rate.log_momentum=true", "trainer.max_steps=3"]
     GlobalHydra.instance().clear()
-    checked = audiot.commands.launch._check_overrides("pretrain", given, sweep=False)
+    checked = audiot.commands.launch.check_overrides("pretrain", given, sweep=False)
     assert checked == ["+logger.tensorboard.log_graph=true", "+callbacks.learning_rate.log_momentum=true", "trainer.max_steps=3"]
     with pytest.raises(ValueError, match=r"no argument 'log_momentun' of callbacks.* \(did you mean log_momentum\?\)"):
-        audiot.commands.launch._check_overrides("pretrain", ["callbacks.learning_rate.log_momentun=true"], sweep=False)
+        audiot.commands.launch.check_overrides("pretrain", ["callbacks.learning_rate.log_momentun=true"], sweep=False)
 
 
 def test_what_goes_on_to_another_function_is_taken_too(hydra_started):
     GlobalHydra.instance().clear()
     given = ["logger=wandb", "logger.wandb.tags=[a]"]
-    assert audiot.commands.launch._check_overrides("pretrain", given, sweep=False) == ["logger=wandb", "+logger.wandb.tags=[a]"]
+    assert audiot.commands.launch.check_overrides("pretrain", given, sweep=False) == ["logger=wandb", "+logger.wandb.tags=[a]"]

@@ -102,7 +102,7 @@ def run(command: str, arguments: list[str], program: str | None = None) -> None:
         is_new = given is None or not Path(str(given)).exists()
         if not any(override.split("=")[0] in ELSEWHERE for override in overrides):
             flags, overrides, mine = _parted(overrides)
-            overrides = _check_overrides(command, overrides, bool(sweep), folder=mine)
+            overrides = check_overrides(command, overrides, bool(sweep), folder=mine)
             sys.argv[1:] = [*sweep, *flags, *overrides]
 
     def guarded(cfg: DictConfig) -> object:
@@ -220,7 +220,7 @@ def _parted(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
 
 def help_text(command: str, overrides: list[str], sweep: bool, folder: Path | None = None) -> str:
     """What ``audiot COMMAND --help`` says: the config groups with their options, and every key with its value."""
-    overrides = _check_overrides(command, overrides, sweep, complete=False, folder=folder)
+    overrides = check_overrides(command, overrides, sweep, complete=False, folder=folder)
     overrides = [*_searched(folder), *(values[0] for values in map(_choices, parse(overrides)) if values)]
     with initialize_config_module("audiot.conf", version_base="1.3"):
         cfg = compose(command, overrides)
@@ -295,7 +295,7 @@ def _searched(folder: Path | None) -> list[str]:
     return [] if folder is None else [quoting.override("hydra.searchpath", [f"file://{folder.absolute()}"])]
 
 
-def _check_overrides(
+def check_overrides(
     command: str, overrides: list[str], sweep: bool, complete: bool = True, folder: Path | None = None
 ) -> list[str]:
     """Compose every value of a sweep once, so that what is wrong with a key or a value is told before anything starts.
@@ -323,7 +323,7 @@ def _check_overrides(
     with initialize_config_module("audiot.conf", version_base="1.3"):
         added = _added(command, first)
     if added:
-        return _check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete, folder)
+        return check_overrides(command, [_plus(override, added) for override in overrides], sweep, complete, folder)
     with initialize_config_module("audiot.conf", version_base="1.3"):
         _check_run(command, first, complete)
         for place, values in enumerate(choices):
