@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiot.attention import SelfAttention
+from audiot.attention.self_attention import Product
 from audiot.base.devices import HALF, autocast_dtype, in_half_precision
 
 try:
@@ -86,11 +87,18 @@ class FeedForward(nn.Sequential):
         ffn_dim: Hidden width.
     """
 
+    product: Product | None = None  # in place of `F.linear`, where a training computes in another precision
+
     def __init__(self, embed_dim: int, ffn_dim: int) -> None:
         super().__init__(nn.Linear(embed_dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, embed_dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map each frame of (…, d) independently."""
+        if self.product is not None:
+            first, gelu, second = self
+            assert isinstance(first, nn.Linear)
+            assert isinstance(second, nn.Linear)
+            return self.product(gelu(self.product(hidden, first.weight, first.bias)), second.weight, second.bias)
         if not self.has_kernel(hidden):
             return super().forward(hidden)
         assert feed_forward_kernels is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from audiot.data.batches import Batch, crop_lengths
 from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import data_options
 from audiot.data.prepare import PreparedCorpus
+from audiot.layers import EncoderLayer
 from audiot.model import length_mask
 from audiot.objectives.objective import Objective, View
 from audiot.training.accumulation import Mean, WeightedSteps
@@ -209,11 +211,16 @@ class MaskedAcousticModel(WeightedSteps, Saved):
         self.objective.compile_source()
 
     def compile_layers(self) -> None:
-        """Compile every layer on its own for training, where processes fetch parameters between the layers."""
+        """Compile every layer on its own for training, where processes fetch parameters between the layers.
+
+        Layers that are alike share the compiled code. PyTorch compiles one function eight times at most.
+        """
         from audiot.training.compilation import compiled  # imports the compiler
 
-        for layer in self.model.encoder.layers:
-            layer.compiled = compiled(layer.compute, False)
+        compute = compiled(EncoderLayer.compute, False)
+        encoder = self.model.encoder
+        for layer in map(encoder.layer, range(len(encoder.layers))):
+            layer.compiled = MethodType(compute, layer)
 
     def view(self, batch: Batch) -> View:
         """Targets and predictions of a validation batch, whose every masked span is hidden; see the objective's ``view``."""

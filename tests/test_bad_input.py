@@ -85,6 +85,10 @@ PRETRAIN = {
         "the corpus is at 8000 Hz and the features at 16000 Hz: set data.prepare.sample_rate=",
     ),
     "no GPU": ("trainer.accelerator=gpu", "trainer.accelerator=gpu trainer.devices=1: No supported gpu backend found!"),
+    "float8": (
+        "trainer.precision=fp8",
+        "trainer.precision=fp8 needs a GPU that multiplies float8 matrices (compute capability 8.9",
+    ),
     "accelerator": ("trainer.accelerator=foo", "You selected an invalid accelerator name: `accelerator='foo'`."),
     "init": ("init=nowhere", "no encoder folder at nowhere: expected RUN/encoder of a pre-training run"),
     "resume": ("resume=nowhere", "resume=nowhere: no run there (nowhere/config.yaml is missing)"),

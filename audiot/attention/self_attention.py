@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ except ImportError:  # no Triton
     projection_kernels = None  # type: ignore[assignment]
 
 PROJECTIONS = ("query", "key", "value")
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # what `F.linear` computes of frames, a weight and a bias
 
 
 class SelfAttention(nn.Module):
@@ -40,6 +41,10 @@ class SelfAttention(nn.Module):
         ValueError: the mechanism was built for other sizes, has no queries and keys for rotary positions to turn, or can't carry
             the positions' bias.
     """
+
+    # In place of `F.linear`, where a training computes in another precision (`audiot.training.float8`).
+    project: Product | None = None  # of queries, keys and values together
+    project_output: Product | None = None
 
     def __init__(
         self,
@@ -92,7 +97,12 @@ class SelfAttention(nn.Module):
         if is_recording() and not self.training:  # other runtimes have no fused kernels
             return self.reference(hidden, valid)
         context = self.mechanism(**self._inputs(hidden, self.mechanism.inputs, valid))  # B, H, T, D
-        output = self.dropout(self.output(context.transpose(1, 2).flatten(2)))
+        frames = context.transpose(1, 2).flatten(2)
+        if self.project_output is None:
+            projected = self.output(frames)
+        else:
+            projected = self.project_output(frames, self.output.weight, self.output.bias)
+        output = self.dropout(projected)
         return output if valid is None else output * valid[:, :, None]
 
     @property
@@ -127,7 +137,8 @@ class SelfAttention(nn.Module):
             inputs["hidden"] = hidden
         wanted = [name for name in PROJECTIONS if name in names]
         layers = [getattr(self, name) for name in wanted]
-        if len(layers) < 2 or any(type(layer) is not nn.Linear for layer in layers):  # replaced by an adapter, say
+        fewest = 2 if self.project is None else 1  # that are worth a joint product
+        if len(layers) < fewest or any(type(layer) is not nn.Linear for layer in layers):  # replaced by an adapter, say
             projected: Sequence[Tensor] = [layer(hidden) for layer in layers]
         else:
             weight = torch.cat([layer.weight for layer in layers])
@@ -136,7 +147,7 @@ class SelfAttention(nn.Module):
                 projected = self._turned(hidden, weight, bias)
                 inputs["positions"] = None
             else:
-                projected = F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
+                projected = (self.project or F.linear)(hidden, weight, bias).chunk(len(layers), dim=-1)
         for name, frames in zip(wanted, projected, strict=True):
             inputs[name] = frames.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return inputs
@@ -153,6 +164,7 @@ class SelfAttention(nn.Module):
         """Whether a kernel merges the gradients: with queries, keys, values and rotary positions, in half precision on CUDA."""
         return (
             projection_kernels is not None
+            and self.project is None
             and isinstance(self.positions, Rotary)
             and wanted == list(PROJECTIONS)
             and not getattr(self.mechanism, "rotates_itself", False)

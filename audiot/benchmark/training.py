@@ -36,6 +36,7 @@ from audiot.benchmark.training_program import ProgramClock, meter, run_program
 from audiot.benchmark.training_report import draw, grid, markdown_report, told
 from audiot.benchmark.training_results import SCOPES, Row, shares_of, with_speedups
 from audiot.pretraining import MaskedAcousticModel, build
+from audiot.training.float8 import FP8, check_float8
 from audiot.training.trainer import make_trainer
 
 WARM_UP = 2  # steps after the first one, which compiles
@@ -83,7 +84,7 @@ class TrainingBenchmark:
         dropouts: Mappings of ``hidden`` and ``attention``.
         scopes: Some of ``inference``, ``encoder``, ``step`` and ``program``.
         positions: Name of `conf/positions` for all, or ``own`` for the choice of each mechanism's file.
-        precision: The Trainer's precision: ``32-true`` or ``bf16-mixed``.
+        precision: The Trainer's precision: ``32-true``, ``bf16-mixed``, or ``fp8``, which ``inference`` has not.
         compile: ``true``, ``false``, or ``auto``, which compiles on GPUs as training does.
         steps: Steps in a row, in all scopes but the program.
         rounds: Number of rounds. In each round all mechanisms take turns.
@@ -141,6 +142,10 @@ class TrainingBenchmark:
         if not self.places:
             raise ValueError("benchmark.shapes or benchmark.dropouts is empty: nothing to measure")
         self.device = find_device(device)
+        if precision == FP8:
+            check_float8(self.device)
+            if any("inference" in each for _, each in self.places):
+                raise ValueError(f"benchmark.precision={FP8} is of training: leave inference out of benchmark.scopes")
         compiled = self.device.type == "cuda" if compile == "auto" else bool(compile)
         self.calls = Calls(self.device, precision, compiled, seed)
         self.recipe = Recipe(

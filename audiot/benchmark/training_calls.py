@@ -15,9 +15,10 @@ from audiot.benchmark.training_config import Place
 from audiot.data.batches import Batch
 from audiot.features import Features
 from audiot.pretraining import MaskedAcousticModel
+from audiot.training.float8 import FP8, Float8
 from audiot.training.optimization import configure_from
 
-PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, FP8: torch.bfloat16}
 LAST_PART = {"inference": "forward", "encoder": "backward", "step": "optimiser"}
 
 
@@ -56,6 +57,7 @@ class Calls:
     def encoder(self, module: MaskedAcousticModel, place: Place, watch: Stopwatch) -> Callable[[], Tensor]:
         """Forward and backward of the encoder on features."""
         encoder = module.model.encoder
+        self._begin_float8(module)
         tokens = self.noise(place.batch, place.frames, module.model.features.embed_dim)
 
         def forward(tokens: Tensor) -> Tensor:
@@ -79,6 +81,7 @@ class Calls:
         configured = configure_from(module, module.hparams, trainer.max_steps)
         optimiser, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
         batch = self._batch(module.model.features, place)
+        self._begin_float8(module)
         if self.compiled:
             module.compile_step(graphs=self.device.type == "cuda")
 
@@ -141,6 +144,10 @@ class Calls:
             "ids": [str(number) for number in range(place.batch)],
             "position": (0, 0),
         }
+
+    def _begin_float8(self, module: MaskedAcousticModel) -> None:
+        if self.precision == FP8:
+            Float8().begin(module)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return nullcontext() if self.precision == "32-true" else torch.autocast(self.device.type, self.dtype)

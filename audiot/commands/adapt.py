@@ -36,6 +36,7 @@ from audiot.data.opening import open_corpus
 from audiot.data.prepare import PreparedCorpus
 from audiot.downstream.upstream import Upstream
 from audiot.runs import ERRORS, Interrupted, read_results
+from audiot.training.float8 import check_tasks_precision
 
 NOTE = "adapt.json"
 FEATURES = "a head on features alone"
@@ -65,6 +66,7 @@ class Adaptation:
         if self.kind in ("checkpoint", "hf", "s3prl") and self.has_upstream and cfg.upstream.get("path") is None:
             raise ValueError(f"upstream={self.kind} has no path: set upstream.path=…")
         check_settings(cfg.adapt, cfg.init, self.has_upstream)
+        check_tasks_precision(cfg.trainer.precision)
         self.on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
     def whole(self) -> None:

@@ -46,6 +46,7 @@ from audiot.training.averaging import hand_over_average
 from audiot.training.callbacks import Throughput
 from audiot.training.early_stopping import stopped_early
 from audiot.training.exhibits import show_picture
+from audiot.training.float8 import check_tasks_precision
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.store import store_of
 from audiot.training.trainer import make_trainer
@@ -167,6 +168,7 @@ def train(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, resumed: 
         metrics = read_results(run / "metrics.json")
         say(f"done    {describe(metrics, run, [])}")
         return metrics
+    check_tasks_precision(cfg.trainer.precision)
     trainer = make_trainer(cfg)
     if isinstance(trainer.strategy, ShardedStrategy):
         raise ValueError("trainer=fsdp shares out the parameters of pre-training alone: set trainer=ddp or trainer=gpu")

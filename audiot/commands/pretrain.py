@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
+from pytorch_lightning.utilities import rank_zero_warn
 
 from audiot.analysis.plots import plot_attention, plot_probes, plot_training
 from audiot.base.console import say
@@ -49,7 +50,7 @@ from audiot.training.callbacks import ObjectivePictures, StopAfter, Throughput
 from audiot.training.early_stopping import stopped_early
 from audiot.training.exhibits import show_picture
 from audiot.training.fsdp import ShardedStrategy, is_sharded
-from audiot.training.trainer import is_short, make_trainer, wants_compile, wants_graphs
+from audiot.training.trainer import float8_of, is_short, make_trainer, precision_of, wants_compile, wants_graphs
 from audiot.training.watch import batches_that_fit
 
 
@@ -246,8 +247,13 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
             module.compile_step(graphs=wants_graphs(trainer))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     mechanism = " and ".join(dict.fromkeys(type(each).__name__ for each in module.model.encoder.mechanisms))
-    how = ", compiled" if compiled else ""
-    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
+    how = f"{precision_of(trainer)}{', compiled' if compiled else ''}"
+    say(f"model   {mechanism}, {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {how}")
+    float8 = float8_of(trainer)
+    if float8 is not None:
+        say(f"float8  {float8.begin(module)}")
+        if not compiled:
+            rank_zero_warn("trainer.precision=fp8 is slower than bf16-mixed where layers are not compiled: set compile=true")
     with how_to_go_on(trainer, work.run), batches_that_fit(trainer):
         if resumed is None or resumed.checkpoint is None:
             trainer.fit(module, work.data)
@@ -270,7 +276,7 @@ def fit(work: Pretraining, resumed: Resumed | None) -> dict[str, Any]:
         | {
             "monitor": module.monitor,
             **throughput.costs(trainer.strategy.root_device),
-            "precision": trainer.precision,
+            "precision": precision_of(trainer),
             "parameters": parameters,
             "steps": trainer.global_step,
             "resumed_step": module.trained_steps,

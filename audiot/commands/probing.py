@@ -28,6 +28,7 @@ from audiot.commands.finetune import finetune
 from audiot.data.prepare import ROLES, PreparedCorpus, start_worker, usable_cores
 from audiot.following import foreign_packages, same_data, trusting
 from audiot.runs import Interrupted, check_config, read_results, write_config
+from audiot.training.trainer import known_precision
 
 MOST_ON_GPU = 8  # probes at a time
 GPU_BYTES = 8 * 2**30  # free memory for each of them
@@ -246,7 +247,7 @@ def probe_config(cfg: DictConfig, overrides: list[str], folder: Path) -> DictCon
     if isinstance(cfg.trainer.devices, ListConfig):
         device["trainer"]["devices"] = [cfg.trainer.devices[0]]
     if cfg.trainer.precision != "auto":  # what is fast here need not be what a figure is compared in
-        device["trainer"]["precision"] = cfg.trainer.precision
+        device["trainer"]["precision"] = known_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     probe.plots = cfg.get("plots", True)  # a run of an earlier version has no such key
     probe.callbacks.interrupt.folder = None  # a probe takes minutes: one that is stopped begins anew
     explicit = OmegaConf.from_dotlist([given for given in overrides if given.startswith("data.")])

@@ -24,7 +24,7 @@ from audiot.data.datamodule import SpeechDataModule
 from audiot.data.opening import open_corpus
 from audiot.data.prepare import PreparedCorpus
 from audiot.pretraining import MaskedAcousticModel, fit_statistics, open_data
-from audiot.training.trainer import make_trainer, wants_compile
+from audiot.training.trainer import make_trainer, precision_of, wants_compile
 from audiot.training.tuning import (
     BatchTrials,
     LongestCrops,
@@ -125,10 +125,10 @@ def main(cfg: DictConfig) -> None:
     module, data = begin(cfg, corpus, cfg.seed)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     how = ", compiled" if compiled else ""
-    say(f"model   {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {trainer.precision}{how}")
+    say(f"model   {parameters / 1e6:.2f} M parameters, on {trainer.strategy.root_device}, {precision_of(trainer)}{how}")
     results: dict[str, Any] = {
         "device": str(trainer.strategy.root_device),
-        "precision": str(trainer.precision),
+        "precision": precision_of(trainer),
         "compiled": compiled,
         "parameters": parameters,
         "seed": cfg.seed,

@@ -21,6 +21,7 @@ from audiot.base.devices import fast_precision
 from audiot.base.private import requeue_by_hand, watch_processes_with
 from audiot.training.ddp import warn_of_slow_strategy
 from audiot.training.exhibits import ShowConfig
+from audiot.training.float8 import AROUND, FP8, Float8, check_float8
 from audiot.training.fsdp import ShardedStrategy
 from audiot.training.ranks import watch_children
 from audiot.training.store import WholeFiles
@@ -73,6 +74,9 @@ def make_trainer(cfg: DictConfig, **options: Any) -> pl.Trainer:
         raise
     if cfg.trainer.accelerator == "auto" and trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError(f"{asked}, but no GPU is here: trainer.accelerator=cpu runs {trainer.num_devices} processes on the CPU")
+    if cfg.trainer.precision == FP8:
+        check_float8(trainer.strategy.root_device)
+        trainer.callbacks.append(Float8())  # type: ignore[attr-defined]
     share_step(cfg, trainer)
     warn_of_slow_strategy(trainer.strategy)
     watch_processes_with(watch_children)
@@ -102,8 +106,20 @@ def share_step(cfg: DictConfig, trainer: pl.Trainer) -> None:
 
 
 def known_precision(precision: Any, accelerator: str) -> Any:
-    """Lightning's name for a precision. ``auto`` chooses the fast one for this machine."""
+    """Lightning's name for a precision: of ``auto``, the fast one on this machine; of ``fp8``, that of all but the products."""
+    if precision == FP8:
+        return AROUND
     return fast_precision(accelerator) if precision == "auto" else precision
+
+
+def float8_of(trainer: pl.Trainer) -> Float8 | None:
+    """What lets a training use float8; None: it does not."""
+    return next((each for each in trainer.callbacks if isinstance(each, Float8)), None)  # type: ignore[attr-defined]
+
+
+def precision_of(trainer: pl.Trainer) -> str:
+    """The precision that a training has, as ``trainer.precision`` names it."""
+    return str(trainer.precision) if float8_of(trainer) is None else FP8
 
 
 def start_wandb(logger: WandbLogger) -> None:

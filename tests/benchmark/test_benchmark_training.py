@@ -136,6 +136,7 @@ def test_what_is_refused_and_what_crashes_are_rows_with_their_reason(hydra_start
         ({"shapes": [{"frames": 0, "batch": 1}]}, "benchmark.shapes: frames=0: expected at least 1"),
         ({"dropouts": [{"hidden": 1.0, "attention": 0}]}, "hidden=1.0: expected at least 0 and less than 1"),
         ({"precision": "bf16"}, r"benchmark.precision: no 'bf16'.*; there are 32-true, bf16-mixed"),
+        ({"precision": "fp8"}, "trainer.precision=fp8 needs a GPU that multiplies float8 matrices"),
         ({"compile": "yes"}, "benchmark.compile=yes: expected auto, true or false"),
         ({"steps": 0}, "benchmark.steps must be at least 1, found 0"),
         ({"scopes": ["steps"]}, r"benchmark.scopes: no 'steps' \(did you mean step\?\)"),
