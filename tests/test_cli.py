@@ -376,6 +376,7 @@ def test_pictures_and_tables_of_a_task_that_fail_are_told_at_the_end(made, tmp_p
     assert (folder / "per_utterance.csv").is_file()
 
 
+@pytest.mark.slow
 @blank
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_probe_that_fails_lets_the_others_finish_and_is_told_at_the_end(made, tmp_path, jobs):
@@ -429,6 +430,7 @@ def test_a_probe_that_is_killed_fails_and_says_how_to_do_without(monkeypatch):
     assert failed == {"two": "a probe was killed, for want of memory perhaps: resume the run with probe_jobs=1"}
 
 
+@pytest.mark.slow
 @blank
 @pytest.mark.parametrize("attempt", tries())
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -743,6 +745,7 @@ def test_a_benchmark_that_cannot_run_says_why_in_one_line():
 # Sweeps
 
 
+@pytest.mark.slow
 @blank
 def test_a_sweep_closes_with_a_table_over_seeds(made, tmp_path):
     options = ["attention=query_key,synthesizer_random", "seed=0,1", "probe=false", "logger=none", "trainer.max_steps=2"]

@@ -117,6 +117,7 @@ def test_a_run_that_is_killed_twice_has_the_log_of_an_unbroken_one(where, start,
     assert steady(folder) == steady(where / f"unbroken{attempt}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", tries())
 def test_one_of_two_runs_that_start_at_once_in_a_folder_is_refused(where, start, attempt):
     folder = where / f"both{attempt}"

@@ -212,6 +212,7 @@ def published_probes():
         return OmegaConf.to_container(compose("pretrain", ["probes=librispeech_phones", *GIVEN]).probes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

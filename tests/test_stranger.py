@@ -46,6 +46,7 @@ def stranger(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_probed_and_the_picture_of_attention_is_left_out(stranger):
     run = stranger.cwd / "run"
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
@@ -88,6 +89,7 @@ def test_its_encoder_is_loaded_by_who_trusts_it(stranger, monkeypatch):
         load_encoder(stranger.cwd / "run" / "encoder")
 
 
+@pytest.mark.slow
 def test_it_is_a_model_of_hugging_face_without_attentions(stranger, monkeypatch, caplog):
     hf_model = pytest.importorskip("audiot.interop.hf_model")
     stranger("export-hf", "run", "hf", "--trust", "summary_mixing")
@@ -133,6 +135,7 @@ def test_help_and_hydras_own_flags_know_the_folder(stranger):
     assert "_target_: summary_mixing.SummaryMixing" in shown
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_config_groups_by_an_entry_point(tmp_path):
     copy_example(tmp_path)
     (tmp_path / "mine_conf" / "attention").mkdir(parents=True)

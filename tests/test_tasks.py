@@ -133,6 +133,7 @@ def test_every_task_is_trained_and_measured(made, tmp_path, caplog, task):
             assert again["intervals"][name] == pytest.approx(ends, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_sets_a_run_beside_its_controls(made, tmp_path):
     folder = tmp_path / "run"
     options = ["downstream=speaker_utterance", "downstream.layers=weighted_sum", f"upstream.path={made.encoder}", "compare=true"]
@@ -226,6 +227,7 @@ def losses(folder):
     return {row["step"]: row["train/loss"] for row in table(folder / "metrics.csv") if row["train/loss"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", pytest.param("trained", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(made, tmp_path, stop, kind):
@@ -260,6 +262,7 @@ def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(made, tmp_pa
     assert "resume=stopped: a run of audiot finetune: audiot finetune resume=stopped goes on with it" in refused.err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 def test_a_comparison_that_was_stopped_goes_on_with_the_control_that_it_was_at(made, tmp_path, stop):
     given = [*SHORT, "downstream=speaker_utterance", "compare=true", f"upstream.path={made.encoder}"]
@@ -279,6 +282,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_the_control_that_it_was_at(m
     assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
 def test_the_best_checkpoint_moves_with_its_run(made, tmp_path, stop):
     given = [*SHORT, "downstream=speaker_utterance", f"upstream.path={made.encoder}", "trainer.max_steps=4"]

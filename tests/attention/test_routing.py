@@ -323,6 +323,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_move_their_centroids_together(tmp_path):
     meeting = str(tmp_path / "meeting")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

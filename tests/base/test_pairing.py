@@ -46,6 +46,7 @@ def test_what_torchaudio_itself_misses_keeps_its_name(monkeypatch):
     assert message(monkeypatch, {}, missing) == "No module named 'flashlight'"
 
 
+@pytest.mark.slow
 def test_pre_training_fine_tuning_and_extraction_do_without_torchaudio():
     code = """
 import sys

@@ -51,6 +51,7 @@ def test_every_layer_is_measured_beside_the_features(made, tmp_path):  # noqa: F
     succeed(*command[1:], *short)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_files(made, tmp_path):  # noqa: F811
     given = [*DATA, *MODEL, *QUICK, f"upstream.path={made.encoder}", "compare=false", "speaker=within", "layers=[-1]"]
     for name in ("one", "two"):
@@ -104,6 +105,7 @@ def tones(tmp_path):
     return tmp_path / "audio"
 
 
+@pytest.mark.slow
 def test_recordings_are_units_by_a_label(tones, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["data=fsdd", f"data.root={tones}", "data.partial=true", "data.prepare.num_jobs=1", "field=keyword"]
@@ -115,6 +117,7 @@ def test_recordings_are_units_by_a_label(tones, tmp_path, monkeypatch):
     assert last_line(out).startswith("next:   audiot finetune downstream=keyword upstream=features upstream.cmvn=none data=fsdd")
 
 
+@pytest.mark.slow
 def test_an_item_file_says_what_the_units_are(tones, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [f"{digit}_{speaker}_{take}" for digit in range(3) for speaker in ("ann", "bob") for take in range(3)]

@@ -47,6 +47,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_model_once(folder):
     given = make(folder, more=[{"path": "low0.wav.bak", "sound": "low"}, {"path": "gone.wav", "sound": "high"}])
     (folder / "sounds" / "torn.wav").write_bytes(b"RIFF")

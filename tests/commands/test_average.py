@@ -29,6 +29,7 @@ def states(run, steps):
     return [torch.load(run / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"] for step in steps]
 
 
+@pytest.mark.slow
 def test_the_encoder_and_its_objective_have_the_mean_of_the_last_checkpoints(run, tmp_path, capsys):
     output = tmp_path / "mean"
     average.main(parse("average", [str(run), str(output), "--last", "3"]))

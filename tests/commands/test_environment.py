@@ -98,6 +98,7 @@ def test_differences_are_named():
     assert differences(before, before) == {}
 
 
+@pytest.mark.slow
 @blank
 def test_a_run_says_what_it_was_made_with_and_a_resumed_one_what_is_different(made, tmp_path, monkeypatch):
     folder = tmp_path / "run"

@@ -56,6 +56,7 @@ def test_a_run_is_repeated_exactly(short, tmp_path):
     assert last_line(succeed("rerun", str(short), "--compare")) == "repeated exactly"
 
 
+@pytest.mark.slow
 @blank
 def test_another_seed_differs_from_the_first_step_on(short, tmp_path):
     succeed("pretrain", *QUICK, "seed=1", f"hydra.run.dir={tmp_path / 'other'}")
@@ -87,6 +88,7 @@ def test_what_resumes_changed_is_in_the_repeat_from_its_start_and_told(short, tm
     assert (result.code, last_line(result.out)) == (1, "differs, first at step 0")  # as the learning rates are others
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_repeated_if_its_encoder_is_what_it_was(made, tmp_path):
     encoder = shutil.copytree(made.encoder, tmp_path / "encoder")
     task = ["downstream=phone_linear", f"upstream.path={encoder}", "trainer.max_steps=2", "trainer.val_check_interval=1"]

@@ -46,14 +46,8 @@ def test_two_rounds_train_on_the_first_encoders_states(unbroken):
     assert "validation cross-entropy" in out
 
 
-@pytest.mark.parametrize(
-    "stops",
-    [
-        [(1, 1), (1, 3), (2, 1)],
-        pytest.param([(1, 1)], marks=pytest.mark.slow),
-        pytest.param([(2, 3)], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [[(1, 1), (1, 3), (2, 1)], [(1, 1)], [(2, 3)]])
 def test_a_run_that_was_stopped_in_any_round_goes_on_to_the_same_bytes(unbroken, tmp_path, monkeypatch, stops):
     consume, left = ConsumedBatches.on_train_batch_end, list(stops)
 

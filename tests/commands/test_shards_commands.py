@@ -19,6 +19,7 @@ def shards_of_demo():
     return [*last_line(out).split()[3:], *LOADING]
 
 
+@pytest.mark.slow
 def test_pretraining_from_shards_tells_what_it_read(made, tmp_path):
     data = shards_of_demo()
     out = succeed("pretrain", *data, *MODEL, *TRAINER, "plots=false", "probe=false", f"hydra.run.dir={tmp_path / 'run'}")

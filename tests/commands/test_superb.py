@@ -61,6 +61,7 @@ def records(folder):
     return {path.name: path.stat().st_mtime_ns for path in (folder / "results").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_a_task_runs_to_its_row_and_never_again(home, capsys):
     main(arguments(["ks"], ["search.factors=[1.0]"]))
     folder = home / "superb" / "run"

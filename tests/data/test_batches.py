@@ -91,6 +91,7 @@ def test_a_last_cut_longer_than_the_others_does_not_take_a_batch_beyond_its_seco
         assert all(sum(cut.duration for cut in batch) <= 5.0 for batch in batches)
 
 
+@pytest.mark.slow
 def test_a_manifest_read_from_disk_gives_every_cut_once_an_epoch_too(demo_corpus):
     lazy = demo_corpus.cuts("train")
     assert lazy.is_lazy

@@ -73,6 +73,7 @@ def test_speech_does_not_depend_on_the_time_of_day():
     assert hashlib.sha256(speak().encode()).digest() == hashlib.sha256(first.encode()).digest()
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(root, tmp_path):
     DemoCorpus(tmp_path / "demo", **TINY, num_jobs=2).manifests(progress=False)
     assert tree(tmp_path / "demo") == tree(root)
@@ -93,6 +94,7 @@ def test_a_second_call_speaks_nothing_and_needs_no_espeak(root, monkeypatch):
     assert before == (tree(root), {path: path.stat().st_mtime_ns for path in root.rglob("*")})
 
 
+@pytest.mark.slow
 def test_an_interrupted_corpus_is_continued_with_the_same_bytes(root, tmp_path, monkeypatch):
     corpus = DemoCorpus(tmp_path / "demo", **TINY, num_jobs=1)
     spoken = demo._spoken
@@ -119,6 +121,7 @@ def test_an_interrupted_corpus_is_continued_with_the_same_bytes(root, tmp_path, 
     assert tree(tmp_path / "demo") == tree(root)
 
 
+@pytest.mark.slow
 def test_more_hours_and_speakers_keep_the_utterances_that_were_there(root, tmp_path):
     parameters = {**TINY, "hours": 2 * TINY["hours"], "num_speakers": 4}
     DemoCorpus(tmp_path / "demo", **parameters).manifests(progress=False)

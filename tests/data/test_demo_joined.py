@@ -24,6 +24,7 @@ def cuts(tmp_path_factory):
     return {split: list(cuts) for split, cuts in splits.items()}
 
 
+@pytest.mark.slow
 def test_as_many_utterances_as_asked_for_last_long_enough(cuts):
     assert {split: len(cuts[split]) for split in cuts} == {
         "train": 5,

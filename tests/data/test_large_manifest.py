@@ -37,6 +37,7 @@ def large_corpus(tmp_path_factory):
     return PreparedCorpus.load(folder)
 
 
+@pytest.mark.slow
 def test_the_first_batch_of_a_large_manifest_needs_only_its_beginning(large_corpus, monkeypatch):
     monkeypatch.setattr(audiot.data.datamodule, "EAGER_CUTS", 1000)
     audiot.data.datamodule.open_cuts.cache_clear()

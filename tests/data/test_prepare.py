@@ -344,6 +344,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch
     assert one == other != set()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(tmp_path):
     run(some_corpus(tmp_path / "in"), tmp_path / "unbroken")
     script = f"""

@@ -69,6 +69,7 @@ def alone(tmp_path_factory):
     return folder, weights(folder, "alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_give_the_encoder_of_one_that_adds_up_as_many_batches(alone, trainer):
     folder, expected = alone

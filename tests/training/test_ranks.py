@@ -75,6 +75,7 @@ def lines(text):
 FAULTS = {"killed": (signal.SIGKILL, "has ended"), "stopped": (signal.SIGSTOP, "has been stopped for 4.5 seconds, and is killed")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 @pytest.mark.parametrize("attempt", tries())
 @pytest.mark.parametrize(

@@ -336,6 +336,7 @@ def ranks(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_ranks_agree_to_skip_the_step_of_which_one_has_a_bad_batch(ranks, strategy, optimizer):
