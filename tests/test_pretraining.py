@@ -68,6 +68,24 @@ def test_the_compiled_step_is_the_eager_one_in_few_graphs_without_breaks(pretrai
     assert len(graphs) == 2  # the first shape's, and one for all others
 
 
+def test_layers_that_are_alike_share_what_is_compiled(pretraining, tiny, monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiled(function, graphs_of_cuda):
+        return torch.compile(function, backend=lambda graph, inputs: graphs.append(graph) or graph)
+
+    monkeypatch.setattr("audiot.training.compilation.compiled", compiled)
+    torch.manual_seed(0)
+    more = tiny["model"] | {"num_layers": 10, "dropout": 0.0}  # PyTorch compiles a function 8 times at most
+    model = MaskedAcousticModel(**tiny | {"model": more}, seed=5)
+    features = torch.randn(2, 24, model.model.features.embed_dim)
+    expected = model.model.encoder(features)[-1]
+    model.compile_layers()
+    torch.testing.assert_close(model.model.encoder(features)[-1], expected)
+    assert len(graphs) == 1
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
