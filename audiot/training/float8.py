@@ -7,7 +7,10 @@ to eight bits on the way into a product. So checkpoints have what they have in e
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +45,9 @@ def float8_product(emulate: bool = False) -> Product:
     Args:
         emulate: Whether to round to float8, but multiply in float32, on any device.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+    with _silenced("torchao", "torch.utils._pytree"):
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
     def settings(pad: bool) -> tuple[Any, Any]:
         config = replace(Float8LinearConfig.from_recipe_name(RECIPE), pad_inner_dim=pad, emulate=emulate)
@@ -61,6 +65,22 @@ def float8_product(emulate: bool = False) -> Product:
         return output if bias is None else output + bias.to(output.dtype)
 
     return product
+
+
+@contextmanager
+def _silenced(*names: str) -> Iterator[None]:
+    """A context in which loggers tell errors alone.
+
+    With another PyTorch than it was built for, torchao tells of compiled code that it can't load. Training needs none of that.
+    """
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def pays(inputs: int, outputs: int) -> bool:
