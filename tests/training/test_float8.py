@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from omegaconf import OmegaConf
+from test_cli import succeed
 from torch import nn
 
 from audiot.base.config import compose_command
@@ -257,6 +261,36 @@ def test_the_trainer_of_a_config_uses_it(product, monkeypatch, tmp_path):
     cfg.callbacks = {}
     trainer = make_trainer(cfg)
     assert (precision_of(trainer), trainer.precision) == ("fp8", "bf16-mixed")
+
+
+def test_other_commands_take_a_run_in_float8_without_torchao(product, every_size, monkeypatch, tmp_path, blank_pictures):
+    monkeypatch.setattr("audiot.training.trainer.check_float8", lambda device: None)
+    monkeypatch.setattr(float8, "float8_product", lambda: product)
+    (tmp_path / "audio").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(8):
+        soundfile.write(tmp_path / "audio" / f"{number % 2}_{number}.wav", 0.1 * noise.standard_normal(16000), 16000)
+    folder = [
+        f"data.root={tmp_path / 'audio'}",
+        f"data_dir={tmp_path / 'data'}",
+        "data.valid_fraction=0.25",
+        "data.num_workers=0",
+    ]
+    given = ["data=folder", *folder, "data.prepare.num_jobs=1", "data.batch_s=2", "data.crop_s=1", "logger=none", "plots=false"]
+    sizes = ["model.embed_dim=32", "model.num_heads=2", "model.ffn_dim=64", "objective.num_clusters=10", "probe=false"]
+    trainer, run = ["trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1"], tmp_path / "run"
+    with pytest.warns(UserWarning, match="slower than bf16-mixed where layers are not compiled: set compile=true"):
+        out = succeed("pretrain", *given, *sizes, *trainer, "trainer.precision=fp8", f"hydra.run.dir={run}")
+    assert "fp8" in out
+    assert "float8  18 of 19 linear layers of the encoder; in bfloat16: input (240 → 32)" in out
+    assert json.loads((run / "summary.json").read_text())["precision"] == "fp8"
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(float8, "float8_product", None)
+    assert "pretrain/val_" in succeed("evaluate", f"run={run}", "accelerator=cpu")
+    longer = ["trainer.max_steps=3", "trainer.precision=32-true"]
+    succeed("pretrain", f"resume={run}", *longer)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["precision"], summary["steps"], summary["resumed_step"]) == ("32-true", 3, 2)
 
 
 def multiplies_float8():
