@@ -6,6 +6,7 @@ to eight bits on the way into a product. So checkpoints have what they have in e
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import re
@@ -36,8 +37,9 @@ MULTIPLE = 16  # both sides of a weight must be multiples of it, for the tensor 
 LEAST = 512
 
 
+@functools.cache  # a layer that has another function is compiled anew
 def float8_product(emulate: bool = False) -> Product:
-    """A function of frames (…, i), a weight (o, i) and a bias (o,) that gives (…, o), as `F.linear` does.
+    """The function of frames (…, i), a weight (o, i) and a bias (o,) that gives (…, o), as `F.linear` does.
 
     Its products are in float8, those of the backward pass too, where gradients are wanted. Else it is `F.linear`: validation and
     the pass of a teacher lose no accuracy.

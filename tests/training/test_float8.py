@@ -76,6 +76,11 @@ def test_output_and_gradients_are_those_of_a_linear_layer_rounded(product, frame
     torch.testing.assert_close(found[3], expected[3])  # of the bias, a sum
 
 
+def test_trainers_of_a_process_have_one_product_for_which_layers_are_compiled(product):
+    assert float8_product(emulate=True) is product
+    assert Float8().product is Float8().product
+
+
 def test_without_gradients_nothing_is_rounded(product):
     hidden, layer = torch.randn(5, 32), nn.Linear(32, 48)
     with torch.no_grad():
