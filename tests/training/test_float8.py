@@ -314,12 +314,12 @@ def test_a_training_on_the_gpu_learns_in_float8_what_it_learns_in_bfloat16(tiny,
             Float8().begin(model)
         if compiled:
             model.compile_step()
-        optimizer, taken = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), []
-        for step in range(24):
+        optimizer, taken = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True), []
+        for step in range(60):  # three batches, again and again
             frames = (24, 40, 56)[step % 3]  # 3 · 24 and so on are no multiples of 16
             lengths = torch.full((3,), model.model.features.num_samples(frames))
-            speech = torch.randn(3, int(lengths[0]), generator=torch.Generator().manual_seed(step % 6))
-            batch = {"waveforms": speech.cuda(), "lengths": lengths, "keys": torch.arange(3, device="cuda") + step}
+            speech = torch.randn(3, int(lengths[0]), generator=torch.Generator().manual_seed(step % 3))
+            batch = {"waveforms": speech.cuda(), "lengths": lengths, "keys": torch.arange(3, device="cuda")}
             with torch.autocast("cuda", torch.bfloat16):
                 loss = model.step_loss(*model.inputs(batch)).value
             optimizer.zero_grad()
@@ -328,6 +328,7 @@ def test_a_training_on_the_gpu_learns_in_float8_what_it_learns_in_bfloat16(tiny,
             taken.append(loss.detach())
         losses.append(torch.stack(taken).tolist())
     plain, rounded = losses
-    assert plain[-1] < plain[0]
-    assert rounded == pytest.approx(plain, rel=0.05)
+    latest = [float(np.mean(each[-15:])) for each in losses]
+    assert latest[0] < 0.8 * plain[0]
+    assert latest[1] == pytest.approx(latest[0], rel=0.06)
     assert rounded != plain
