@@ -22,7 +22,12 @@ def packages() -> list[str]:
 
 def groups() -> list[str]:
     """Names of the config groups, and of those inside them: ``attention``, ``attention/search``."""
-    return sorted({group for package in packages() for group in _folders(files(package), "")})
+    return list(_groups(*packages()))
+
+
+@cache
+def _groups(*packages: str) -> list[str]:
+    return sorted({group for package in packages for group in _folders(files(package), "")})
 
 
 def _folders(folder: Any, above: str) -> Iterator[str]:
