@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+
+from audiot.commands.launch import no_failed_start
 
 HEAVY = ("torch", "torchaudio", "pytorch_lightning", "lhotse", "torchmetrics", "transformers", "librosa", "matplotlib", "wandb")
 CODE = """
@@ -77,3 +80,17 @@ def test_a_start_that_fails_keeps_the_folder_above_its_own(tmp_path):
     failing_start(tmp_path, "hydra.run.dir=runs/a")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert not any((tmp_path / "runs").iterdir())
+
+
+def test_the_log_of_a_start_that_fails_ends_with_its_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    handler = logging.FileHandler(folder / "train.log", delay=True)  # as Hydra opens it
+    logging.root.addHandler(handler)
+    try:
+        with pytest.raises(ValueError), no_failed_start(folder, "pretrain"):
+            raise ValueError
+        logging.getLogger("another run").error("told elsewhere")
+        assert not folder.exists()
+    finally:
+        logging.root.removeHandler(handler)

@@ -5,6 +5,7 @@ Tested with PyTorch 2.11.0, 2.14.1 and 2.15.0, and with Lightning 2.6.0 and 2.6.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -192,6 +193,19 @@ def validate_now(trainer: pl.Trainer) -> None:
     trainer.training = True
     if connector is not None:
         connector._first_loop_iter = first
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """A context to import torchao in. It tells of compiled code that this PyTorch can't load, of which training needs none."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _set_dynamo(name: str, value: Any) -> None:

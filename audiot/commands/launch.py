@@ -256,6 +256,7 @@ def no_failed_start(folder: Path, command: str) -> Iterator[None]:
         if not has_rounds(folder):
             shutil.rmtree(folder / ROUNDS, ignore_errors=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= begun:
+            _end_log(folder)
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
             for name in begun - {".hydra"}:
                 (folder / name).unlink(missing_ok=True)
@@ -288,6 +289,14 @@ def log_to(run: Path) -> None:
         handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(run / "train.log", encoding="utf-8")],
         force=True,
     )
+
+
+def _end_log(folder: Path) -> None:
+    """End the log in a folder that is taken away: it is opened when something is logged, by another run of this process too."""
+    for handler in list(logging.root.handlers):
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == Path(os.path.abspath(folder)):
+            logging.root.removeHandler(handler)
+            handler.close()
 
 
 def _searched(folder: Path | None) -> list[str]:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from audiot.attention.self_attention import PROJECTIONS, Product
 from audiot.base.devices import autocast_dtype
+from audiot.base.private import quiet_torchao
 from audiot.model import Encoder
 
 FP8 = "fp8"  # value of trainer.precision
@@ -47,7 +45,7 @@ def float8_product(emulate: bool = False) -> Product:
     Args:
         emulate: Whether to round to float8, but multiply in float32, on any device.
     """
-    with _silenced("torchao", "torch.utils._pytree"):
+    with quiet_torchao():
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
@@ -67,22 +65,6 @@ def float8_product(emulate: bool = False) -> Product:
         return output if bias is None else output + bias.to(output.dtype)
 
     return product
-
-
-@contextmanager
-def _silenced(*names: str) -> Iterator[None]:
-    """A context in which loggers tell errors alone.
-
-    With another PyTorch than it was built for, torchao tells of compiled code that it can't load. Training needs none of that.
-    """
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
 
 
 def pays(inputs: int, outputs: int) -> bool:
