@@ -1,7 +1,7 @@
 """Every command and every piece of Python in README.md and docs/ runs, with overrides that make each last seconds.
 
 The gate runs the README's and composes those of other pages, which `pytest -m slow` runs. Commands that need a published corpus
-or say how a figure was measured are composed, not run.
+or say how a figure was measured are composed, not run, the latter by `pytest -m slow` too.
 """
 
 from __future__ import annotations
@@ -256,7 +256,11 @@ def test_arguments_of_tools_are_known(command):
 
 @pytest.mark.parametrize(
     "command",
-    [each for each in commands() if each.words[0] in COMMANDS and not (each.is_run_in_the_gate or each.needs_files)],
+    [
+        pytest.param(each, marks=pytest.mark.slow) if each.page.name in MEASUREMENTS else each
+        for each in commands()
+        if each.words[0] in COMMANDS and not (each.is_run_in_the_gate or each.needs_files)
+    ],
     ids=lambda command: command.line,
 )
 def test_other_commands_are_composed(command, composed_once):

@@ -24,6 +24,9 @@ TINY = shlex.split(
 PROBE = "probe/phone/encoder"
 
 
+pytestmark = pytest.mark.slow  # the first of them pre-trains, in a process of its own
+
+
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A function that runs ``audiot ARGUMENTS`` beside the folder ``mine``, in a process of its own; its folder is ``cwd``."""
@@ -46,7 +49,6 @@ def stranger(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 def test_it_trains_and_is_probed_and_the_picture_of_attention_is_left_out(stranger):
     run = stranger.cwd / "run"
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
@@ -60,14 +62,12 @@ def test_it_trains_and_is_probed_and_the_picture_of_attention_is_left_out(strang
     assert "failed" not in stranger.out
 
 
-@pytest.mark.slow
 def test_what_is_said_to_run_next_runs(stranger):
     following = shlex.split(stranger.out.splitlines()[-1].removeprefix("next:   audiot "))
     out = stranger(*following, *TINY[-3:], "hydra.run.dir=next")
     stranger(*shlex.split(out.splitlines()[-1].removeprefix("next:   audiot ")))
 
 
-@pytest.mark.slow
 def test_it_is_analysed_and_measured_again(stranger):
     out = stranger("analyze", "run=run", "trusted=[summary_mixing]").splitlines()
     assert "no picture of attention: SummaryMixing has no weights" in out
@@ -89,7 +89,6 @@ def test_its_encoder_is_loaded_by_who_trusts_it(stranger, monkeypatch):
         load_encoder(stranger.cwd / "run" / "encoder")
 
 
-@pytest.mark.slow
 def test_it_is_a_model_of_hugging_face_without_attentions(stranger, monkeypatch, caplog):
     hf_model = pytest.importorskip("audiot.interop.hf_model")
     stranger("export-hf", "run", "hf", "--trust", "summary_mixing")
@@ -102,7 +101,6 @@ def test_it_is_a_model_of_hugging_face_without_attentions(stranger, monkeypatch,
     assert torch.equal(output.last_hidden_state, model(torch.zeros(1, 8000)).last_hidden_state)
 
 
-@pytest.mark.slow
 def test_s3prls_own_format_has_no_place_for_it(stranger):
     assert stranger("export-s3prl", "run/encoder", "x.ckpt", code=1).startswith("audiot: error: ")
     assert not (stranger.cwd / "x.ckpt").exists()
@@ -135,7 +133,6 @@ def test_help_and_hydras_own_flags_know_the_folder(stranger):
     assert "_target_: summary_mixing.SummaryMixing" in shown
 
 
-@pytest.mark.slow
 def test_an_installed_package_brings_config_groups_by_an_entry_point(tmp_path):
     copy_example(tmp_path)
     (tmp_path / "mine_conf" / "attention").mkdir(parents=True)

@@ -128,13 +128,14 @@ def runs(tiny, tmp_path_factory):
     return write_runs(tiny, tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "axes"),
     [
         ("phone", ("batch", "frames", "labels")),
-        pytest.param("asr", ("batch", "frames", "labels"), marks=pytest.mark.slow),
-        pytest.param("intent", ("batch", "labels"), marks=pytest.mark.slow),
-        pytest.param("verification", ("batch", "embedding"), marks=pytest.mark.slow),
+        ("asr", ("batch", "frames", "labels")),
+        ("intent", ("batch", "labels")),
+        ("verification", ("batch", "embedding")),
     ],
 )
 def test_a_task_in_a_file_of_pytorch_gives_what_its_model_gives(runs, tmp_path, capsys, task, axes):

@@ -57,6 +57,10 @@ def name(request):
 CONFIGS = [objective_config(name) for name in OBJECTIVES]
 DISTINCT = [name for number, name in enumerate(OBJECTIVES) if CONFIGS[number] not in CONFIGS[:number]]
 distinct = pytest.mark.parametrize("name", DISTINCT)  # tests that take long
+OFTEN = ("clusters_visible", "self_distillation")  # the default's, and that of the longest recipe
+compiled = pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in DISTINCT]
+)
 
 
 @pytest.fixture
@@ -254,7 +258,7 @@ def test_loss_and_gradients_are_those_of_a_loop_over_utterances_and_frames(modul
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10, msg=name)
 
 
-@distinct
+@compiled
 def test_the_compiled_loss_is_the_eager_one_in_two_graphs(module):
     torch._dynamo.reset()
     graphs = []

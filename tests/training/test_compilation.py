@@ -54,6 +54,7 @@ def test_products_are_added_to_the_residuals_gradient_where_it_lies():
 WRITTEN_BY_INDUCTOR = {"sort", "argsort", "msort", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "associative_scan"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "choices"),
     [*((name, []) for name in names()), *((name, ["attention/search=chunked"]) for name in names() if "lsh" in name)],

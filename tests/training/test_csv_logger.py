@@ -114,7 +114,8 @@ def test_an_empty_or_deleted_file_is_begun_anew(tmp_path):
         logger.save()
 
 
-@pytest.mark.parametrize("new", [{"lr": 1.0}, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [{"lr": 1.0}, {}])
 def test_a_full_disk_loses_no_earlier_row_and_is_told_in_one_line(tmp_path, new):
     code = """
 import resource, sys

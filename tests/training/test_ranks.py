@@ -80,7 +80,7 @@ FAULTS = {"killed": (signal.SIGKILL, "has ended"), "stopped": (signal.SIGSTOP, "
 @pytest.mark.parametrize("attempt", tries())
 @pytest.mark.parametrize(
     ("rank", "fault"),
-    [(1, "killed"), *(pytest.param(*other, marks=pytest.mark.slow) for other in ((0, "stopped"), (1, "stopped"), (0, "killed")))],
+    [(1, "killed"), (0, "stopped"), (1, "stopped"), (0, "killed")],
 )
 def test_a_process_that_is_lost_is_named_and_all_end(both, rank, fault, attempt):
     process, folder = both
