@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 
 from audiot.base.groups import options
 from audiot.checkpoint import AudioEncoder, save_encoder
@@ -217,7 +218,7 @@ def test_commands_of_the_readme_run(folder, monkeypatch, composed_once):
 
 @pytest.mark.slow
 def test_commands_and_python_of_all_pages_run(folder, monkeypatch, composed_once):
-    run_all([command for command in commands() if command.is_run], folder, monkeypatch)
+    assert run_all([command for command in commands() if command.is_run], folder, monkeypatch) > 15
     for program in PROGRAMS:
         names: dict[str, object] = {}
         exec(program.replace("RUN", str(folder / "first")), names)
@@ -226,8 +227,8 @@ def test_commands_and_python_of_all_pages_run(folder, monkeypatch, composed_once
         assert weights is None or weights.shape == (2, 6, 100, 100)
 
 
-def run_all(running: list[Command], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run commands one after the other, ``RUN`` being the first one's run."""
+def run_all(running: list[Command], folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run commands one after the other, ``RUN`` being the first one's run. Returns how many trained or prepared."""
     run, number = folder / "first", 0
     drawn = set()
     for command in running:
@@ -246,12 +247,14 @@ def run_all(running: list[Command], folder: Path, monkeypatch: pytest.MonkeyPatc
         number += name in ("pretrain", "finetune", "prepare")
     sweeps = [command for command in running if command.words[:2] == ["pretrain", "-m"]]
     assert len(list(folder.glob("sweep*/sweep.csv"))) == len(sweeps) > 0
+    return number
 
 
 @pytest.mark.parametrize("command", [each for each in commands() if each.words[0] in TOOLS], ids=lambda command: command.line)
 def test_arguments_of_tools_are_known(command):
     name, *rest = command.words
-    assert parse(name, rest)
+    found = parse(name, rest)
+    assert not command.waits or found.run == rest[0]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,18 @@ def test_other_commands_are_composed(command, composed_once):
     name, *rest = command.words
     overrides = [word for word in rest if word != "-m"]
     assert len(check_overrides(name, overrides, "-m" in rest)) == len(overrides)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [each for each in commands() if each.words[0] in OF_A_RUN and not each.is_run],
+    ids=lambda command: command.line,
+)
+def test_commands_about_a_run_that_need_more_are_composed(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["audiot"])
+    name, *rest = command.words
+    main([name, "--cfg=job", *rest])
+    assert OmegaConf.create(capsys.readouterr().out)
 
 
 def test_every_command_is_of_audiot_or_known():
