@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,16 +38,39 @@ class CTC(Objective):
         classes: Tokens without the blank.
         unit: Unit of the tokens, ``phone`` or ``character``.
         beam: Arguments of `BeamDecoder`; None decodes greedily.
+        blank_prior: Probability of the blank before training, between 0 and 1; None leaves heads as they are. Most frames of a
+            path are blanks: a head that begins with equal outputs first learns to say nothing else, and some never leave that.
     """
 
-    def __init__(self, classes: Sequence[str], unit: str = "phone", beam: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, classes: Sequence[str], unit: str = "phone", beam: Mapping[str, Any] | None = None, blank_prior: float | None = None
+    ) -> None:
         super().__init__(classes)
         if unit not in ("phone", "character"):
             raise ValueError(f"downstream.objective.unit must be phone or character, found {unit!r}")
+        if blank_prior is not None and not 0 < blank_prior < 1:
+            raise ValueError(
+                f"downstream.objective.blank_prior must be null or a probability between 0 and 1, found {blank_prior}"
+            )
         self.unit = unit
+        self.blank_prior = blank_prior
         self.num_outputs = len(self.classes) + 1
         self.beam = None if beam is None else BeamDecoder(self.classes, **beam)
         self.stage = "test"
+
+    def begin(self, head: nn.Module) -> None:
+        """Let the blank begin with its prior, and tokens with equal shares of the rest, as Lin et al. 2017 (arXiv:1708.02002) do.
+
+        Args:
+            head: A head. It is the bias of its last linear layer that changes; a head without one stays as it is.
+        """
+        if self.blank_prior is None:
+            return
+        last = [layer for layer in head.modules() if isinstance(layer, nn.Linear) and layer.out_features % self.num_outputs == 0]
+        if last and last[-1].bias is not None:
+            odds = self.blank_prior / (1 - self.blank_prior)
+            with torch.no_grad():
+                last[-1].bias.view(-1, self.num_outputs)[:, BLANK] += math.log(odds * len(self.classes))
 
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
         """Negative log-likelihood per token, averaged over utterances."""

@@ -60,6 +60,7 @@ class DownstreamModule(WeightedSteps, Saved):
         self.objective: Objective = make(objective, classes=classes)
         width, outputs = self.upstream.state_dim, self.objective.num_outputs
         self.head: nn.Module = make(head, input_dim=width, num_outputs=outputs, stack=self.stack)
+        self.objective.begin(self.head)
         self.trained = self._trained(train_encoder, top_layers)
         self.upstream.requires_grad_(False)
         for part in self.trained:

@@ -54,6 +54,13 @@ class Objective(nn.Module, ABC):
             utterances: Ids of the test split.
         """
 
+    def begin(self, head: nn.Module) -> None:
+        """Change what a new head says before it has learned.
+
+        Args:
+            head: A head with `num_outputs` outputs.
+        """
+
     @abstractmethod
     def loss(self, outputs: Tensor, lengths: Tensor, batch: Batch) -> Mean:
         """Training loss, and the number of frames or utterances that it is averaged over."""

@@ -11,9 +11,11 @@ import sys
 import jiwer
 import pytest
 import torch
+from torch import nn
 
 from audiot.data.labels import IGNORED
 from audiot.downstream.ctc import CTC, BeamDecoder, greedy
+from audiot.downstream.heads import FrameClassifier, RecurrentClassifier
 
 PHONES = ["AA", "B", "K", "S"]
 CHARACTERS = [" ", "'", "A", "B", "C", "D"]
@@ -222,6 +224,68 @@ def test_predictions_are_texts_with_a_score():
 def test_an_unknown_unit_is_refused():
     with pytest.raises(ValueError, match=r"downstream.objective.unit must be phone or character, found 'word'"):
         CTC(PHONES, "word")
+
+
+def untrained(head, prior=0.9):
+    """Shares (T, C) of a new head's outputs where it hears nothing."""
+    objective = CTC(PHONES, blank_prior=prior)
+    head = head(objective.num_outputs)
+    with torch.no_grad():
+        for tensor in head.parameters():
+            tensor.zero_()
+        objective.begin(head)
+        return head(torch.zeros(1, 3, 6), torch.tensor([3]))[0].double().softmax(-1)
+
+
+@pytest.mark.parametrize("prior", [0.2, 0.75, 0.9])
+def test_a_head_begins_with_its_blank_prior_and_equal_tokens(prior):
+    heads = {
+        "linear": lambda outputs: FrameClassifier(6, outputs, stack=2),
+        "hidden": lambda outputs: FrameClassifier(6, outputs, stack=1, hidden_dim=10),  # 10 is twice the outputs
+        "recurrent": lambda outputs: RecurrentClassifier(6, outputs, stack=3, hidden_dim=5, num_layers=1, projector_dim=5),
+    }
+    rest = (1 - prior) / 4
+    expected = torch.tensor([prior, rest, rest, rest, rest], dtype=torch.float64)
+    for name, head in heads.items():
+        shares = untrained(head, prior)
+        torch.testing.assert_close(shares, expected.expand_as(shares), rtol=1e-6, atol=0, msg=name)
+
+
+def test_a_head_without_a_prior_or_a_bias_for_each_output_begins_as_it_is():
+    heads = [(nn.Linear(6, 7), 0.9), (nn.Linear(6, 5, bias=False), 0.9), (nn.Conv1d(6, 5, 1), 0.9), (nn.Linear(6, 5), None)]
+    for head, prior in heads:
+        before = [tensor.clone() for tensor in head.parameters()]
+        CTC(PHONES, blank_prior=prior).begin(head)
+        assert all(map(torch.equal, before, head.parameters()))
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1, float("nan")])
+def test_a_blank_prior_that_is_no_probability_is_refused(prior):
+    with pytest.raises(ValueError, match=r"objective.blank_prior must be null or a probability between 0 and 1, found "):
+        CTC(PHONES, blank_prior=prior)
+
+
+def loss_after(steps, prior, seed, num_classes=30, utterances=8, tokens=15, hold=8):
+    """Loss of a linear head after some steps on noisy tokens, each of which lasts a while."""
+    objective = CTC([str(number) for number in range(num_classes)], blank_prior=prior)
+    meaning, lengths = 3 * draw(num_classes, 32), torch.full((utterances,), tokens * hold)
+    torch.manual_seed(seed)
+    head = FrameClassifier(32, objective.num_outputs, stack=1)
+    objective.begin(head)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
+    for step in range(steps):
+        said = torch.randint(num_classes, (utterances, tokens), generator=torch.Generator().manual_seed(1000 * seed + step))
+        heard = meaning[said].repeat_interleave(hold, 1) + 4.5 * draw(utterances, tokens * hold, 32, seed=1000 * seed + step)
+        loss = objective.loss(head(heard, lengths), lengths, {"labels": said}).value
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_head_that_begins_with_blanks_learns_tokens_sooner(seed):
+    assert loss_after(100, 0.9, seed) < 0.85 * loss_after(100, None, seed)
 
 
 # Beam search

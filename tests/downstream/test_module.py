@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from functools import partial
 
@@ -281,6 +282,16 @@ def test_a_step_in_bfloat16_is_near_one_in_full_precision(tiny, demo_corpus, ups
     gradients = [tensor.grad for tensor in tuned.parameters() if tensor.requires_grad and tensor.grad is not None]
     assert len(gradients) > 20
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_new_module_begins_with_the_blank_prior_of_its_objective(tiny, upstream):
+    torch.manual_seed(0)
+    plain = module(tiny, upstream, list("ABC"), head=RECOGNISER, objective=CTC)
+    torch.manual_seed(0)
+    blank = module(tiny, upstream, list("ABC"), head=RECOGNISER, objective=CTC | {"blank_prior": 0.75})
+    higher = (blank.head.linear.bias - plain.head.linear.bias).view(-1, 4)
+    assert higher[:, 0].tolist() == pytest.approx([math.log(9)] * 3)  # 0.75 against three of 0.25 / 3
+    assert not higher[:, 1:].any()
 
 
 def test_a_recogniser_learns_and_is_loaded_again(tiny, demo_corpus, upstream, tmp_path):
