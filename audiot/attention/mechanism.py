@@ -219,7 +219,8 @@ class AttentionMechanism(nn.Module, ABC):
         if self.max_frames is not None and num_frames > self.max_frames:
             raise ValueError(
                 f"sequence has {num_frames} frames but max_frames is {self.max_frames} ({type(self).__name__}): "
-                "raise max_frames or take shorter audio (data.crop_s in pre-training, data.prepare.max_duration_s everywhere)"
+                "raise max_frames or take shorter audio (data.crop_s in pre-training, data.prepare.max_duration_s everywhere); "
+                "an encoder that was pre-trained with model.chunk_frames takes any length"
             )
 
     def extra_repr(self) -> str:

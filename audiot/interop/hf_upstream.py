@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from audiot.base.former import translate_record
 from audiot.base.framing import Count, num_frames
+from audiot.base.tracing import is_recording
 from audiot.downstream.upstream import EncoderUpstream, Upstream, check_top
 from audiot.features import KaldiFbank
 from audiot.model import length_mask
@@ -172,8 +173,13 @@ class HFUpstream(Upstream):
         """Hidden states (layers + 1, B, T, d), zero on padding, and lengths (B,).
 
         Raises:
-            ValueError: an utterance is too short for one state, a length exceeds N, or the waveforms have a wrong shape or type.
+            ValueError: an utterance is too short for one state, a length exceeds N, or the waveforms have a wrong shape or type;
+                or a graph is recorded.
         """
+        if is_recording():
+            model = type(self.model).__name__
+            reason = f"{model} of transformers asks for lengths while it computes, which a graph can't"
+            raise ValueError(f"{reason}; audiot predict and audiot serve use the model as it is")
         lengths = lengths.cpu()
         self._check(waveforms, lengths)
         num_frames, total = self.features.num_frames(lengths), self.features.num_frames(waveforms.shape[1])

@@ -123,6 +123,7 @@ class Task:
 
 
 LEVEL = "{level}"  # stands for the level in a factor's overrides
+CHUNKED = ("model.chunk_frames=${model.max_frames}",)
 
 
 class Study:
@@ -159,6 +160,8 @@ class Study:
         alpha: Probability of a wrong verdict that is accepted, for each measure.
         resamples: Draws of the bootstrap over seeds and test units.
         learned: Whether to measure what every encoder of equal steps has learned (``audiot analyze``).
+        chunked: Whether encoders take audio that is longer than their crops in pieces of that length, all mechanisms alike. Some
+            have tables of frames and take no longer sequences.
 
     Raises:
         ValueError: an entry is none, or two have one label.
@@ -188,6 +191,7 @@ class Study:
         alpha: float = 0.05,
         resamples: int = 2000,
         learned: bool = True,
+        chunked: bool = False,
     ) -> None:
         self.learned = learned
         self.name, self.title, self.rehearsal = name, title, rehearsal
@@ -200,7 +204,7 @@ class Study:
         self.seeds, self.learning_rates = list(seeds), list(learning_rates)
         self.budgets, self.controls, self.control_mechanisms = list(budgets), list(controls), list(control_mechanisms)
         self.data = (f"data={data}", *shared, *size)
-        self.pretrain, self.cost, self.finetune = tuple(pretrain), tuple(cost), tuple(finetune)
+        self.pretrain, self.cost, self.finetune = (*pretrain, *(CHUNKED if chunked else ())), tuple(cost), tuple(finetune)
         self.tasks = {name: Task.of(name, task) for name, task in tasks.items() if task is not None}
         self._check()
 

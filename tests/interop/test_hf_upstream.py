@@ -45,6 +45,7 @@ from transformers import (
 from transformers.utils import logging
 
 from audiot.checkpoint import AudioEncoder, save_encoder
+from audiot.deployment.graphs import Deployable, trace
 from audiot.downstream.upstream import EncoderUpstream, checkpoint, rebuild
 from audiot.interop.hf_attention import replace_self_attention
 from audiot.interop.hf_model import AudiotModel
@@ -161,6 +162,17 @@ def saved(tmp_path_factory):
         return folders[name]
 
     return folder
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper"])
+def test_a_graph_of_it_is_refused_in_words(saved, name):
+    model = {"wav2vec2": "Wav2Vec2Model", "whisper": "WhisperEncoder"}[name]
+    upstream = hf(saved(name))
+    recorded = Deployable(upstream, upstream.features, "hidden", ("states", "batch", "frames", "channels"), {})
+    with pytest.raises(
+        ValueError, match=f"^the model can't be written as a graph: {model} of transformers asks for lengths [^\n]*$"
+    ):
+        trace(recorded)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

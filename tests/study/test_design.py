@@ -65,6 +65,9 @@ def names(study, records):
     return [job.name for job in study.jobs(records)]
 
 
+SMALL = {"embed_dim": 24, "num_heads": 6, "ffn_dim": 24, "num_layers": 1}
+
+
 @functools.cache
 def of_the_config(option, *overrides):
     return plain(compose_command("study", [f"study={option}", *overrides, "run_dir=run", "folder=study"]))["study"]
@@ -100,6 +103,19 @@ def test_every_command_of_every_study_composes_and_every_encoder_is_built(option
         jobs = [study.task(name, trainings[0], 0), *(study.control(name, control, 0, records) for control in study.controls)]
         for job in filter(None, jobs):
             launch._check_run(job.command, [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"], complete=True)
+
+
+@pytest.mark.parametrize(("option", "pieces"), [("voice", 132), ("full", None)])
+def test_encoders_of_a_chunked_study_take_audio_of_any_length_in_pieces(option, pieces):
+    study = make(of_the_config(option))
+    for mechanism in ("query_key", "synthesizer_random"):
+        job = study.searched(next(iter(study.objectives)), mechanism)[0]
+        model = plain(compose_command("pretrain", [*job.arguments(Path("study")), "run_dir=run", "data_dir=data"]))["model"]
+        assert model["chunk_frames"] == pieces  # 4 s of 30 ms: longer tables than a crop are never trained
+    if pieces:
+        encoder = AudioEncoder({"_target_": "audiot.features.LogMel", "n_mels": 20, "stack": 3}, model | SMALL)
+        hidden, lengths = encoder(torch.zeros(1, 14 * 16000))
+        assert hidden.shape[2] == lengths.item() > 3 * pieces
 
 
 def test_a_command_of_the_study_of_layers_starts():
