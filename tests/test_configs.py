@@ -140,7 +140,10 @@ def chosen(attention):
     return defaults[-1]["override /positions@_global_.positions"]
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+FEW = ["query_key", "synthesizer_random", "local", "routing"]  # of two kinds of positions; the others are slow
+
+
+@pytest.mark.parametrize("attention", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION])
 def test_an_attention_chooses_positions_and_the_command_line_overrides_them(attention):
     own = OmegaConf.load(CONF / "positions" / f"{chosen(attention)}.yaml")
     assert compose("pretrain", [f"attention={attention}", *GIVEN]).positions == own

@@ -336,7 +336,10 @@ NAMES += [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+TRICKY = ["a b", "lr=1e-3", "{z}", "l'été", "\\'", "${x}", "null", "日本", "a\tb"]  # one of a kind; the others are slow
+
+
+@pytest.mark.parametrize("name", [name if name in TRICKY else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_the_printed_command_names_the_very_folder(folder, tmp_path, monkeypatch, name):
     OmegaConf.save({"resume": None, "trainer": {"max_steps": 6}}, folder / ".hydra" / "config.yaml")
     there = folder.rename(tmp_path / name)
