@@ -69,6 +69,8 @@ def verdict(comparison: Comparison) -> str:
 
 
 def best(measure: Measure, estimates: Iterable[Estimate | None]) -> str | None:
-    """The best mean as `number` shows it, so that means that look alike are marked alike; None without any."""
+    """The best mean as `number` shows it, so that means that look alike are marked alike; None where all look alike."""
     means = [estimate.mean for estimate in estimates if estimate]
-    return number((max if measure.higher_is_better else min)(means), measure) if means else None
+    if len({number(mean, measure) for mean in means}) < 2:
+        return None
+    return number((max if measure.higher_is_better else min)(means), measure)

@@ -15,13 +15,13 @@ import pytest
 from example_findings import MECHANISMS, example
 from pages import HOSTILE, Page, table_of
 
-from audiot.study.findings import Factor, Findings, Level, Measure, Setting
+from audiot.study.findings import Estimate, Factor, Findings, Level, Measure, Setting
 from audiot.study.front import on_front
 from audiot.study.page import _link
 from audiot.study.report import write_report
 from audiot.study.saved import read_findings
 from audiot.study.tables import latex
-from audiot.study.wording import interval, number, verdict
+from audiot.study.wording import best, interval, number, verdict
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,21 @@ def rows_under(page, caption):
         [" ".join(each["text"].split()) for each in page.elements if id(row) in each["parents"] and each["tag"] in ("th", "td")]
         for row in rows
     ]
+
+
+@pytest.mark.parametrize(
+    ("means", "higher", "expected"),
+    [
+        ((0.61, 0.58, None), True, "61.0"),
+        ((0.61, 0.58), False, "58.0"),
+        ((0.6101, 0.6099), True, None),
+        ((0.6,), True, None),
+        ((), True, None),
+    ],
+)
+def test_a_column_whose_numbers_are_alike_has_no_best(means, higher, expected):
+    estimates = [mean and Estimate(mean, None, None, ()) for mean in means]
+    assert best(Measure("accuracy", "Accuracy", higher), estimates) == expected
 
 
 def test_what_was_learned_is_told_in_tables_too(page):
