@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from pathlib import Path
 
 import tomllib
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-extras = project["optional-dependencies"]
-for requirement in chain(project["dependencies"], extras["demo"], extras["hf"], extras["study"], extras["beam"], extras["fp8"]):
-    name, _, versions = requirement.partition(">=")
-    print(f"{name}=={versions.split(',')[0]}")
+extras = [requirements for name, requirements in project["optional-dependencies"].items() if name not in ("docs", "test")]
+for requirement in chain(project["dependencies"], *extras):
+    found = re.match(r"([\w.-]+)(\[[\w,-]+\])?>=([\w.]+)", requirement)  # a constraint has no extras
+    if found is None:
+        raise SystemExit(f"pyproject.toml: {requirement!r} has no low end: expected NAME>=VERSION,…")
+    print(f"{found[1]}=={found[3]}")
