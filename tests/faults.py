@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from some import some
 
 TRIES = 10
 NAMESPACE = ("unshare", "--mount", "--map-root-user")
@@ -17,7 +18,7 @@ NAMESPACE = ("unshare", "--mount", "--map-root-user")
 
 def tries(count: int = TRIES):
     """Parameters of a test that injects a fault: the gate takes the first, ``pytest -m slow`` the others."""
-    return [pytest.param(0), *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, count))]
+    return some(range(count), [0])
 
 
 def private_disks():

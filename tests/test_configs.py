@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from learning import losses_of
 from omegaconf import OmegaConf
+from some import some
 
 import audiot.cli
 import audiot.commands.launch
@@ -143,7 +144,7 @@ def chosen(attention):
 FEW = ["query_key", "synthesizer_random", "local", "routing"]  # of two kinds of positions; the others are slow
 
 
-@pytest.mark.parametrize("attention", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION])
+@pytest.mark.parametrize("attention", some(ATTENTION, FEW))
 def test_an_attention_chooses_positions_and_the_command_line_overrides_them(attention):
     own = OmegaConf.load(CONF / "positions" / f"{chosen(attention)}.yaml")
     assert compose("pretrain", [f"attention={attention}", *GIVEN]).positions == own

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from some import some
 from test_cli import blank, copy_run, made, read, run, succeed
 
 import audiot.runs
@@ -339,7 +340,7 @@ NAMES += [
 TRICKY = ["a b", "lr=1e-3", "{z}", "l'été", "\\'", "${x}", "null", "日本", "a\tb"]  # one of a kind; the others are slow
 
 
-@pytest.mark.parametrize("name", [name if name in TRICKY else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", some(NAMES, TRICKY))
 def test_the_printed_command_names_the_very_folder(folder, tmp_path, monkeypatch, name):
     OmegaConf.save({"resume": None, "trainer": {"max_steps": 6}}, folder / ".hydra" / "config.yaml")
     there = folder.rename(tmp_path / name)

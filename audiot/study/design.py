@@ -123,7 +123,7 @@ class Task:
 
 
 LEVEL = "{level}"  # stands for the level in a factor's overrides
-CHUNKED = ("model.chunk_frames=${model.max_frames}",)
+CHUNKED = ("model.chunk_frames=${model.max_frames}",)  # pre-training overrides of a study with `chunked`
 
 
 class Study:

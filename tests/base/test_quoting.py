@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from some import some
 from test_cli import run
 
 from audiot.base import quoting
@@ -75,9 +76,7 @@ def test_a_shell_and_hydra_give_back_the_value_of_an_argument():
             assert found.value() == text
 
 
-@pytest.mark.parametrize(
-    "text", [*NASTY[::3], *(pytest.param(text, marks=pytest.mark.slow) for text in NASTY if text not in NASTY[::3])]
-)
+@pytest.mark.parametrize("text", some(NASTY, NASTY[::3]))
 def test_a_config_holds_the_value_of_an_argument(text):
     assert composed(quoting.argument("upstream.path", text)) == text
 

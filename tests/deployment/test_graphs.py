@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from some import some
 from torch import nn
 from untrained import CLASSES, HEADS, save, write_runs
 
@@ -56,13 +57,7 @@ def agrees(encoder, compute, lengths, tolerance=1e-4):
             torch.testing.assert_close(hidden[:, row, :count], expected[:, 0], rtol=tolerance, atol=tolerance)
 
 
-def mechanisms():
-    """Names of all mechanisms; most are slow."""
-    for name in names():
-        yield name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", mechanisms())
+@pytest.mark.parametrize("name", some(names(), QUICK))
 def test_a_mechanism_computes_in_a_graph_what_its_fast_form_does(encoder_of, published_attention, name):
     encoder = encoder_of(**published_attention(name))
     model = deployable(encoder)
@@ -105,9 +100,7 @@ FRONT_ENDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "kaldi_fbank" else pytest.param(kind, marks=pytest.mark.slow) for kind in FRONT_ENDS]
-)
+@pytest.mark.parametrize("kind", some(FRONT_ENDS, ["kaldi_fbank"]))
 def test_features_are_in_the_graph(encoder_of, kind):
     encoder = encoder_of(features=read_option("features", kind.split()[0]) | FRONT_ENDS[kind])
     compute = trace(deployable(encoder)).module()

@@ -15,6 +15,7 @@ import torch
 from conftest import TINY
 from hydra.utils import get_class
 from pytorch_lightning.callbacks import ModelCheckpoint
+from some import some
 from unequal_batches import OBJECTIVES, objective_config
 
 import audiot.objectives
@@ -58,9 +59,7 @@ CONFIGS = [objective_config(name) for name in OBJECTIVES]
 DISTINCT = [name for number, name in enumerate(OBJECTIVES) if CONFIGS[number] not in CONFIGS[:number]]
 distinct = pytest.mark.parametrize("name", DISTINCT)  # tests that take long
 OFTEN = ("clusters_visible", "self_distillation")  # the default's, and that of the longest recipe
-compiled = pytest.mark.parametrize(
-    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in DISTINCT]
-)
+compiled = pytest.mark.parametrize("name", some(DISTINCT, OFTEN))
 
 
 @pytest.fixture
