@@ -66,16 +66,16 @@ def test_the_smallest_batch_near_the_best_throughput_is_recommended():
 def trials(pretraining, tmp_path):
     """Makes trials of a module on a tiny corpus."""
 
-    def make(module):
+    def make(module, margin=0.1, **given):
         data = pretraining.data()
-        options = {"limit_val_batches": 0, "enable_checkpointing": False, "gradient_clip_val": 1.0}
+        options = {"limit_val_batches": 0, "enable_checkpointing": False, "gradient_clip_val": 1.0} | given
         return BatchTrials(
             lambda steps: pretraining_trainer(pretraining, tmp_path, max_steps=steps, **options),
             module,
             LongestCrops(data),
             warmup=1,
             steps=2,
-            margin=0.1,
+            margin=margin,
         )
 
     return make
@@ -115,6 +115,35 @@ def test_a_lack_of_memory_in_a_step_bisects_and_leaves_the_weights_as_they_were(
     assert all(parameter.grad is None for parameter in module.parameters())
     after = module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_full_ends_a_size_and_has_its_memory_again(pretraining, trials, monkeypatch):
+    module, gib = pretraining.module(), 2**30
+    step = module.training_step
+
+    def training_step(batch, batch_idx):
+        ballast = torch.zeros(len(batch["waveforms"]), gib, dtype=torch.uint8, device=module.device)
+        loss = step(batch, batch_idx)
+        del ballast
+        return loss
+
+    monkeypatch.setattr(module, "training_step", training_step)
+    torch.cuda.empty_cache()
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    room = (reserved + 5.5 * gib) / torch.cuda.get_device_properties(0).total_memory
+    found = search(trials(module, margin=1 - room, accelerator="gpu"), 1, 100, 0.0)
+    assert [(trial.utterances, trial.fits) for trial in found] == [
+        (1, True),
+        (2, True),
+        (4, True),
+        (5, True),
+        (6, False),
+        (8, False),
+    ]
+    assert all(trial.utterances < trial.peak_gib < trial.utterances + 0.5 for trial in found if trial.fits)
+    assert torch.cuda.memory_allocated() - allocated < 0.1 * gib
+    assert torch.cuda.memory_reserved() - reserved < 0.1 * gib
 
 
 @pytest.mark.parametrize("fails", [False, True])
