@@ -30,9 +30,10 @@ CAPABILITY = (8, 9)  # compute capability from which NVIDIA's GPUs multiply floa
 # gradients in bfloat16 (rowwise_with_gw_hp) are a third of the products.
 RECIPE = "tensorwise"
 MULTIPLE = 16  # both sides of a weight must be multiples of it, for the tensor cores
-# Products of a layer grow with inputs · outputs, and casting its input and its gradient with inputs + outputs. By the arithmetic
-# and the memory traffic of an H100, both are equal where inputs · outputs / (inputs + outputs) is 400 to 600.
-LEAST = 512
+# Products of a layer grow with inputs · outputs, and casting its input, its weight and its gradient with inputs + outputs. By the
+# measurements in docs/scaling.md, an H200 breaks even where inputs · outputs / (inputs + outputs) is 1,100 to 1,600, by the layer.
+# Most other GPUs move less memory for each product, so that casts weigh more there.
+LEAST = 1300
 
 
 @functools.cache  # a layer that has another function is compiled anew
@@ -102,8 +103,9 @@ def use(encoder: Encoder, product: Product) -> list[nn.Linear]:
             used += networks
     if not used:
         raise ValueError(
-            f"trainer.precision={FP8} makes no layer of {encoder.embed_dim} channels faster, for want of multiples of {MULTIPLE} "
-            f"with inputs × outputs of at least {LEAST} × (inputs + outputs): set trainer.precision={AROUND}"
+            f"trainer.precision={FP8} makes no layer of {encoder.embed_dim} channels faster, since its casts take longer than is "
+            f"saved: both sides must be multiples of {MULTIPLE}, and inputs × outputs at least {LEAST:,} × (inputs + outputs); "
+            f"set trainer.precision={AROUND}"
         )
     return used
 
