@@ -31,8 +31,8 @@ CAPABILITY = (8, 9)  # compute capability from which NVIDIA's GPUs multiply floa
 RECIPE = "tensorwise"
 MULTIPLE = 16  # both sides of a weight must be multiples of it, for the tensor cores
 # Products of a layer grow with inputs · outputs, and casting its input, its weight and its gradient with inputs + outputs. By the
-# measurements in docs/scaling.md, an H200 breaks even where inputs · outputs / (inputs + outputs) is 1,100 to 1,600, by the layer.
-# Most other GPUs move less memory for each product, so that casts weigh more there.
+# measurements in docs/scaling.md, an H200 breaks even where inputs · outputs / (inputs + outputs) is 1,100 to 1,600, by
+# the layer. Most other GPUs move less memory for each product, so that casts weigh more there.
 LEAST = 1300
 
 
