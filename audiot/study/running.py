@@ -6,9 +6,11 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,15 +23,16 @@ import torch
 from tqdm import tqdm
 
 from audiot.base.console import say
+from audiot.base.files import write_text
 from audiot.base.lock import owned
 from audiot.base.quoting import override
 from audiot.benchmark.machine import describe_machine
 from audiot.data.prepare import start_worker, usable_cores
 from audiot.runs import has_checkpoints
-from audiot.study import opened
 from audiot.study.design import Job, Task
 from audiot.study.records import Record, Records, collect, travelling
 
+CORPUS = "AUDIOT_STUDY_CORPUS"  # names a file that tells where the corpus is: a server is given nothing else than its environment
 LOOK_S = 1.0  # between looks at what other processes have finished
 STOPPED = 130  # exit status of a command that a signal has stopped
 
@@ -100,7 +103,8 @@ class Worker:
         self.failed: dict[str, tuple[Job, str]] = {}
         self.running: list[Running] = []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__, opened.__name__, *modules])
+        self.context.set_forkserver_preload([__name__, *modules, "audiot.study.opened"])
+        self.told = (folder / f".corpus-{uuid.uuid4().hex}").absolute()  # other workers may share the folder
 
     def work(self) -> None:
         """Run all that is left. What fails is in `failed`, with the reason.
@@ -108,39 +112,50 @@ class Worker:
         Raises:
             KeyboardInterrupt: by Ctrl-C; what had not finished runs anew next time.
         """
-        records = self.records.load()
-        if any(job.key not in records for job in self.study.jobs(records)):
-            self._serve()
-        with tqdm(desc=self.name, unit="run", smoothing=0) as bar:
-            try:
-                while True:
-                    left = self._left(bar)
-                    self._start(left)
-                    if not self.running and not left:
-                        return
-                    if self.running:
-                        wait([each.process.sentinel for each in self.running], LOOK_S)
-                    elif not self._elsewhere(left):
-                        return  # the rest needs what has failed
-                    else:
-                        time.sleep(LOOK_S)
-                    for each in [each for each in self.running if not each.process.is_alive()]:
-                        self._end(each)
-            finally:
-                for each in self.running:
-                    each.process.terminate()
-                    each.process.join(20)
-                    each.process.kill()
-                    each.claim.close()
+        try:
+            records = self.records.load()
+            if any(job.key not in records for job in self.study.jobs(records)):
+                self._serve()
+            with tqdm(desc=self.name, unit="run", smoothing=0) as bar:
+                self._run_what_is_left(bar)
+        finally:
+            self.told.unlink(missing_ok=True)
+
+    def _run_what_is_left(self, bar: tqdm) -> None:
+        try:
+            while True:
+                left = self._left(bar)
+                self._start(left)
+                if not self.running and not left:
+                    return
+                if self.running:
+                    wait([each.process.sentinel for each in self.running], LOOK_S)
+                elif not self._elsewhere(left):
+                    return  # the rest needs what has failed
+                else:
+                    time.sleep(LOOK_S)
+                for each in [each for each in self.running if not each.process.is_alive()]:
+                    self._end(each)
+        finally:
+            for each in self.running:
+                each.process.terminate()
+                each.process.join(20)
+                each.process.kill()
+                each.claim.close()
 
     def _serve(self) -> None:
-        """Start the server from which the runs fork, with all that they import and read."""
-        if self.corpus is None:
+        """Start the server from which the runs fork. It imports all they need, and reads their corpus once it is prepared."""
+        if self.corpus is not None:
+            self.told.touch()
+            os.environ[CORPUS] = str(self.told)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it: Ctrl-C is for this process
+        try:
             forkserver.ensure_running()
-            return
-        os.environ[opened.VARIABLE] = str(self.corpus())
-        forkserver.ensure_running()
-        del os.environ[opened.VARIABLE]
+        finally:
+            signal.signal(signal.SIGINT, before)
+            os.environ.pop(CORPUS, None)
+        if self.corpus is not None:
+            write_text(self.told, str(self.corpus().absolute()))
 
     def _left(self, bar: tqdm) -> list[Job]:
         """What is not finished, has not failed, and does not wait for what has failed; each once, and what it needs before it."""

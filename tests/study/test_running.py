@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 
 import pytest
 
+from audiot.study import opened
 from audiot.study.design import Job
 from audiot.study.running import Running, Worker
 
@@ -63,3 +65,21 @@ def test_runs_that_are_alone_follow_each_other_on_each_device(cards, together):
     alone = [job(f"alone {number}", alone=True) for number in range(4)]
     assert worker(cards, 8)._together(alone[0], [*alone, SHARED], set()) == alone[:together]
     assert worker(cards, 8)._together(alone[3], [SHARED, *alone], {each.key for each in alone[:3]}) == alone[3:]
+
+
+def test_the_server_of_a_study_waits_for_the_folder_of_its_corpus(tmp_path):
+    told = tmp_path / "told"
+    told.touch()
+    writer = threading.Timer(0.2, told.write_text, [str(tmp_path / "corpus")])
+    writer.start()
+    assert opened.prepared(told) == tmp_path / "corpus"
+    writer.join()
+
+
+def test_the_server_of_a_study_waits_no_longer_than_the_study_does(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    assert opened.prepared(told) is None
+    told.touch()
+    parents = iter([7, 7, 7, 1])
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    assert opened.prepared(told) is None

@@ -46,6 +46,7 @@ def records(study):
 
 
 def test_every_run_leaves_a_record_and_the_report_has_their_figures(home):
+    assert not list((home / "tiny").glob(".corpus-*"))
     found = [json.loads((home / "tiny" / "results" / name).read_text()) for name in records(home / "tiny")]
     assert sorted(each["name"] for each in found) == sorted(
         f"mockingjay/{mechanism}/{run}/seed=0{task}"
