@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from some import some
 
 from audiot.attention import lsh
 from audiot.attention.search import Chunked, TopK
@@ -160,12 +161,12 @@ def test_more_bits_find_more_of_the_best_keys_and_all_find_more_than_chance():
     assert all(one + 0.02 < other for one, other in itertools.pairwise([chance, *recalls]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "clustered"),
-    [(lsh.SimpleLSH, 0.39), (lsh.SimpleALSH, 0.39), (lsh.XBOX, 0.37), (lsh.XBOXQNF, 0.37), (lsh.SignALSH, 0.39)],
-)
-def test_a_chunked_search_finds_many_of_the_best_keys(kind, clustered):  # chance: 0.094
-    assert found(kind, "clustered", 2048, search=Chunked()) >= clustered
+CLUSTERED = {lsh.SimpleLSH: 0.39, lsh.SimpleALSH: 0.39, lsh.XBOX: 0.37, lsh.XBOXQNF: 0.37, lsh.SignALSH: 0.39}
+
+
+@pytest.mark.parametrize("kind", some(CLUSTERED, [lsh.SimpleLSH, lsh.XBOXQNF]))
+def test_a_chunked_search_finds_many_of_the_best_keys(kind):  # chance: 0.094
+    assert found(kind, "clustered", 2048, search=Chunked()) >= CLUSTERED[kind]
     assert found(kind, "independent", 2048, search=Chunked()) >= 0.15
 
 

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from interpreter import run_interpreted
 from omegaconf import OmegaConf
+from some import some
 from torch._dynamo.backends.common import aot_autograd
 
 import audiot.commands.launch  # noqa: F401 (registers the config's resolvers)
@@ -69,7 +70,7 @@ def test_no_mechanism_has_a_sort_or_a_scan_that_inductor_would_write(name, choic
     assert not operations & WRITTEN_BY_INDUCTOR
 
 
-@pytest.mark.parametrize("objective", ["mockingjay", "tera", "audio_albert"])
+@pytest.mark.parametrize("objective", some(["mockingjay", "tera", "audio_albert"], ["tera"]))
 def test_no_objective_has_a_sort_or_a_scan_that_inductor_would_write(objective):
     with initialize_config_module("audiot.conf", version_base="1.3"):
         corruption = OmegaConf.to_container(compose("pretrain", [f"objective={objective}"]).objective)
