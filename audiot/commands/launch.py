@@ -162,14 +162,17 @@ def lasting_folder(command: str, overrides: list[str]) -> Path | None:
 
 @contextmanager
 def stopped(command: str, folder: Path, lasts: bool) -> Iterator[None]:
-    """Note how a run that is stopped can go on. Ctrl-C and SIGTERM stop it outside of its training too, in its probes say.
+    """Let SIGTERM stop a command as Ctrl-C does, and note how a run that is stopped can go on.
+
+    Without it Lightning takes SIGTERM for the end of a training: a command that trains for a while, as `audiot tune` does, would
+    end without a word and as if all were well, or go on.
 
     Args:
         command: The command.
         folder: Folder of the run.
         lasts: Whether the same command line would name it again.
     """
-    if command not in TRAINING or current_thread() is not main_thread():
+    if current_thread() is not main_thread():
         yield
         return
 
@@ -180,7 +183,7 @@ def stopped(command: str, folder: Path, lasts: bool) -> Iterator[None]:
         stop.lasts = lasts
         raise
     except KeyboardInterrupt:
-        found = checkpoints(folder / "checkpoints")
+        found = checkpoints(folder / "checkpoints") if command in TRAINING else []
         if not found:
             raise
         raise Interrupted(step_of(found[0]), found[0]) from None

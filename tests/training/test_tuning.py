@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
+from audiot.commands.launch import stopped
 from audiot.training.tuning import (
     BatchTrials,
     LongestCrops,
@@ -157,6 +160,19 @@ def test_a_gpu_has_all_its_memory_again_after_a_trial(monkeypatch, fails):
     assert shares == [0.9, 1.0]
     with limited_memory(torch.device("cpu"), 0.1):
         assert shares == [0.9, 1.0]
+
+
+def test_sigterm_ends_a_search_as_ctrl_c_does(pretraining, trials, monkeypatch, tmp_path):
+    module = pretraining.module()
+    step = module.training_step
+
+    def training_step(batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, batch_idx)
+
+    monkeypatch.setattr(module, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt), stopped("tune", tmp_path, lasts=False):
+        trials(module)(1)
 
 
 def test_an_error_that_is_no_lack_of_memory_ends_the_search(pretraining, trials, monkeypatch):
