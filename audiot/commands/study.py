@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from audiot.base.config import compose_command, plain
 from audiot.base.console import say
 from audiot.base.parts import make
 from audiot.base.quoting import override, path, quoted
+from audiot.checkpoint import AudioEncoder
 from audiot.commands import launch
 from audiot.data.opening import open_corpus
-from audiot.data.prepare import usable_cores
+from audiot.data.prepare import PreparedCorpus, usable_cores
 from audiot.study.comparison import check_statsmodels
 from audiot.study.design import Study
 from audiot.study.gathering import gather
@@ -64,8 +66,34 @@ def main(cfg: DictConfig) -> None:
 
 def _corpus(study: Study, cfg: DictConfig) -> Path:
     """Prepare the corpus of the runs before several of them ask for it."""
-    settings = [*study.data, override("data_dir", cfg.data_dir), override("run_dir", cfg.run_dir)]
-    return open_corpus(compose_command("pretrain", settings)).directory
+    places = [override("data_dir", cfg.data_dir), override("run_dir", cfg.run_dir)]
+    corpus = open_corpus(compose_command("pretrain", [*study.data, *places]))
+    for line in too_long(study, corpus, places):
+        say(line)
+    return corpus.directory
+
+
+def too_long(study: Study, corpus: PreparedCorpus, places: Sequence[str]) -> Iterator[str]:
+    """Warnings of mechanisms that take no audio as long as the tasks may hear, before hours of training end in that.
+
+    Args:
+        study: The study.
+        corpus: Its corpus, of which all but the audio of pre-training is looked at.
+        places: Overrides that say where runs and corpora lie.
+    """
+    trained = corpus.split_for("pretrain", "train")
+    longest = max((cut.num_samples for split in corpus.counts if split != trained for cut in corpus.cuts(split)), default=0)
+    for mechanism in study.mechanisms:
+        job = study.searched(next(iter(study.objectives)), mechanism)[0]
+        cfg = compose_command("pretrain", [*job.shared, *job.own, *places])
+        model = AudioEncoder(plain(cfg.features), plain(cfg.model))
+        limits = [each.max_frames for each in model.encoder.mechanisms if each.max_frames is not None]
+        frames = model.features.num_tokens(longest)
+        if model.encoder.chunk_frames is None and limits and min(limits) < frames:
+            yield (
+                f"warning: {mechanism} takes {min(limits)} frames, and the longest utterance has {frames} "
+                f"({longest / corpus.sample_rate:.3g} s): tasks that hear it will fail, but with study.chunked=true"
+            )
 
 
 def _automatic() -> int:

@@ -7,7 +7,11 @@ import shutil
 
 import pytest
 
+from audiot.base.config import compose_command, plain
+from audiot.base.parts import make
 from audiot.cli import main
+from audiot.commands.study import too_long
+from audiot.data.prepare import PreparedCorpus
 
 TINY = [
     "study.mechanisms=[query_key,none]",
@@ -39,6 +43,25 @@ def home(tmp_path_factory):
         patch.setattr("sys.argv", ["audiot"])
         main(["study", "folder=tiny", *TINY])
         yield home
+
+
+# 1 s are 33 tokens of 30 ms, of which crops have a multiple of 8.
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ["synthesizer_random takes 32 frames, and the longest utterance has ", "synthesizer_dense takes 32 frames"]),
+        (["study.chunked=true"], []),
+        (['study.pretrain=["data.crop_s=60"]'], []),
+    ],
+)
+def test_mechanisms_that_take_no_utterance_of_the_tasks_are_told_before_anything_runs(home, given, expected):
+    settings = ["study.mechanisms=[query_key,synthesizer_random,synthesizer_dense]", 'study.pretrain=["data.crop_s=1"]', *given]
+    study = make(plain(compose_command("study", [*TINY, *settings, "run_dir=run", "data_dir=data"]).study))
+    (prepared,) = (home / "data" / "prepared").iterdir()
+    told = list(too_long(study, PreparedCorpus.load(prepared), ["run_dir=run", "data_dir=data"]))
+    assert len(told) == len(expected)
+    assert all(line.startswith(f"warning: {words}") for line, words in zip(told, expected, strict=True))
+    assert all(line.endswith("tasks that hear it will fail, but with study.chunked=true") for line in told)
 
 
 def records(study):
