@@ -135,7 +135,7 @@ def test_a_gpu_that_is_full_ends_a_size_and_has_its_memory_again(pretraining, tr
     torch.cuda.empty_cache()
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     room = (reserved + 5.5 * gib) / torch.cuda.get_device_properties(0).total_memory
-    found = search(trials(module, margin=1 - room, accelerator="gpu"), 1, 100, 0.0)
+    found = search(trials(module, margin=1 - room, accelerator="gpu", devices=1), 1, 100, 0.0)
     assert [(trial.utterances, trial.fits) for trial in found] == [
         (1, True),
         (2, True),
