@@ -112,31 +112,26 @@ class Worker:
         Raises:
             KeyboardInterrupt: by Ctrl-C; what had not finished runs anew next time.
         """
+        records = self.records.load()
         try:
-            records = self.records.load()
             if any(job.key not in records for job in self.study.jobs(records)):
                 self._serve()
             with tqdm(desc=self.name, unit="run", smoothing=0) as bar:
-                self._run_what_is_left(bar)
+                while True:
+                    left = self._left(bar)
+                    self._start(left)
+                    if not self.running and not left:
+                        return
+                    if self.running:
+                        wait([each.process.sentinel for each in self.running], LOOK_S)
+                    elif not self._elsewhere(left):
+                        return  # the rest needs what has failed
+                    else:
+                        time.sleep(LOOK_S)
+                    for each in [each for each in self.running if not each.process.is_alive()]:
+                        self._end(each)
         finally:
             self.told.unlink(missing_ok=True)
-
-    def _run_what_is_left(self, bar: tqdm) -> None:
-        try:
-            while True:
-                left = self._left(bar)
-                self._start(left)
-                if not self.running and not left:
-                    return
-                if self.running:
-                    wait([each.process.sentinel for each in self.running], LOOK_S)
-                elif not self._elsewhere(left):
-                    return  # the rest needs what has failed
-                else:
-                    time.sleep(LOOK_S)
-                for each in [each for each in self.running if not each.process.is_alive()]:
-                    self._end(each)
-        finally:
             for each in self.running:
                 each.process.terminate()
                 each.process.join(20)

@@ -199,7 +199,8 @@ def test_which_layers_stay_is_told(product):
 
 
 def test_an_encoder_of_small_layers_is_refused(product):
-    with pytest.raises(ValueError, match=r"no layer of 32 channels faster.* 1,300 ×.*; set trainer\.precision=bf16-mixed"):
+    told = r"makes no layer of 32 channels faster.* at least 1,300 × .*; set trainer\.precision=bf16-mixed"
+    with pytest.raises(ValueError, match=told):
         use(small(), product)
 
 

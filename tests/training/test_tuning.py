@@ -24,6 +24,9 @@ from audiot.training.tuning import (
     suggestion,
 )
 
+# What a search from 1 to 100 utterances finds in a memory for five, by size.
+FIVE_FIT = [(1, True), (2, True), (4, True), (5, True), (6, False), (8, False)]
+
 
 def memory_for(room):
     """A trial that fits if it has at most so many utterances, and the sizes that were tried."""
@@ -104,14 +107,7 @@ def test_a_lack_of_memory_in_a_step_bisects_and_leaves_the_weights_as_they_were(
 
     monkeypatch.setattr(module, "training_step", training_step)
     found = search(trials(module), 1, 100, 0.0)
-    assert [(trial.utterances, trial.fits) for trial in found] == [
-        (1, True),
-        (2, True),
-        (4, True),
-        (5, True),
-        (6, False),
-        (8, False),
-    ]
+    assert [(trial.utterances, trial.fits) for trial in found] == FIVE_FIT
     assert sizes == [1] * 3 + [2] * 3 + [4] * 3 + [8] + [6] + [5] * 3
     assert all(trial.frames_per_s > 0 for trial in found if trial.fits)
     assert module._trainer is None
@@ -136,14 +132,7 @@ def test_a_gpu_that_is_full_ends_a_size_and_has_its_memory_again(pretraining, tr
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     room = (reserved + 5.5 * gib) / torch.cuda.get_device_properties(0).total_memory
     found = search(trials(module, margin=1 - room, accelerator="gpu", devices=1), 1, 100, 0.0)
-    assert [(trial.utterances, trial.fits) for trial in found] == [
-        (1, True),
-        (2, True),
-        (4, True),
-        (5, True),
-        (6, False),
-        (8, False),
-    ]
+    assert [(trial.utterances, trial.fits) for trial in found] == FIVE_FIT
     assert all(trial.utterances < trial.peak_gib < trial.utterances + 0.5 for trial in found if trial.fits)
     assert torch.cuda.memory_allocated() - allocated < 0.1 * gib
     assert torch.cuda.memory_reserved() - reserved < 0.1 * gib
