@@ -83,6 +83,14 @@ def tiny():
     return TINY
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_in_any_order():
+    """Seed PyTorch, so that what a test draws does not depend on the tests before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def defaults_are_composed_once():
     """Compose the defaults of a command once: composing takes longest, and no test changes them."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from audiot.base.groups import groups, key_of, options
@@ -22,13 +24,21 @@ PLUGINS = ("hydra/launcher", "hydra/sweeper")  # come with audiot[sweep]
 OTHERS = {"search=topk", "attention=decay"}  # a column of a table, and the example of a mechanism of your own
 
 
+def shell_words(code):
+    """The words of a command as a shell sees them."""
+    try:
+        return shlex.split(code)
+    except ValueError:  # an apostrophe
+        return code.split()
+
+
 def words():
     """Overrides in the sentences of the pages, each with the first page that has it."""
     found = {}
     for page in sorted(PAGES):
         sentences = re.sub("^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for code in re.findall(r"`([^`]+)`", sentences):
-            for word in re.split(r"\s", code) if "(" not in code else ():
+            for word in shell_words(code) if "(" not in code else ():
                 if re.match(r"[+~]{0,2}[a-z_][\w./@]*=", word) and word not in OTHERS:
                     found.setdefault(word, page.name)
     return found
@@ -81,6 +91,8 @@ def exists(key):
 @pytest.mark.parametrize("word", WORDS)
 def test_an_override_that_a_page_names_exists(word):
     page, (key, value) = WORDS[word], word.split("=", 1)
+    if "…" not in value:
+        OverridesParser.create().parse_override(word)
     if key.startswith(PLUGINS):
         return
     added, key = key.startswith("+"), key.lstrip("+~")

@@ -21,7 +21,8 @@ PRETRAINING_PASSES = 20  # over the training audio
 MOST_STEPS = {False: 2000, True: 20_000}  # with a GPU: True
 FEWEST_STEPS = 200
 PRETRAINING_STEPS = {False: (300, 3000), True: (1000, 40_000)}  # fewest and most
-BATCH_S = {False: 50.0, True: 200.0}  # seconds of audio in a batch, at most
+PRETRAINING_BATCH_S = {False: (25.0, 25.0), True: (25.0, 200.0)}  # seconds of audio in a batch, least and most
+BATCH_S = {False: 50.0, True: 200.0}  # likewise of labelled audio, most
 RATES = {"checkpoint": 1e-3, "random": 1e-3, "hf": 5e-5, "s3prl": 2e-4}  # learning rates of fine-tuning
 WIDE = 256  # width of an encoder from which on it is fine-tuned at 2e-4
 
@@ -151,15 +152,20 @@ def plan_encoder(plan: Plan, hours: float, init: str | None, wanted: bool | str,
 
 
 def plan_pretraining(plan: Plan, size: Size, steps: int | str) -> None:
-    """Choose how long to pre-train."""
-    batch_s = BATCH_S[size.on_gpu] if size.on_gpu else 25.0
+    """Choose how long to pre-train.
+
+    Batches are small where there is little audio: an encoder learns nothing of use from a few batches of alike utterances that
+    come again and again.
+    """
+    audio_s = 3600 * size.audio_h
+    fewest, most = PRETRAINING_STEPS[size.on_gpu]
+    least_s, most_s = PRETRAINING_BATCH_S[size.on_gpu]
+    batch_s = min(max(float(round(PRETRAINING_PASSES * audio_s / fewest)), least_s), most_s)
     plan.choose("data.batch_s", batch_s, f"seconds of audio in a batch, {'on a GPU' if size.on_gpu else 'without a GPU'}")
     batch_s = float(plan.chosen.get("data.batch_s", batch_s))  # type: ignore[arg-type]
     if steps == "auto":
-        fewest, most = PRETRAINING_STEPS[size.on_gpu]
-        wanted = ceil(PRETRAINING_PASSES * 3600 * size.audio_h / batch_s)
-        count = min(max(wanted, fewest), most)
-        passes = count * batch_s / max(1e-6, 3600 * size.audio_h)
+        count = min(max(ceil(PRETRAINING_PASSES * audio_s / batch_s), fewest), most)
+        passes = count * batch_s / max(1e-6, audio_s)
         plan.choose("trainer.max_steps", count, f"{passes:.3g} passes over {size.audio_h:.2f} h")
     else:
         count = int(steps)

@@ -21,7 +21,7 @@ from audiot.downstream.upstream import FeaturesUpstream, Upstream
 from audiot.training.trainer import make_trainer
 from audiot.training.tuning import StepTimes
 
-WARMUP = 2  # steps before those that are timed
+WARMUP = {False: 2, True: 20}  # steps before those that are timed; on a GPU: True, where the first ones of each shape take long
 FORWARD = 1 / 3  # share of a step that validates as much audio
 SAMPLED = 64  # utterances whose hidden states are computed to time that
 
@@ -57,7 +57,7 @@ def pretraining_s(cfg: DictConfig, corpus: PreparedCorpus, steps: int) -> float:
     """
     started = time.monotonic()
     cfg = _short(cfg)
-    trainer = make_trainer(cfg, **SHORT, max_steps=WARMUP + steps)
+    trainer = _short_trainer(cfg, steps)
     module, data = begin(cfg, corpus, cfg.seed)
     before = time.monotonic() - started  # which the training will take again
     step_s = _timed(trainer, module, data, steps)
@@ -77,7 +77,7 @@ def finetuning_s(cfg: DictConfig, upstream: Upstream, corpus: PreparedCorpus, st
     started = time.monotonic()
     cfg = _short(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
-    trainer = make_trainer(cfg, **SHORT, max_steps=WARMUP + steps)
+    trainer = _short_trainer(cfg, steps)
     data = task_data(cfg, corpus, upstream.features)
     if isinstance(upstream, FeaturesUpstream):
         upstream.fit((batch["waveforms"], batch["lengths"]) for batch in data.ordered_loader("train"))
@@ -105,9 +105,15 @@ def _short(cfg: DictConfig) -> DictConfig:
     return changed
 
 
+def _short_trainer(cfg: DictConfig, steps: int) -> pl.Trainer:
+    """A trainer of so many steps after those that are not timed."""
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return make_trainer(cfg, **SHORT, max_steps=WARMUP[on_gpu] + steps)
+
+
 def _timed(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, steps: int) -> float:
     """Seconds of a step."""
-    times = StepTimes(WARMUP * trainer.accumulate_grad_batches)
+    times = StepTimes((trainer.max_steps - steps) * trainer.accumulate_grad_batches)
     trainer.callbacks.append(times)  # type: ignore[attr-defined]
     with torch.enable_grad():
         trainer.fit(module, data)

@@ -35,7 +35,7 @@ def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 20) -
     """Centres of k-means: k-means++ with several candidates (Arthur and Vassilvitskii 2007), then Lloyd's iterations.
 
     A centre that loses all its points is moved to the point that is farthest from its centre. It ends early when no point
-    changes its cluster.
+    changes its cluster. Distances are taken about the mean of all points.
 
     Args:
         points: (N, D), floating point.
@@ -54,7 +54,9 @@ def kmeans(points: Tensor, num_clusters: int, seed: int, iterations: int = 20) -
             f"objective.num_clusters={num_clusters} needs as many frames to fit on, found {len(points)}: lower it, or raise "
             "objective.sample_s if there is more audio"
         )
-    return lloyd(points, first_centres(points, num_clusters, seed), iterations)
+    mean = points.mean(0)  # distances are differences of large numbers where all points are far from zero
+    points = points - mean
+    return lloyd(points, first_centres(points, num_clusters, seed), iterations) + mean
 
 
 def first_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:

@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 from pages import Page, table_of
 from test_cli import last_line, run, succeed
 
@@ -89,7 +90,8 @@ def test_a_folder_becomes_a_model_once(folder):
 
 @pytest.mark.slow
 def test_an_encoder_is_pretrained_and_trained_further(folder):
-    given = [*make(folder), "adapt.pretrain=true", "adapt.pretrain_steps=4", "downstream.train_encoder=true"]
+    own = "adapt.pretrain_settings=['optimizer.lr=5e-4']"
+    given = [*make(folder), "adapt.pretrain=true", "adapt.pretrain_steps=4", own, "downstream.train_encoder=true"]
     out = succeed("adapt", *given)
     above = folder / "outputs" / "adapt" / "sounds"
     assert sorted(path.parent.name for path in above.glob("*/stage.json")) == ["features", "model", "pretrain"]
@@ -97,6 +99,8 @@ def test_an_encoder_is_pretrained_and_trained_further(folder):
     assert metrics["fine_tuned"] is True
     assert metrics["upstream"] == "checkpoint"
     assert json.loads((above / "pretrain" / "summary.json").read_text())["steps"] == 4
+    rates = [OmegaConf.load(above / name / "config.yaml").optimizer.lr for name in ("pretrain", "model")]
+    assert rates == [5e-4, 1e-3]
     succeed("adapt", *given, "seed=1")  # other settings: stages of their own
     assert sorted(path.name for path in above.glob("*-2")) == ["features-2", "model-2", "pretrain-2"]
     succeed(*shlex.split(last_line(out).removeprefix("next:"))[1:])

@@ -60,6 +60,12 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(kmeans(points, 9, seed=3), whole, rtol=1e-12, atol=1e-12)
 
 
+def test_points_far_from_zero_have_the_clusters_that_double_precision_finds():
+    points = torch.randn(5000, 12, generator=torch.Generator().manual_seed(0)) + 40.0  # exact in both
+    expected = lloyd(points.double(), first_centres(points.double(), 20, seed=0), 20)
+    torch.testing.assert_close(kmeans(points, 20, seed=0).double(), expected, rtol=0, atol=1e-4)
+
+
 def test_a_centre_without_points_moves_to_the_farthest_point():
     points = torch.tensor([[0.0], [1.0], [2.0], [10.0]], dtype=torch.float64)
     start = torch.tensor([[1.0], [100.0]], dtype=torch.float64)

