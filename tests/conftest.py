@@ -92,14 +92,34 @@ def the_same_numbers_in_any_order():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def defaults_are_composed_once():
-    """Compose the defaults of a command once: composing takes longest, and no test changes them."""
+def configs_are_composed_quickly():
+    """Compose the defaults of a command once, and a config once where Hydra does twice; read YAML with libyaml.
+
+    Composing takes longest in most tests. What is composed is the same.
+    """
+    import yaml
+    from hydra._internal.hydra import Hydra
+    from omegaconf import _utils
+
     from audiot.commands import launch
 
-    compose = launch.compose
+    compose, mode_of, loader = launch.compose, Hydra.get_mode, _utils.get_yaml_loader
     known = functools.lru_cache(maxsize=32)(lambda command, overrides: compose(command, list(overrides)))
+
+    def get_mode(hydra, config_name, overrides):
+        """What Hydra composes a config for. No file in conf says it."""
+        return mode_of(hydra, config_name, overrides) if "hydra.mode=" in " ".join(overrides) else None
+
+    @functools.cache
+    def quick_loader():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(yaml, "SafeLoader", getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            return loader()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "compose", lambda command, overrides: known(command, tuple(overrides)))
+        patch.setattr(Hydra, "get_mode", get_mode)
+        patch.setattr(_utils, "get_yaml_loader", quick_loader)
         yield
 
 

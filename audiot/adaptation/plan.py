@@ -20,8 +20,11 @@ PASSES = {False: 30, True: 20}  # over the training files; with an encoder that 
 PRETRAINING_PASSES = 20  # over the training audio
 MOST_STEPS = {False: 2000, True: 20_000}  # with a GPU: True
 FEWEST_STEPS = 200
-PRETRAINING_STEPS = {False: (300, 3000), True: (1000, 40_000)}  # fewest and most
+PRETRAINING_STEPS = {False: (300, 3000), True: (300, 40_000)}  # fewest and most
 PRETRAINING_BATCH_S = {False: (25.0, 25.0), True: (25.0, 200.0)}  # seconds of audio in a batch, least and most
+ENOUGH_STEPS = 3000  # beyond which batches grow first
+LITTLE_H = 1.0  # hours of audio of which less is learnt at a lower rate
+LOW_RATE = 1e-3
 BATCH_S = {False: 50.0, True: 200.0}  # likewise of labelled audio, most
 RATES = {"checkpoint": 1e-3, "random": 1e-3, "hf": 5e-5, "s3prl": 2e-4}  # learning rates of fine-tuning
 WIDE = 256  # width of an encoder from which on it is fine-tuned at 2e-4
@@ -152,15 +155,15 @@ def plan_encoder(plan: Plan, hours: float, init: str | None, wanted: bool | str,
 
 
 def plan_pretraining(plan: Plan, size: Size, steps: int | str) -> None:
-    """Choose how long to pre-train.
+    """Choose how long to pre-train, in what batches, and how fast.
 
-    Batches are small where there is little audio: an encoder learns nothing of use from a few batches of alike utterances that
-    come again and again.
+    Little audio is learnt in small batches: large ones would pass over it hundreds of times. At the usual rate some of its
+    encoders end with states from which no label can be learnt.
     """
     audio_s = 3600 * size.audio_h
     fewest, most = PRETRAINING_STEPS[size.on_gpu]
     least_s, most_s = PRETRAINING_BATCH_S[size.on_gpu]
-    batch_s = min(max(float(round(PRETRAINING_PASSES * audio_s / fewest)), least_s), most_s)
+    batch_s = min(max(float(round(PRETRAINING_PASSES * audio_s / ENOUGH_STEPS)), least_s), most_s)
     plan.choose("data.batch_s", batch_s, f"seconds of audio in a batch, {'on a GPU' if size.on_gpu else 'without a GPU'}")
     batch_s = float(plan.chosen.get("data.batch_s", batch_s))  # type: ignore[arg-type]
     if steps == "auto":
@@ -171,6 +174,8 @@ def plan_pretraining(plan: Plan, size: Size, steps: int | str) -> None:
         count = int(steps)
         plan.chosen["trainer.max_steps"] = count
     plan.chosen["trainer.val_check_interval"] = max(1, count // 3)
+    if size.audio_h < LITTLE_H:
+        plan.choose("optimizer.lr", LOW_RATE, f"less than {LITTLE_H:g} h of audio")
     if not size.on_gpu and "trainer" not in plan.given:
         plan.choose("trainer.precision", "32-true", "float32, which every processor is quick with")
 

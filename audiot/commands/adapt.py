@@ -43,7 +43,7 @@ FEATURES = "a head on features alone"
 OWN = ("labels", "init", "adapt", "trusted", "run_dir", "resume")  # keys that are of this command alone
 SHARED = ("data", "features", "model", "attention", "positions", "seed", "debug", "data_dir", "plots", "trainer", "logger")
 # Settings of the training on labels that are no settings of pre-training.
-LABELS_ALONE = ("trainer.max_steps", "trainer.val_check_interval", "data.label_fraction")
+LABELS_ALONE = ("trainer.max_steps", "trainer.val_check_interval", "data.label_fraction", "optimizer.lr")
 
 
 class Adaptation:
@@ -142,8 +142,6 @@ class Adaptation:
     def overrides(self, command: str, plan: Plan, left_out: tuple[str, ...] = ()) -> list[str]:
         """What is chosen and what is given, for a stage."""
         chosen = plan.overrides()
-        if command == "pretrain":
-            chosen = [each for each in chosen if each.lstrip("+").split("=")[0].split(".")[0] in SHARED]
         given = [
             each
             for each in self.mine

@@ -51,21 +51,23 @@ def test_an_encoder_is_pretrained_where_none_is_given_and_there_is_enough_audio(
 
 
 @pytest.mark.parametrize(
-    ("audio_h", "on_gpu", "batch_s", "steps"),
+    ("audio_h", "on_gpu", "batch_s", "steps", "rate"),
     [
-        (0.1, False, 25, 300),
-        (0.2, False, 25, 576),
-        (10, False, 25, 3000),
-        (0.1, True, 25, 1000),
-        (1, True, 72, 1000),
-        (2.8, True, 200, 1008),
-        (100, True, 200, 36_000),
+        (0.1, False, 25, 300, 1e-3),
+        (0.2, False, 25, 576, 1e-3),
+        (10, False, 25, 3000, None),
+        (0.1, True, 25, 300, 1e-3),
+        (1, True, 25, 2880, None),
+        (5, True, 120, 3000, None),
+        (100, True, 200, 36_000, None),
+        (200, True, 200, 40_000, None),
     ],
 )
-def test_pretraining_passes_twenty_times_within_limits(audio_h, on_gpu, batch_s, steps):
+def test_pretraining_passes_twenty_times_within_limits(audio_h, on_gpu, batch_s, steps, rate):
     plan = Plan(set())
     plan_pretraining(plan, Size(0, 0, audio_h, on_gpu), "auto")
     assert (plan.chosen["data.batch_s"], plan.chosen["trainer.max_steps"]) == (batch_s, steps)
+    assert plan.chosen.get("optimizer.lr") == rate
     plan = Plan(set())
     plan_pretraining(plan, Size(0, 0, audio_h, on_gpu), 7)
     assert plan.chosen["trainer.max_steps"] == 7
