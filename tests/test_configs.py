@@ -27,6 +27,7 @@ CHOICES = sorted(
     if path.name[0] != "_"  # _… is a part of others
 )
 ATTENTION = sorted(path.stem for path in (CONF / "attention").glob("*.yaml"))
+FEW = ["query_key", "synthesizer_random", "local", "routing"]  # of two kinds of positions; the others are slow
 POSITIONS = sorted(path.stem for path in (CONF / "positions").glob("*.yaml"))
 GIVEN = ["run_dir=run", "data_dir=data"]  # else they come from Hydra's own run and the environment
 TINY = ["model.embed_dim=24", "model.num_heads=2", "model.ffn_dim=48", "model.num_layers=2", "data.crop_s=0.5"]
@@ -138,7 +139,7 @@ def test_max_frames_counts_kaldis_frames_of_broken_lengths(features):
     assert cfg.model.max_frames == 1 + (605 - 275) // 110 == instantiate(plain(cfg.features)).num_tokens(605)
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", some(ATTENTION, FEW))
 def test_every_attention_with_its_own_positions_learns_a_step(attention):
     torch.manual_seed(0)
     cfg = compose("pretrain", [f"attention={attention}", "optimizer.lr=0.01", *TINY, *GIVEN])
@@ -161,9 +162,6 @@ def chosen(attention):
     """The positions that a file of conf/attention names."""
     defaults = OmegaConf.load(CONF / "attention" / f"{attention}.yaml").defaults
     return defaults[-1]["override /positions@_global_.positions"]
-
-
-FEW = ["query_key", "synthesizer_random", "local", "routing"]  # of two kinds of positions; the others are slow
 
 
 @pytest.mark.parametrize("attention", some(ATTENTION, FEW))
@@ -192,13 +190,16 @@ def test_an_experiment_overrides_the_positions_of_an_attention(attention, tmp_pa
     assert compose("pretrain", [*given, "positions=none"]).positions == OmegaConf.load(CONF / "positions" / "none.yaml")
 
 
+PROBES = sorted(path.stem for path in (CONF / "probes").glob("*.yaml"))
+
+
 @cache
 def finetuning(*overrides):
     """Its config, not to be changed: corpora share many probes."""
     return compose("finetune", [*overrides, *GIVEN])
 
 
-@pytest.mark.parametrize("probes", sorted(path.stem for path in (CONF / "probes").glob("*.yaml")))
+@pytest.mark.parametrize("probes", some(PROBES, ["demo", "librispeech"]))
 def test_every_probe_is_a_run_of_finetune(probes):
     for name, overrides in compose("pretrain", [f"probes={probes}", *GIVEN]).probes.items():
         kind, task, upstream = name.split("/")  # features_global: with other normalisation

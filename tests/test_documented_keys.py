@@ -1,4 +1,4 @@
-"""Every ``key=value`` that the pages name in a sentence is an override of a command. `test_readme` runs those in blocks."""
+"""Every ``key=value`` that the pages name is an override of a command. `test_readme` runs or composes those in blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from test_readme import commands
 
 from audiot.base.groups import groups, key_of, options
 
@@ -19,9 +20,10 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")), *(REPOSITORY / "docs").glob("*.md")]
 COMMANDS = [path.stem for path in (REPOSITORY / "conf").glob("*.yaml") if path.stem != "settings"]
 GIVEN = ["run_dir=run", "data_dir=data"]
+OVERRIDE = re.compile(r"[+~]{0,2}[a-z_][\w./@]*=")
 PLACEHOLDER = re.compile("NAME|[A-Z]+|k|")  # a value that stands for others
 PLUGINS = ("hydra/launcher", "hydra/sweeper")  # come with audiot[sweep]
-OTHERS = {"search=topk", "attention=decay"}  # a column of a table, and the example of a mechanism of your own
+OTHERS = {"search=topk", "attention=decay", "objective=loudness"}  # a column of a table, and examples of parts of your own
 
 
 def shell_words(code):
@@ -33,13 +35,14 @@ def shell_words(code):
 
 
 def words():
-    """Overrides in the sentences of the pages, each with the first page that has it."""
-    found = {}
+    """Overrides in the pages, each with the first page that has it."""
+    found = {word: command.page.name for command in commands() if command.words[0] in COMMANDS for word in command.words[1:]}
+    found = {word: page for word, page in found.items() if OVERRIDE.match(word) and word not in OTHERS}
     for page in sorted(PAGES):
         sentences = re.sub("^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for code in re.findall(r"`([^`]+)`", sentences):
             for word in shell_words(code) if "(" not in code else ():
-                if re.match(r"[+~]{0,2}[a-z_][\w./@]*=", word) and word not in OTHERS:
+                if OVERRIDE.match(word) and word not in OTHERS:
                     found.setdefault(word, page.name)
     return found
 
@@ -93,12 +96,12 @@ def test_an_override_that_a_page_names_exists(word):
     page, (key, value) = WORDS[word], word.split("=", 1)
     if "…" not in value:
         OverridesParser.create().parse_override(word)
-    if key.startswith(PLUGINS):
+    if key.startswith((*PLUGINS, "hydra.")):
         return
     added, key = key.startswith("+"), key.lstrip("+~")
     group, _, package = key.partition("@")
     if group in groups():
-        several = value[1:-1].split(",") if value.startswith("[") else [value]
+        several = value.strip("[]").split(",")
         assert PLACEHOLDER.fullmatch(value) or {*several} <= {*options(group)}, f"{page}: {word}"
         assert not package or exists(package.rpartition(".")[0]), f"{page}: {word}"
         return

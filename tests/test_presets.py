@@ -13,6 +13,7 @@ from lhotse import CutSet
 from lhotse.testing.dummies import dummy_cut
 from mini_librispeech import demo_speech, make_mini_librispeech
 from omegaconf import OmegaConf
+from some import some
 
 import audiot.commands.launch  # noqa: F401 (its resolvers)
 from audiot.base.groups import options
@@ -251,7 +252,10 @@ def test_missing_phone_labels_are_told_before_pretraining(mini, folder):
     assert not (folder / "run" / "encoder").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in PROBING if name not in ("superb_ks", "superb_ic", "superb_sid", "superb_asv")])
+ON_LIBRISPEECH = [name for name in PROBING if name not in ("superb_ks", "superb_ic", "superb_sid", "superb_asv")]
+
+
+@pytest.mark.parametrize("name", some(ON_LIBRISPEECH, ["s3prl_phone_concat", "superb_pr"]))
 def test_a_probing_preset_on_librispeech_runs(mini, name, folder):
     tiny = [override for override in TINY if not override.startswith("data.crop")]
     head = ["downstream.head.hidden_dim=16", "downstream.head.projector_dim=16"] if name == "superb_asr" else []

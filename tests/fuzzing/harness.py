@@ -151,7 +151,7 @@ def serve(wanted, folder):
     """
     sys.dont_write_bytecode = True
     watch = Watch(folder / "caches")
-    os.environ |= dict.fromkeys(("HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"), str(watch.caches)) | {"WANDB_MODE": "disabled"}
+    os.environ |= dict.fromkeys(("HOME", "MPLCONFIGDIR"), str(watch.caches)) | {"WANDB_MODE": "disabled"}
     from fuzzing.kinds import KINDS
 
     for name, numbers in wanted.items():

@@ -123,6 +123,7 @@ def test_the_report_of_what_has_run_by_now_needs_no_run(home, capsys):
     assert "it has not run" in (home / "part" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_whose_record_is_lost_runs_again_alone_and_gives_the_same(home):
     path = next(path for path in (home / "tiny" / "results").glob("*.json") if "phone_linear" in path.read_text())
     before, content = records(home / "tiny"), json.loads(path.read_text())
