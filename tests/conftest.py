@@ -19,7 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # more processes than cores: threads wo
 
     torch.set_num_threads(1)
 
-LONGEST = ("test_contract.py", "test_readme.py", "test_bad_input.py", "test_cli.py", "test_presets.py")
+# Apart from each other are those that wait for one and the same run (`test_cli.prepared`).
+LONGEST = ("test_bad_input.py", "test_contract.py", "test_readme.py", "test_study_command.py", "test_presets.py", "test_cli.py")
 
 
 def pytest_configure(config):
@@ -39,7 +40,8 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(items):
     """Run the slowest tests first, so that no process waits for them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="module")

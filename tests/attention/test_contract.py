@@ -91,7 +91,11 @@ COMPILED = [
 ]
 
 
-OF_A_KIND = [name for name in names() if name.startswith("alsh_")][1:]  # each differs from the first in how it transforms frames
+# Each differs from another in how it transforms frames, or in what its weights are made of.
+OF_A_KIND = [
+    *[name for name in names() if name.startswith("alsh_")][1:],
+    *("none", "shared_query_key", "synthesizer_factorized", "synthesizer_mixture", "synthesizer_relative", "uniform"),
+]
 
 
 @pytest.mark.parametrize(
