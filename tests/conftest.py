@@ -39,9 +39,12 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Run the slowest tests first, so that no process waits for them at the end."""
+    """Run the slowest tests first, so that no process waits for them at the end. Those of ``-m slow`` may take an hour each."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="module")
