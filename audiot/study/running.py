@@ -252,18 +252,22 @@ class Worker:
         return any((self.folder / "claims" / job.key).is_dir() for job in left)
 
     def _end(self, each: Running) -> None:
-        """Note how the runs of a process ended. Those that it had not begun are left for another."""
+        """Note how the runs of a process ended. Those that it had not begun are left for another.
+
+        One that ends before its first run counts as that run's failure: it would end so again and again.
+        """
         self.running.remove(each)
         each.process.join()
         records = self.records.load()
         each.claim.close()
+        outputs = {job.key: self.folder / job.folder / "output.txt" for job in each.jobs}
+        begun = [job for job in each.jobs if job.key in records or outputs[job.key].is_file()] or each.jobs[:1]
         with tqdm.external_write_mode():
-            for job in each.jobs:
-                output = self.folder / job.folder / "output.txt"
+            for job in begun:
                 if job.key in records:
                     say(f"{job.name}: {_told(records[job.key])}")
-                elif output.is_file() or len(each.jobs) == 1:
-                    why = _reason(output, each.process.exitcode)
+                else:
+                    why = _reason(outputs[job.key], each.process.exitcode)
                     self.failed[job.key] = job, why
                     say(f"{job.name} failed: {why}")
 
@@ -293,7 +297,9 @@ def _told(record: Record) -> str:
 
 def _reason(output: Path, code: int | None) -> str:
     """Why a run failed, in its own last words."""
-    lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.is_file() else []
+    if not output.is_file():
+        return f"its process ended with {code} before the run began"
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line.split("audiot: error: ", 1)[1] for line in lines if "audiot: error: " in line]
     if told:
         return told[-1]

@@ -9,6 +9,7 @@ import pytest
 
 from audiot.study import opened
 from audiot.study.design import Job
+from audiot.study.records import Records
 from audiot.study.running import Running, Worker
 
 
@@ -65,6 +66,36 @@ def test_runs_that_are_alone_follow_each_other_on_each_device(cards, together):
     alone = [job(f"alone {number}", alone=True) for number in range(4)]
     assert worker(cards, 8)._together(alone[0], [*alone, SHARED], set()) == alone[:together]
     assert worker(cards, 8)._together(alone[3], [SHARED, *alone], {each.key for each in alone[:3]}) == alone[3:]
+
+
+class Ended:
+    """A process that has ended."""
+
+    exitcode = -9
+
+    def join(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("begun", "failed"),
+    [
+        ([], {"0": "its process ended with -9 before the run began"}),
+        (["0"], {"0": "no room"}),
+        (["0", "1"], {"0": "no room", "1": "no room"}),
+    ],
+)
+def test_what_a_process_was_at_when_it_ended_has_failed_and_the_rest_is_left(tmp_path, begun, failed):
+    jobs = [job(name) for name in "012"]
+    for name in begun:
+        (tmp_path / job(name).folder).mkdir(parents=True)
+        (tmp_path / job(name).folder / "output.txt").write_text("audiot: error: no room\n")
+    made = worker([], 2)
+    made.folder, made.records, made.failed = tmp_path, Records(tmp_path), {}
+    made.running = [Running(jobs, Ended(), ExitStack(), 0)]
+    made._end(made.running[0])
+    assert {found.name: why for found, why in made.failed.values()} == failed
+    assert not made.running
 
 
 def test_the_server_of_a_study_waits_for_the_folder_of_its_corpus(tmp_path):
