@@ -50,7 +50,7 @@ def shaped(model, num_utterances, num_tokens, device="cpu"):
     return to_device(batch, torch.device(device))
 
 
-@pytest.mark.parametrize("objective", [{}, TERA], ids=["mockingjay", "tera"])
+@pytest.mark.parametrize("objective", [{}, pytest.param(TERA, marks=pytest.mark.slow)], ids=["mockingjay", "tera"])
 def test_the_compiled_step_is_the_eager_one_in_few_graphs_without_breaks(pretraining, objective):
     torch._dynamo.reset()
     model, graphs = pretraining.module(**objective).eval(), []  # dropout off

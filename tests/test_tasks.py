@@ -296,7 +296,7 @@ def test_the_best_checkpoint_moves_with_its_run(made, tmp_path, stop):
 
 
 @pytest.mark.filterwarnings("ignore:::pytorch_lightning")
-def test_fine_tuning_that_stops_early_tests_the_average_says_so_and_goes_on_with_more_patience(made, tmp_path):
+def test_fine_tuning_that_stops_early_tests_the_average_says_so_and_goes_on_with_more_patience(made, tmp_path, monkeypatch):
     given = [*SHORT, f"upstream.path={made.encoder}", "callbacks=[ema,early_stopping]", "callbacks.early_stopping.min_delta=1"]
     given += ["trainer.max_steps=9", "plots=false", "hydra.run.dir=stopped"]
     line = "stopped  early, at step {}: no better validation in {} in a row"
@@ -306,6 +306,10 @@ def test_fine_tuning_that_stops_early_tests_the_average_says_so_and_goes_on_with
     again = succeed("finetune", "resume=stopped")
     assert "is finished: nothing to resume" in again
     assert line.format(3, 2) in again
+    assert again.splitlines()[-1].startswith("next:   audiot predict stopped ")
+    with monkeypatch.context() as patch:
+        patch.setattr("audiot.commands.finetune.corpus_folder", lambda cfg: (tmp_path / "gone", {}, {}))
+        assert "next:" not in succeed("finetune", "resume=stopped")
     succeed("evaluate", "run=stopped")
     evaluated = read(tmp_path / "stopped" / "evaluation.json")
     assert evaluated["test/accuracy"] == metrics["test/accuracy"]

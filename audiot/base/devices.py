@@ -34,6 +34,15 @@ def _kind_at_hand() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def is_cuda(accelerator: str) -> bool:
+    """Whether Lightning will compute on a CUDA GPU.
+
+    Args:
+        accelerator: Lightning's ``accelerator``: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, …
+    """
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 def fast_precision(accelerator: str) -> str:
     """Lightning's name for the fastest precision on the device that Lightning will choose.
 
@@ -43,11 +52,10 @@ def fast_precision(accelerator: str) -> str:
     Returns:
         ``bf16-mixed`` where the device has instructions for bfloat16 matrix products, else ``32-true``.
     """
-    kind = _kind_at_hand() if accelerator == "auto" else accelerator
     fast = False
-    if kind in ("gpu", "cuda"):
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
+    if is_cuda(accelerator):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator == "cpu" or (accelerator == "auto" and _kind_at_hand() == "cpu"):
         known = torch.cpu.get_capabilities()
         fast = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return "bf16-mixed" if fast else "32-true"

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +22,7 @@ from audiot.adaptation.report import bracket, percent, sentences, title_of, writ
 from audiot.adaptation.survey import Survey, survey
 from audiot.base.config import compose_command, folder_name, parse
 from audiot.base.console import say
+from audiot.base.devices import is_cuda
 from audiot.base.files import read_json, write_json
 from audiot.base.lock import owned
 from audiot.base.quoting import argument, override, path, quoted
@@ -67,7 +67,7 @@ class Adaptation:
             raise ValueError(f"upstream={self.kind} has no path: set upstream.path=…")
         check_settings(cfg.adapt, cfg.init, self.has_upstream)
         check_tasks_precision(cfg.trainer.precision)
-        self.on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        self.on_gpu = is_cuda(cfg.trainer.accelerator)
 
     def whole(self) -> None:
         """Look, choose, estimate, train, test, report."""

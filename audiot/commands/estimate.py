@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
 
-from audiot.base.devices import synchronise
+from audiot.base.devices import is_cuda, synchronise
 from audiot.commands.finetune import new_module, task_data
 from audiot.commands.tune import SHORT, begin
 from audiot.data.batches import Batch
@@ -107,8 +107,7 @@ def _short(cfg: DictConfig) -> DictConfig:
 
 def _short_trainer(cfg: DictConfig, steps: int) -> pl.Trainer:
     """A trainer of so many steps after those that are not timed."""
-    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return make_trainer(cfg, **SHORT, max_steps=WARMUP[on_gpu] + steps)
+    return make_trainer(cfg, **SHORT, max_steps=WARMUP[is_cuda(cfg.trainer.accelerator)] + steps)
 
 
 def _timed(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""What a figure over few utterances is worth, in words."""
+"""What a figure over few utterances is worth, and what little audio asks for, in words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from math import ceil, sqrt
 
 from omegaconf import DictConfig
 
+from audiot.adaptation.plan import LITTLE_H, LOW_RATE, PRETRAINING_BATCH_S
 from audiot.base.console import say
 from audiot.data.prepare import PreparedCorpus
 
 ENOUGH = 20  # utterances
 Z = 1.96  # standard deviations of a normal distribution that hold 95%
+MANY_PASSES = 50  # over little audio
 NAMES = {"valid": "validation", "test": "test"}
 
 
@@ -28,6 +30,29 @@ def say_few(cfg: DictConfig, corpus: PreparedCorpus, task: str, roles: tuple[str
         count = corpus.counts[corpus.split_for(task, role)]
         if count < ENOUGH:
             say(f"few     {worth(role, count, counted)}: {_remedy(cfg, corpus, task, role)}")
+
+
+def say_little(cfg: DictConfig, hours: float, steps: int, batches: int) -> None:
+    """Say of a pre-training that passes over little audio again and again what learns it more surely.
+
+    Args:
+        cfg: Its config.
+        hours: Hours of audio to train on.
+        steps: Steps in all.
+        batches: Batches of a step, of all processes.
+    """
+    seconds = cfg.data.global_batch_s or cfg.data.batch_s * batches
+    passes = steps * seconds / max(1e-6, 3600 * hours)
+    if hours >= LITTLE_H or passes <= MANY_PASSES:
+        return
+    smaller = PRETRAINING_BATCH_S[False][0]
+    settings = []
+    if seconds > smaller:
+        settings.append(f"data.{'batch_s' if cfg.data.global_batch_s is None else 'global_batch_s'}={smaller:g}")
+    if cfg.optimizer.get("lr", 0) > LOW_RATE:
+        settings.append(f"optimizer.lr={LOW_RATE:g}")
+    remedy = f"; {' '.join(settings)} learns it more surely" if settings else ""
+    say(f"little  training passes {passes:,.0f} times over {hours:.2g} h of audio: more audio is better{remedy}")
 
 
 def worth(role: str, count: int, counted: bool) -> str:

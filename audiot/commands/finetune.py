@@ -66,10 +66,10 @@ def main(cfg: DictConfig, resumed: Resumed | None = None) -> float:
     if resumed is not None and is_finished(run, cfg):
         metrics = read_results(run / "metrics.json")
         say(f"{run} is finished: nothing to resume\n{describe(metrics, run, [])}")
+        _say_next(cfg)
         return float(metrics[f"valid/{cfg.downstream.monitor}"])
     metrics = noted(cfg, resumed)
-    if (run / BEST).is_file():  # not after trainer.fast_dev_run
-        say(f"next:   {predict_command(cfg)}")
+    _say_next(cfg)
     return metrics[f"valid/{cfg.downstream.monitor}"]
 
 
@@ -85,6 +85,12 @@ def noted(cfg: DictConfig, resumed: Resumed | None = None) -> dict[str, Any]:
         assert resumed.checkpoint is not None
         note_environment(cfg, run, step_of(resumed.checkpoint))
     return finetune(cfg, resumed)
+
+
+def _say_next(cfg: DictConfig) -> None:
+    """Say how the model is used. After trainer.fast_dev_run there is none, and the corpus of a finished run may be gone."""
+    if (Path(cfg.run_dir) / BEST).is_file() and (corpus_folder(cfg)[0] / "corpus.json").is_file():
+        say(f"next:   {predict_command(cfg)}")
 
 
 def predict_command(cfg: DictConfig) -> str:

@@ -22,7 +22,7 @@ from audiot.base.files import read_json, write_json
 from audiot.checkpoint import save_encoder, save_objective
 from audiot.commands.closing import report, validation_loss
 from audiot.commands.environment import note_environment
-from audiot.commands.few import say_few
+from audiot.commands.few import say_few, say_little
 from audiot.commands.going_on import announce, check_new, go_on, how_to_go_on, save_last
 from audiot.commands.probing import check_probes, probe_configs, run_probes, warm_up
 from audiot.commands.upstreams import kind_of, open_upstream
@@ -184,6 +184,8 @@ def prepare(cfg: DictConfig, run: Path, resumed: Resumed | None, teacher: str | 
             write_config(cfg, run)
     note_environment(cfg, run, 0 if checkpoint is None else step_of(checkpoint))
     say_few(cfg, corpus, "pretrain", ("valid",))
+    hours = corpus.hours[corpus.split_for("pretrain", "train")]
+    say_little(cfg, hours, trainer.max_steps, trainer.world_size * trainer.accumulate_grad_batches)
     check_rate(module, corpus.sample_rate)
     probes = probe_configs(cfg, run, trusted=None if resumed is None else cfg.trusted) if cfg.probe else {}
     check_probes(probes, corpus)

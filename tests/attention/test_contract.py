@@ -94,7 +94,16 @@ COMPILED = [
 # Each differs from another in how it transforms frames, or in what its weights are made of.
 OF_A_KIND = [
     *[name for name in names() if name.startswith("alsh_")][1:],
-    *("none", "shared_query_key", "synthesizer_factorized", "synthesizer_mixture", "synthesizer_relative", "uniform"),
+    *(
+        "local_dense_synthesizer",
+        "none",
+        "shared_query_key",
+        "sparse_fixed",
+        "synthesizer_factorized",
+        "synthesizer_mixture",
+        "synthesizer_relative",
+        "uniform",
+    ),
 ]
 
 

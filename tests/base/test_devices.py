@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from audiot.base.devices import fast_precision
+from audiot.base.devices import fast_precision, is_cuda
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,21 @@ def test_bfloat16_where_the_device_has_instructions_for_it(monkeypatch, accelera
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert fast_precision(accelerator) == expected
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "available", "expected"),
+    [
+        ("auto", True, True),
+        ("gpu", True, True),
+        ("cuda", True, True),
+        ("auto", False, False),
+        ("cpu", True, False),
+        ("mps", True, False),
+    ],
+)
+def test_lightning_computes_on_cuda_where_there_is_one_and_nothing_else_was_asked_for(
+    monkeypatch, accelerator, available, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert is_cuda(accelerator) == expected

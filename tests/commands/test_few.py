@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from audiot.commands.few import say_few, worth
+from audiot.commands.few import say_few, say_little, worth
 
 
 def said(caplog, counts, data=None, **options):
@@ -44,3 +44,33 @@ def test_the_remedy_is_a_larger_share_where_the_split_is_held_out(caplog):
 def test_few_utterances_in_all_have_none_to_spare(caplog):
     (message,) = said(caplog, {"train": 20, "valid": 1, "test": 30}, {"valid_fraction": 0.05})
     assert message == "few     only 1 validation utterance, take its figure for a trial run's: more audio says more"
+
+
+@pytest.mark.parametrize(
+    ("hours", "steps", "batches", "data", "rate", "words"),
+    [
+        (0.1, 600, 1, {}, 3e-3, "83 times over 0.1 h of audio: more audio is better; data.batch_s=25 optimizer.lr=0.001 learns"),
+        (0.1, 300, 2, {}, 1e-3, "83 times over 0.1 h of audio: more audio is better; data.batch_s=25 learns it more surely"),
+        (
+            0.1,
+            600,
+            8,
+            {"global_batch_s": 50.0},
+            1e-3,
+            "83 times over 0.1 h of audio: more audio is better; data.global_batch_s=25 ",
+        ),
+        (0.05, 600, 1, {"batch_s": 25.0}, 1e-3, "83 times over 0.05 h of audio: more audio is better"),
+        (0.1, 300, 1, {}, 3e-3, None),  # 42 times
+        (1.0, 60000, 1, {}, 3e-3, None),
+    ],
+)
+def test_many_passes_over_little_audio_are_told_with_what_learns_it_more_surely(caplog, hours, steps, batches, data, rate, words):
+    cfg = OmegaConf.create({"data": {"batch_s": 50.0, "global_batch_s": None} | data, "optimizer": {"lr": rate}})
+    with caplog.at_level("INFO", "audiot"):
+        say_little(cfg, hours, steps, batches)
+    if words is None:
+        assert caplog.messages == []
+    else:
+        (message,) = caplog.messages
+        assert message.startswith(f"little  training passes {words}")
+        assert ("learns it more surely" in message) == (";" in words)

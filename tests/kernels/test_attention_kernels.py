@@ -24,7 +24,7 @@ def attend(mechanism, frames, valid, kernels):
     return context, *torch.autograd.grad(context, frames, direction)
 
 for case, (name, overrides) in CASES.items():
-    for num_frames, padded in ((9, False), (70, True)):
+    for num_frames, padded in LENGTHS:
         torch.manual_seed(0)
         mechanism = build_mechanism(name, 16, 2, 80, dropout=0.0, **overrides)
         # As projections give them: frames before heads in memory.
@@ -45,9 +45,16 @@ CASES = {
 }
 
 
-def test_kernels_give_what_the_plain_form_gives():
+@pytest.mark.parametrize(
+    ("cases", "lengths"),
+    [
+        (("local", "strided", "fixed", "routing", "hashed"), [(70, True)]),
+        pytest.param(CASES, [(9, False), (70, True)], marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_give_what_the_plain_form_gives(cases, lengths):
     pytest.importorskip("triton")
-    run_interpreted(f"CASES = {CASES!r}\n" + COMPARISON)
+    run_interpreted(f"CASES, LENGTHS = { {name: CASES[name] for name in cases}!r}, {lengths!r}\n" + COMPARISON)
 
 
 MERGE = """
