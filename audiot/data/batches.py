@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
-import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import islice
-from multiprocessing.util import Finalize
-from threading import current_thread, main_thread
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,19 +22,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from audiot.base.files import name_bytes
-from audiot.base.private import shared_storage, worker_processes
+from audiot.base.private import shared_storage
 from audiot.base.streams import bits, key
 from audiot.data.audio import reason
 from audiot.data.labels import Labels, speaker_of
+from audiot.data.loaders import WatchedLoader
 from audiot.data.shards import decode_member, member_size, read_members
 from audiot.data.shared_memory import REMEDY, shared_memory_errors
 from audiot.features import Features
 
 WINDOW = 20_000  # cuts that are shuffled together when a manifest is streamed from disk
-STOPS = (signal.SIGINT, signal.SIGTERM)  # reach all processes of a job
 AHEAD = 4  # batches that a loader process makes in advance
-LOOK_S = 5  # seconds after which a loader looks whether its processes live
-PATIENCE_S = 50  # seconds without a batch after which a loader gives up
 BUCKETED = 10_000  # cuts from whose durations the bucket limits are computed
 SCALE = 2.0**-15  # factor from 16-bit samples to floats, as in soundfile
 
@@ -456,120 +449,23 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch  # PyTorch's default would search every entry for arrays
 
 
-def ignore_signals(worker: int) -> None:
-    """Start of a loader worker: ignore Ctrl-C and SIGTERM.
-
-    The main process, which needs its workers until it has saved, ends them itself.
-    """
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM for this process and those that it starts; what has come takes effect afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_this_process(workers: Iterable[Any]) -> None:
-    """Kill workers before Python waits for them at its end: they ignore the SIGTERM that it sends, so it would wait for ever.
-
-    That is so where an error ends a run whose loader nobody has closed.
-    """
-    alive = weakref.WeakSet(workers)
-    Finalize(None, lambda: [worker.kill() for worker in alive], exitpriority=10)
-
-
-class LoaderStoppedError(OSError):
-    """A loader process was killed, or gives no batches any more."""
-
-
-class WatchedLoader(DataLoader[Batch]):
-    """DataLoader that tells in one line which of its processes died or went silent, after which batch."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """The batches. Its processes start at once.
-
-        Raises:
-            LoaderStoppedError: a process died, or none has given a batch for 50 seconds.
-        """
-        with _signals_later():  # workers inherit it, until they ignore them
-            batches = super().__iter__()
-        _leave_dead_workers_alone()
-        _end_with_this_process(worker_processes(batches))
-        return self._watched(batches)
-
-    @staticmethod
-    def _watched(batches: Iterator[Batch]) -> Iterator[Batch]:
-        last, silent = "the start", 0
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                workers = worker_processes(batches)
-                late = str(error).startswith("DataLoader timed out")
-                silent += LOOK_S if late else 0
-                if not any(map(_is_dead, workers)) and silent < PATIENCE_S:
-                    if late:
-                        continue
-                    raise  # what a process told of itself
-                raise LoaderStoppedError(f"the loader of data stopped after {last}: {_told(workers, silent)}") from error
-            silent = 0
-            if "position" in batch:
-                last = "batch {1:,} of epoch {0:,}".format(*batch["position"])
-            yield batch
-
-
-def _leave_dead_workers_alone() -> None:
-    """Undo PyTorch's handler of SIGCHLD, which raises an error wherever the main process is, within a step perhaps."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if str(getattr(handler, "__module__", "")).startswith("torch.utils.data") and current_thread() is main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _is_dead(worker: Any) -> bool:
-    worker.join(0.1)  # one that was killed amid a batch breaks its connection first
-    return not worker.is_alive()
-
-
-def _told(workers: Sequence[Any], silent: int) -> str:
-    """What became of a loader's processes, which are ended, as one that is stopped would never end."""
-    dead = [f"{worker.pid} ({_end(worker.exitcode)})" for worker in workers if not worker.is_alive()]
-    alive = [str(worker.pid) for worker in workers if worker.is_alive()]
-    for worker in workers:
-        worker.kill()
-    if dead:
-        return f"process {', '.join(dead)} ended; for want of memory perhaps: lower data.num_workers or data.batch_s"
-    names = f"process {', '.join(alive)}" if alive else "its processes"
-    return f"{names} gave nothing for {silent} seconds: was it stopped, or does the disk of the audio hang?"
-
-
-def _end(code: int | None) -> str:
-    try:
-        return signal.Signals(-(code or 0)).name
-    except ValueError:
-        return f"exit status {code}"
+def _place(batch: Batch) -> str:
+    epoch, number = batch["position"]
+    return f"batch {number:,} of epoch {epoch:,}"
 
 
 def make_loader(dataset: SpeechDataset, stream: BatchStream, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Loader of whole batches. Workers ignore signals, and those of validation are kept for the next validation."""
+    """Loader of whole batches. The processes of validation are kept for the next validation."""
     return WatchedLoader(
         dataset,
+        place=_place,
+        remedy="data.num_workers or data.batch_s",
         sampler=stream,
         batch_size=None,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream.training,
-        worker_init_fn=ignore_signals,
-        timeout=LOOK_S if num_workers else 0,
         prefetch_factor=AHEAD if num_workers else None,
     )
 

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from audiot.base.devices import attention_of_any_shape, to_host
 from audiot.base.files import write_csv
 from audiot.data.audio import AudioFile, BadAudioError, read_audio, resample, resample_checked
-from audiot.data.batches import Piece, ignore_signals, shared
+from audiot.data.batches import Piece, shared
 from audiot.data.datamodule import useful_workers, warn_of_many
+from audiot.data.loaders import WatchedLoader
 from audiot.data.prepare import read_cut
 from audiot.data.shared_memory import check_room
 from audiot.downstream.classifier import by_length, collate, compute_with_fallback
@@ -134,6 +135,10 @@ class Waveforms(NamedTuple):
     waveforms: Tensor
     lengths: Tensor
     failures: Failures
+
+
+def _place(batch: Waveforms) -> str:
+    return f"the batch with {[*batch.ids, *batch.failures][-1]}"
 
 
 class _Reader(Dataset[Waveforms]):
@@ -282,13 +287,14 @@ class Extractor:
         seconds = max((total_seconds(utterances) for _, utterances in batches), default=0)
         rate = self.upstream.features.sample_rate
         check_room(workers, AHEAD, 4 * seconds * rate, remedy=REMEDY)
-        return DataLoader(
+        return WatchedLoader(
             _Reader(rate, self.upstream.features.num_samples(1)),
+            place=_place,
+            remedy="--workers or --batch-s",
             sampler=batches,
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
             prefetch_factor=AHEAD if workers else None,
         )
 

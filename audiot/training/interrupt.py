@@ -15,7 +15,8 @@ from torch import Tensor
 
 from audiot.base.devices import to_host
 from audiot.base.private import skip_sigterm_broadcast
-from audiot.data.batches import Batch, LoaderStoppedError
+from audiot.data.batches import Batch
+from audiot.data.loaders import LoaderStoppedError
 from audiot.runs import Interrupted, checkpoint_path, checkpoints
 from audiot.training.store import store_of
 

@@ -117,7 +117,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
 
 
 def test_tries_end_before_a_loader_gives_up():
-    from audiot.data.batches import PATIENCE_S
+    from audiot.data.loaders import PATIENCE_S
 
     assert len(module.WAITS_S) + 1 == module.TRIES
     assert module.TRIES * module.TIMEOUT_S + sum(module.WAITS_S) < PATIENCE_S

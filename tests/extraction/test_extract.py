@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -22,7 +23,9 @@ from audiot.cli import main as audiot_main
 from audiot.commands import extract as command
 from audiot.commands.arguments import parse
 from audiot.data.corpora.folder import FolderCorpus
+from audiot.data.loaders import LoaderStoppedError
 from audiot.data.prepare import prepare
+from audiot.extraction.extract import Extractor
 from audiot.extraction.states import write_shard
 from audiot.interop.s3prl import export_s3prl
 
@@ -338,3 +341,22 @@ def test_a_checkpoint_of_s3prl_gives_the_states_of_the_encoder_that_it_is(audio,
     ours = extract(tmp_path / "encoder", audio / "e.wav", tmp_path / "ours", "--dtype", "float32")
     theirs = extract(tmp_path / "mockingjay.ckpt", audio / "e.wav", tmp_path / "theirs", "--dtype", "float32", "--upstream=s3prl")
     torch.testing.assert_close(theirs["e"], ours["e"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_loader_process_that_is_killed_ends_it_in_one_line(encoder, audio, tmp_path, monkeypatch):
+    encode, others = Extractor._encode, set(multiprocessing.active_children())
+
+    def kill(extractor, batch):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        return encode(extractor, batch)
+
+    monkeypatch.setattr(Extractor, "_encode", kill)
+    options = ("--workers", "1", "--batch-s", "0.1")
+    with pytest.raises(
+        LoaderStoppedError, match=r"^the loader of data stopped after the batch with \S+: process \d+ \(SIGKILL\)"
+    ) as stop:
+        extract(encoder, audio, tmp_path / "out", *options)
+    assert str(stop.value).endswith("ended; for want of memory perhaps: lower --workers or --batch-s")
+    monkeypatch.undo()
+    assert set(extract(encoder, audio, tmp_path / "out", *options)) == set(SECONDS)  # it goes on

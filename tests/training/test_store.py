@@ -7,17 +7,15 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 import zipfile
 
 import pytest
 import torch
 from faults import tries
 from pytorch_lightning.callbacks import Callback
-from torch.utils.data import Dataset, get_worker_info
 
-from audiot.data import batches
-from audiot.data.batches import LoaderStoppedError, WatchedLoader, ignore_signals
+from audiot.data import loaders
+from audiot.data.loaders import LoaderStoppedError
 from audiot.pretraining import MaskedAcousticModel
 from audiot.runs import Interrupted, checkpoints, damage, newest_checkpoint
 from audiot.training.csv_logger import RunCSVLogger
@@ -192,82 +190,6 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_is_named(pretraining, tmp_p
     assert not list((tmp_path / "checkpoints").glob(".*"))  # nothing half-written is left
 
 
-# The loader
-
-
-class Numbers(Dataset):
-    def __getitem__(self, index):
-        return {"position": (0, index)}
-
-    def __len__(self):
-        return 10_000
-
-
-@pytest.mark.parametrize("attempt", tries())
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_stops_is_named(monkeypatch, number, attempt):
-    monkeypatch.setattr(batches, "PATIENCE_S", 2)
-    monkeypatch.setattr(batches, "LOOK_S", 1)
-    loader = WatchedLoader(Numbers(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals, timeout=1)
-    others = set(multiprocessing.active_children())  # which earlier tests keep
-    stream = iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    assert next(stream)["position"] == [0, 0]
-    (worker,) = set(multiprocessing.active_children()) - others
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker.pid, ignored)
-    time.sleep(0.3)
-    assert worker.is_alive()
-    os.kill(worker.pid, number)
-    what = "(SIGKILL) ended" if number == signal.SIGKILL else "gave nothing for 2 seconds"
-    with pytest.raises(LoaderStoppedError) as stop:
-        list(stream)
-    assert f"process {worker.pid} {what}" in str(stop.value)
-    assert "the loader of data stopped after batch " in str(stop.value)
-    assert handler in (signal.SIG_DFL, None)
-    worker.join(5)
-    assert not worker.is_alive()
-
-
-def noting_signals(worker):
-    """Start of a worker that notes which signals it holds back before and after it ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    os.kill(os.getpid(), signal.SIGTERM)  # reaches it before it has got so far
-    ignore_signals(worker)
-    after = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    get_worker_info().dataset.noted = [int(signal.SIGTERM in held) for held in (before, after)]
-
-
-class Noted(Numbers):
-    def __getitem__(self, index):
-        return super().__getitem__(index) | {"noted": self.noted}
-
-
-def test_a_worker_is_not_ended_by_a_signal_that_comes_while_it_starts():
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    stream = iter(WatchedLoader(Noted(), batch_size=None, num_workers=1, worker_init_fn=noting_signals, timeout=5))
-    assert next(stream)["noted"] == [1, 0]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held
-
-
-KEPT = []
-
-
-def keep_a_loader_open():
-    KEPT.append(iter(WatchedLoader(Numbers(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals, timeout=5)))
-    next(KEPT[-1])
-
-
-def test_a_process_ends_though_its_loader_is_open():
-    """As where an error ends a run. Python sends the workers SIGTERM, which they ignore, and would wait for them."""
-    process = multiprocessing.get_context("fork").Process(target=keep_a_loader_open)
-    process.start()
-    process.join(30)
-    ended = process.exitcode
-    process.kill()
-    assert ended == 0
-
-
 @pytest.mark.parametrize("attempt", tries())
 def test_a_loader_that_stops_in_training_leaves_a_checkpoint(pretraining, unbroken, tmp_path, monkeypatch, attempt):
     class Kill(Callback):
@@ -277,7 +199,7 @@ def test_a_loader_that_stops_in_training_leaves_a_checkpoint(pretraining, unbrok
                     os.kill(child.pid, signal.SIGKILL)
 
     data = pretraining.data
-    monkeypatch.setattr(batches, "LOOK_S", 1)
+    monkeypatch.setattr(loaders, "LOOK_S", 1)
     monkeypatch.setattr(pretraining, "data", lambda: data(num_workers=1))
     with pytest.raises(LoaderStoppedError, match=r"batch \d+ of epoch \d+: process \d+ \(SIGKILL\) ended"):
         run(pretraining, tmp_path, Kill(), max_steps=200, val_check_interval=300)
