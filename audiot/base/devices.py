@@ -52,10 +52,11 @@ def fast_precision(accelerator: str) -> str:
     Returns:
         ``bf16-mixed`` where the device has instructions for bfloat16 matrix products, else ``32-true``.
     """
+    kind = _kind_at_hand() if accelerator == "auto" else accelerator
     fast = False
-    if is_cuda(accelerator):
+    if is_cuda(kind):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif accelerator == "cpu" or (accelerator == "auto" and _kind_at_hand() == "cpu"):
+    elif kind == "cpu":
         known = torch.cpu.get_capabilities()
         fast = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return "bf16-mixed" if fast else "32-true"

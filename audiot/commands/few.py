@@ -41,14 +41,15 @@ def say_little(cfg: DictConfig, hours: float, steps: int, batches: int) -> None:
         steps: Steps in all.
         batches: Batches of a step, of all processes.
     """
-    seconds = cfg.data.global_batch_s or cfg.data.batch_s * batches
-    passes = steps * seconds / max(1e-6, 3600 * hours)
+    name = "batch_s" if cfg.data.get("global_batch_s") is None else "global_batch_s"  # earlier runs have none
+    seconds = cfg.data[name]
+    passes = steps * seconds * (batches if name == "batch_s" else 1) / max(1e-6, 3600 * hours)
     if hours >= LITTLE_H or passes <= MANY_PASSES:
         return
     smaller = PRETRAINING_BATCH_S[False][0]
     settings = []
     if seconds > smaller:
-        settings.append(f"data.{'batch_s' if cfg.data.global_batch_s is None else 'global_batch_s'}={smaller:g}")
+        settings.append(f"data.{name}={smaller:g}")
     if cfg.optimizer.get("lr", 0) > LOW_RATE:
         settings.append(f"optimizer.lr={LOW_RATE:g}")
     remedy = f"; {' '.join(settings)} learns it more surely" if settings else ""

@@ -61,16 +61,18 @@ class WatchedLoader(DataLoader[T]):
             silence.start()
         try:
             while True:
-                silence.asked += 1
+                silence.asked = silence.answered + 1
                 try:
-                    batch = self._next(batches, silence)
+                    batch = next(batches)
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError) as error:
-                    if not (silence.is_over or any(map(_is_dead, workers))):
-                        raise  # what a process told of itself
-                    why = _told(workers, silence.is_over, self.remedy)
-                    raise LoaderStoppedError(f"the loader of data stopped after {last}: {why}") from error
+                    if silence.is_over or any(map(_is_dead, workers)):
+                        why = _told(workers, silence.is_over, self.remedy)
+                        raise LoaderStoppedError(f"the loader of data stopped after {last}: {why}") from error
+                    if str(error).startswith("DataLoader timed out"):  # which is an occasion to look, and no more
+                        continue
+                    raise  # what a process told of itself
                 silence.answered = silence.asked
                 last = self.place(batch)
                 yield batch
@@ -80,17 +82,6 @@ class WatchedLoader(DataLoader[T]):
             raise
         finally:
             silence.is_closed.set()
-
-    @staticmethod
-    def _next(batches: Iterator[T], silence: _Silence) -> T:
-        """The next batch. PyTorch's own timeout is no more than an occasion to look whether all processes live."""
-        while True:
-            try:
-                return next(batches)
-            except RuntimeError as error:
-                is_late = str(error).startswith("DataLoader timed out")
-                if silence.is_over or not is_late or any(map(_is_dead, silence.workers)):
-                    raise
 
 
 class _Silence(Thread):

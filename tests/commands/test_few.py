@@ -60,6 +60,7 @@ def test_few_utterances_in_all_have_none_to_spare(caplog):
             "83 times over 0.1 h of audio: more audio is better; data.global_batch_s=25 ",
         ),
         (0.05, 600, 1, {"batch_s": 25.0}, 1e-3, "83 times over 0.05 h of audio: more audio is better"),
+        (0.1, 600, 2, {"batch_s": 25.0}, 1e-3, "83 times over 0.1 h of audio: more audio is better"),  # as small as it says
         (0.1, 300, 1, {}, 3e-3, None),  # 42 times
         (1.0, 60000, 1, {}, 3e-3, None),
     ],
@@ -74,3 +75,12 @@ def test_many_passes_over_little_audio_are_told_with_what_learns_it_more_surely(
         (message,) = caplog.messages
         assert message.startswith(f"little  training passes {words}")
         assert ("learns it more surely" in message) == (";" in words)
+
+
+def test_the_config_of_an_earlier_run_has_the_batches_of_its_processes_alone(caplog):
+    cfg = OmegaConf.create({"data": {"batch_s": 50.0}, "optimizer": {"lr": 1e-3}})
+    OmegaConf.set_struct(cfg, True)
+    with caplog.at_level("INFO", "audiot"):
+        say_little(cfg, hours=0.1, steps=600, batches=1)
+    (message,) = caplog.messages
+    assert message.endswith("83 times over 0.1 h of audio: more audio is better; data.batch_s=25 learns it more surely")
